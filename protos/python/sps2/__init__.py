@@ -1,0 +1,1 @@
+"""Generated from protos/sps2 by scripts/generate_protos.py; do not edit."""
