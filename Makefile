@@ -1,0 +1,59 @@
+# The named commands of this project. `make setup` is a prerequisite of all that needs Python.
+# Everything is done through .venv; nothing is installed outside it.
+
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+EXTRAS ?= dev
+SUITE  ?=
+STAMP  := $(VENV)/.sps2-setup-$(EXTRAS)
+ROOTS  := service kernels engine router prefill_worker decode_worker kv_directory client cli $(wildcard bench gateway) scripts tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint fmt types imports proto proto-check acceptance audit clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+setup: $(STAMP)  ## build .venv with everything (idempotent, quick when done)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup_venv.sh
+	@bash scripts/setup_venv.sh "$(VENV)" "$(EXTRAS)"
+	@touch $@
+
+demo: setup  ## serve the demo model and answer one long real prompt
+	$(PY) -P scripts/demo.py
+
+test: setup  ## run the tests (at most 12 minutes on two cores)
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+lint: setup imports  ## ruff, formatting, import contracts, buf lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/buf lint
+
+fmt: setup  ## format the code and fix what ruff can fix
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+imports: setup  ## check that imports run downward only
+	$(VENV)/bin/lint-imports
+
+types: setup  ## mypy --strict
+	$(VENV)/bin/mypy $(ROOTS)
+
+proto: setup  ## regenerate the stubs under protos/python
+	$(PY) scripts/generate_protos.py
+
+proto-check: setup  ## fail when the committed stubs differ from the protos
+	$(PY) scripts/generate_protos.py --check
+
+acceptance: setup  ## run an issue's "Must show" at full size: make acceptance SUITE=name
+	@test -n "$(SUITE)" || { echo "usage: make acceptance SUITE=name; there are:"; ls tests/acceptance; exit 2; }
+	$(VENV)/bin/pytest -m acceptance -o timeout=3600 -s -q tests/acceptance/test_$(SUITE).py
+
+audit: setup  ## look the installed dependencies up in the vulnerability database
+	$(VENV)/bin/pip-audit --local --skip-editable
+
+clean:  ## remove caches and build outputs, keep .venv
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .out
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

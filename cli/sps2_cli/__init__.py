@@ -1,0 +1,1 @@
+"""The sps2 command: up, generate, status, top, bench, eval, simulate."""

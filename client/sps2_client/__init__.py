@@ -1,0 +1,1 @@
+"""The SDK: Client, AsyncClient and their errors. Imports only the wire."""

@@ -1,0 +1,1 @@
+"""SP decode: continuous batches, Q moves, KV stays."""

@@ -1,0 +1,1 @@
+"""gRPC in front of Redis: who lives, where KV lies, leases and fences."""

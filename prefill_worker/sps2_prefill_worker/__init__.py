@@ -1,0 +1,1 @@
+"""SP prefill with CSA; pushes KV to its decode group while it computes."""

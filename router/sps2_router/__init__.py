@@ -1,0 +1,1 @@
+"""The public gRPC service: tokenizes, admits, schedules, retries, relays tokens."""

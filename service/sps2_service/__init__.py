@@ -1,0 +1,1 @@
+"""What all services share, torch-free: config, errors, server, channel, interceptors, telemetry."""
