@@ -1,0 +1,1 @@
+"""Attention over ranks: pure plans, and one file for each exchange schedule."""

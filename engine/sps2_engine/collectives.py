@@ -1,0 +1,210 @@
+"""Packed exchanges between the ranks of a group, with counters of what was really posted.
+
+A communicator hides the backend (Gloo on CPUs, NCCL on GPUs) and owns its process group, which is an argument and
+never a global. It knows nothing of attention: callers say how many bytes go to and come from each rank.
+"""
+
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class GroupError(RuntimeError):
+    """A collective failed or timed out: the process group is dead and a new epoch is needed."""
+
+
+class PendingExchange(Protocol):
+    """A posted exchange."""
+
+    def wait(self) -> Tensor:
+        """Blocks until the exchange is complete and returns the received bytes, by source rank in order.
+
+        Raises:
+            GroupError: a peer died or the group's timeout passed.
+        """
+        ...
+
+
+class Communicator(Protocol):
+    """What attention needs of a group of ranks; implemented over torch.distributed and by one rank alone."""
+
+    rank: int
+    size: int
+    bytes_posted: Counter[str]
+
+    def all_to_all(
+        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str
+    ) -> PendingExchange:
+        """Posts one uneven all-to-all and returns at once.
+
+        Args:
+            send: uint8 [sum(send_bytes)], the parts for rank 0, 1, ... one after another; must stay untouched
+                until the exchange is complete.
+            send_bytes: bytes for each rank; 0 for this rank (what stays here is not exchanged).
+            recv_bytes: bytes from each rank.
+            kind: name of the counter that the posted bytes are added to.
+        """
+        ...
+
+    def agree(self, flag: bool) -> bool:
+        """Rank 0's flag, on every rank (one small broadcast, counted as "control").
+
+        Raises:
+            GroupError: as in `PendingExchange.wait`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leaves the group; peers that wait for this rank fail at once."""
+        ...
+
+
+class SoloCommunicator:
+    """A group of one rank: nothing to exchange."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, bytes_posted: Counter[str] | None = None) -> None:
+        self.bytes_posted = bytes_posted if bytes_posted is not None else Counter()
+
+    def all_to_all(
+        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str
+    ) -> PendingExchange:
+        """A rank alone has no peer; a caller that exchanges has made a wrong plan."""
+        raise ValueError("a group of one rank has nobody to exchange with")
+
+    def agree(self, flag: bool) -> bool:
+        """The flag itself."""
+        return flag
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+@dataclass(frozen=True)
+class _TorchExchange:
+    """A posted torch.distributed exchange; holds the send buffer so that it outlives the transfer."""
+
+    work: dist.Work
+    send: Tensor
+    received: Tensor
+
+    def wait(self) -> Tensor:
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise GroupError(f"exchange failed: {error}") from error
+        return self.received
+
+
+class TorchCommunicator:
+    """A group over a torch.distributed process group that is not the default one."""
+
+    def __init__(
+        self, process_group: dist.ProcessGroup, device: torch.device, bytes_posted: Counter[str] | None = None
+    ) -> None:
+        self._process_group: dist.ProcessGroup | None = process_group
+        self._device = device
+        self.rank = process_group.rank()
+        self.size = process_group.size()
+        self.bytes_posted = bytes_posted if bytes_posted is not None else Counter()
+        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def all_to_all(
+        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str
+    ) -> PendingExchange:
+        """See `Communicator.all_to_all`."""
+        received = torch.empty(sum(recv_bytes), dtype=torch.uint8, device=self._device)
+        try:
+            work = self._group().alltoall_base(received, send, list(recv_bytes), list(send_bytes))
+        except RuntimeError as error:
+            raise GroupError(f"exchange could not be posted: {error}") from error
+        self.bytes_posted[kind] += sum(send_bytes)
+        return _TorchExchange(work, send, received)
+
+    def agree(self, flag: bool) -> bool:
+        """See `Communicator.agree`."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        self._flag.fill_(int(flag))
+        try:
+            self._group().broadcast([self._flag], options).wait()
+        except RuntimeError as error:
+            raise GroupError(f"agreement failed: {error}") from error
+        if self.rank == 0:
+            self.bytes_posted["control"] += self._flag.nbytes * (self.size - 1)
+        return bool(self._flag.item())
+
+    def close(self) -> None:
+        """See `Communicator.close`; the process group's connections end with its last reference."""
+        self._process_group = None
+
+    def _group(self) -> dist.ProcessGroup:
+        if self._process_group is None:
+            raise GroupError("this rank has left the group")
+        return self._process_group
+
+
+def open_store(host: str, timeout: timedelta) -> tuple[dist.TCPStore, str]:
+    """Starts a rendezvous store that listens on `host` alone, on a port the kernel picks.
+
+    Returns:
+        The store and its "host:port".
+    """
+    listener = socket.create_server((host, 0))
+    address = f"{host}:{listener.getsockname()[1]}"
+    # The store takes the descriptor over and closes it; given a plain port it would listen on all interfaces.
+    store = dist.TCPStore(
+        host,
+        listener.getsockname()[1],
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return store, address
+
+
+def connect_store(address: str, timeout: timedelta) -> dist.TCPStore:
+    """Connects to a store that another rank started.
+
+    Raises:
+        GroupError: it cannot be reached within `timeout`.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        return dist.TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+    except (RuntimeError, ValueError) as error:
+        raise GroupError(f"rendezvous store {address} cannot be reached: {error}") from error
+
+
+def form_group(
+    store: dist.Store, epoch: int, rank: int, size: int, device: torch.device, host: str, timeout: timedelta
+) -> dist.ProcessGroup:
+    """Forms the process group of one epoch: NCCL on a GPU, else Gloo bound to `host`.
+
+    Every epoch has a store prefix of its own, so that what a dead epoch left behind is never read.
+
+    Raises:
+        GroupError: not all ranks came within `timeout`.
+    """
+    prefixed = dist.PrefixStore(f"epoch-{epoch}", store)
+    try:
+        if device.type == "cuda":
+            nccl_options = dist.ProcessGroupNCCL.Options()
+            nccl_options._timeout = timeout
+            return dist.ProcessGroupNCCL(prefixed, rank, size, nccl_options)
+        gloo_options = dist.ProcessGroupGloo._Options()
+        gloo_options._timeout = timeout
+        gloo_options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        return dist.ProcessGroupGloo(prefixed, rank, size, gloo_options)
+    except RuntimeError as error:
+        raise GroupError(f"group of epoch {epoch} could not form: {error}") from error

@@ -1,0 +1,51 @@
+"""Plain fp64 twins of every kernel: slow, obvious, and the oracle of the tests. They build full score matrices,
+so they are for short inputs only and are never imported by the engine."""
+
+import torch
+from torch import Tensor
+
+
+def _expand_kv(kv: Tensor, num_q_heads: int) -> Tensor:
+    """[keys, kv_heads, head_dim] -> [keys, q_heads, head_dim]: query head h reads KV head h // (Hq / Hkv)."""
+    return kv.repeat_interleave(num_q_heads // kv.shape[1], dim=1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention under an explicit mask, in fp64.
+
+    q [queries, q_heads, head_dim]; k, v [keys, kv_heads, head_dim]; visible [queries, keys] bool.
+    Returns o [queries, q_heads, head_dim] and the natural log-sum-exp [queries, q_heads]; a query that sees
+    nothing has o = 0, lse = -inf.
+    """
+    q64, k64, v64 = q.double(), _expand_kv(k, q.shape[1]).double(), _expand_kv(v, q.shape[1]).double()
+    scores = torch.einsum("qhd,khd->qhk", q64, k64) * scale
+    scores = scores.masked_fill(~visible[:, None, :], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None])
+    return torch.einsum("qhk,khd->qhd", weights, v64), lse
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, q_off: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Twin of `sps2_kernels.segment_attention`: key j is visible to query i iff j <= i + q_off."""
+    i = torch.arange(q.shape[0])[:, None]
+    j = torch.arange(k.shape[0])[None, :]
+    return masked_attention(q, k, v, j <= i + q_off, scale)
+
+
+def paged_decode_partial(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: list[list[int]], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Twin of `sps2_kernels.paged_decode_partial`, with each row's cache slots listed one by one."""
+    rows = []
+    for row, ids in enumerate(slots):
+        index = torch.tensor(ids, dtype=torch.int64)
+        visible = torch.ones(1, len(ids), dtype=torch.bool)
+        rows.append(masked_attention(q[row : row + 1], k_cache[index], v_cache[index], visible, scale))
+    return torch.cat([o for o, _ in rows]), torch.cat([lse for _, lse in rows])
+
+
+def merge_states(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Twin of `sps2_kernels.merge_states`: o [parts, tokens, heads, head_dim], lse [parts, tokens, heads]."""
+    total = torch.logsumexp(lse.double(), dim=0)
+    weights = torch.exp(lse.double() - total.masked_fill(total.isneginf(), 0.0))
+    return (weights[..., None] * o.double()).sum(dim=0), total
