@@ -1,0 +1,171 @@
+"""Where a model's tensors come from: a safetensors checkpoint, or a random number generator.
+
+Knows names, shapes and files; knows nothing about what a layer does with its tensors. Layers ask for what
+they hold (`WeightSource.fill`), so a layer that holds a part of a tensor decides so itself.
+"""
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LOADABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+Progress = Callable[[float], None]
+
+
+class CheckpointError(Exception):
+    """A checkpoint folder cannot be served; the message is one line that names the culprit and the remedy."""
+
+
+class WeightSource(Protocol):
+    """What layers are built from. Each layer calls `fill` once per tensor, while the model is constructed."""
+
+    dtype: torch.dtype
+    """The dtype the layers compute in; layers allocate with it."""
+    device: torch.device
+    """The device the layers live on."""
+
+    def has(self, name: str) -> bool:
+        """Whether `fill` can be asked for this name."""
+        ...
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Writes the tensor of this name into `target`, converting its dtype.
+
+        Raises:
+            CheckpointError: if it is missing or its shape is not that of `target`.
+        """
+        ...
+
+
+class CheckpointWeights:
+    """The tensors of a Hugging Face folder, memory-mapped and converted one tensor at a time.
+
+    Args:
+        folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
+        dtype: dtype of the filled tensors.
+        device: device of the filled tensors.
+        num_parameters: elements the model will ask for in all; scales the progress.
+        progress: called with the fraction loaded, in (0, 1], after each tensor.
+
+    Raises:
+        CheckpointError: if there are no weights, or a file is absent or damaged.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, num_parameters: int, progress: Progress
+    ) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._progress = progress
+        self._num_expected = num_parameters
+        self._num_filled = 0
+        # Every header is read at once, so that a damaged shard is found before minutes of loading.
+        self._files = {path: _open(path) for path in _weight_files(folder)}
+        self._home = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
+        self._folder = folder
+
+    def has(self, name: str) -> bool:
+        """Whether some file holds this tensor."""
+        return name in self._home
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Copies one tensor into `target`; see `WeightSource.fill`."""
+        if name not in self._home:
+            raise CheckpointError(
+                f"{self._folder}: tensor {name!r} is missing; the checkpoint is incomplete or config.json "
+                "describes another model"
+            )
+        path = self._home[name]
+        tensor = self._files[path].get_tensor(name)
+        if tensor.dtype not in LOADABLE_DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {tensor.dtype}; use a checkpoint in bf16, fp16 or fp32"
+            )
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has shape {list(tensor.shape)} where config.json asks for "
+                f"{list(target.shape)}; take both files from the same model"
+            )
+        target.copy_(tensor)
+        self._num_filled += target.numel()
+        self._progress(min(1.0, self._num_filled / self._num_expected))
+
+
+class RandomWeights:
+    """Reproducible random tensors, for benchmarks at real shapes without a checkpoint.
+
+    A tensor depends on the seed and on its name only, so every rank draws the same model. Matrices have
+    standard deviation 1/sqrt(columns), which keeps activations of order one at any depth.
+    """
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._seed = seed
+
+    def has(self, name: str) -> bool:
+        """False: only what a layer requires exists, so embeddings that may be tied are tied."""
+        return False
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Draws a matrix; a norm's weight becomes one, a bias zero."""
+        if target.ndim == 1:
+            target.fill_(0.0 if name.endswith(".bias") else 1.0)
+            return
+        generator = torch.Generator(target.device)
+        # A checksum, since the CPU's generator looks at 32 bits of its seed only.
+        generator.manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        target.normal_(std=target.shape[-1] ** -0.5, generator=generator)
+
+
+class _TensorFile(Protocol):
+    """The part of `safe_open` used here, with types."""
+
+    def keys(self) -> list[str]: ...
+    def get_tensor(self, name: str) -> Tensor: ...
+
+
+def _open(path: Path) -> _TensorFile:
+    try:
+        return cast("_TensorFile", safe_open(path, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); it is damaged or truncated, download it again"
+        ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return _shards(folder / INDEX_FILE)
+    raise CheckpointError(
+        f"{folder}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there; download the checkpoint in "
+        "safetensors format (other formats must be converted first)"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = [index.parent / name for name in sorted(set(weight_map.values()))]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index}: no valid index of shards ({type(error).__name__}: {error}); download it again"
+        ) from error
+    absent = [shard.name for shard in shards if not shard.is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{index}: {len(absent)} of {len(shards)} shards are absent, first {absent[0]!r}; "
+            "download the rest of the checkpoint"
+        )
+    return shards
