@@ -1,0 +1,180 @@
+"""The asynchronous client: `_client` on asyncio."""
+
+import asyncio
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
+
+import grpc
+
+from sps2.v1 import (
+    cluster_service_pb2,
+    cluster_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+    tokenizer_service_pb2,
+    tokenizer_service_pb2_grpc,
+)
+from sps2_client import _convert
+from sps2_client._async_stream import AsyncStream
+from sps2_client._errors import ConnectionFailed
+from sps2_client._options import DEFAULT_UNARY_TIMEOUT_S, Deadline, Timeouts, channel_options, retry_delay
+from sps2_client._requests import GenerationOptions, stream_request
+from sps2_client._statuses import CallContext, from_rpc_error
+from sps2_client._types import ClusterState, Generation, Model
+
+Response = TypeVar("Response")
+
+
+class AsyncClient:
+    """A router's client for asyncio; `Client` is its twin.
+
+    A channel is made with the first call on each event loop, since gRPC's channels belong to one loop. Every
+    call has a time limit and raises nothing but `SPS2Error`, or ValueError and TypeError for arguments that
+    make no request.
+    """
+
+    def __init__(self, address: str, *, max_retries: int = 2) -> None:
+        """Makes a client; no connection yet.
+
+        Args:
+            address: "HOST:PORT" of a router, or a gRPC target such as "dns:///routers:50051".
+            max_retries: Tries after the first for a connection lost before anything came.
+        """
+        self._address = address
+        self._max_retries = max_retries
+        # A loop that is gone takes its channel with it.
+        self._channels: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, grpc.aio.Channel] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends all calls of this event loop and its connection; safe to call twice."""
+        self._closed = True
+        channel = self._channels.pop(asyncio.get_running_loop(), None)
+        if channel is not None:
+            await channel.close(None)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        timeout: Timeouts | float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> AsyncStream:
+        """Starts a generation and returns its events as they come.
+
+        Not a coroutine, but to be called on a running event loop.
+
+        Args:
+            prompt: The prompt as text; give this or `token_ids`.
+            timeout: `Timeouts`, or seconds for the whole call; None is `Timeouts()`.
+            options: token_ids, max_tokens, temperature, top_p, top_k, seed, stop_token_ids, ignore_eos,
+                model, request_id: see `GenerationOptions`.
+
+        Raises:
+            ValueError: neither or both forms of the prompt, a number that does not fit, a limit <= 0.
+            TypeError: an unknown option or a value of a wrong type.
+        """
+        stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
+        return AsyncStream(
+            stub.StreamGenerateText,
+            stream_request(prompt, **options),
+            timeouts=Timeouts.of(timeout),
+            max_retries=self._max_retries,
+        )
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        timeout: Timeouts | float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Generation:
+        """The whole answer at once; arguments and errors as in `stream`.
+
+        It reads a stream, so that the limits between tokens hold here too and an error carries what had come.
+        """
+        async with self.stream(prompt, timeout=timeout, **options) as stream:
+            return await stream.final()
+
+    async def list_models(self, *, timeout: float = DEFAULT_UNARY_TIMEOUT_S) -> tuple[Model, ...]:
+        """Every model of the deployment; `timeout` in seconds."""
+        stub = model_service_pb2_grpc.ModelServiceStub(self._get_channel())
+        request = model_service_pb2.ListModelsRequest()
+        answer = await self._ask(lambda left: stub.ListModels(request, timeout=left), timeout)
+        return tuple(_convert.model(one) for one in answer.models)
+
+    async def tokenize(
+        self, text: str, *, model: str = "", timeout: float = DEFAULT_UNARY_TIMEOUT_S
+    ) -> tuple[int, ...]:
+        """Token ids of a text, with the special tokens that a prompt gets; `timeout` in seconds."""
+        stub = tokenizer_service_pb2_grpc.TokenizerServiceStub(self._get_channel())
+        request = tokenizer_service_pb2.TokenizeTextRequest(model=model, text=text)
+        answer = await self._ask(lambda left: stub.TokenizeText(request, timeout=left), timeout)
+        return tuple(answer.token_ids)
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, model: str = "", timeout: float = DEFAULT_UNARY_TIMEOUT_S
+    ) -> str:
+        """Text of token ids, special tokens left out; `timeout` in seconds."""
+        stub = tokenizer_service_pb2_grpc.TokenizerServiceStub(self._get_channel())
+        request = tokenizer_service_pb2.DetokenizeTokensRequest(model=model, token_ids=token_ids)
+        return (await self._ask(lambda left: stub.DetokenizeTokens(request, timeout=left), timeout)).text
+
+    async def cancel(self, request_id: str, *, timeout: float = DEFAULT_UNARY_TIMEOUT_S) -> None:
+        """Ends a live request and frees what it holds; `timeout` in seconds.
+
+        Raises:
+            NotFound: the router serves no such request.
+        """
+        stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
+        request = inference_service_pb2.CancelGenerationRequest(request_id=request_id)
+        # No retry: the second try of a cancel that worked would be NOT_FOUND.
+        await self._ask(lambda left: stub.CancelGeneration(request, timeout=left), timeout, max_retries=0)
+
+    async def cluster_state(self, *, timeout: float = DEFAULT_UNARY_TIMEOUT_S) -> ClusterState:
+        """Every worker as the router last heard of it; `timeout` in seconds."""
+        stub = cluster_service_pb2_grpc.ClusterServiceStub(self._get_channel())
+        request = cluster_service_pb2.GetClusterStateRequest()
+        answer = await self._ask(lambda left: stub.GetClusterState(request, timeout=left), timeout)
+        return _convert.cluster_state(answer)
+
+    def _get_channel(self) -> grpc.aio.Channel:
+        if self._closed:
+            raise ValueError("the client is closed")
+        loop = asyncio.get_running_loop()
+        channel = self._channels.get(loop)
+        if channel is None:
+            channel = self._channels[loop] = grpc.aio.insecure_channel(self._address, channel_options())
+        return channel
+
+    async def _ask(
+        self, call: Callable[[float], Awaitable[Response]], timeout: float, max_retries: int | None = None
+    ) -> Response:
+        """One unary call with its retries; `call` gets the seconds left."""
+        deadline = Deadline(timeout)
+        retries = self._max_retries if max_retries is None else max_retries
+        for attempt in range(retries + 1):
+            try:
+                return await call(deadline.left)
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error, CallContext(started=False, time_left=deadline.left))
+                delay = retry_delay(attempt)
+                final = attempt == retries or deadline.left <= delay
+                if final or not isinstance(failure, ConnectionFailed):
+                    raise failure from error
+            await asyncio.sleep(delay)
+        raise AssertionError("the last try returns or raises")

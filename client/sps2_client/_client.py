@@ -1,0 +1,178 @@
+"""The blocking client."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self, TypeVar, Unpack, cast
+
+import grpc
+
+from sps2.v1 import (
+    cluster_service_pb2,
+    cluster_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+    tokenizer_service_pb2,
+    tokenizer_service_pb2_grpc,
+)
+from sps2_client import _convert
+from sps2_client._alarms import Alarm, AlarmClock
+from sps2_client._errors import ConnectionFailed
+from sps2_client._options import DEFAULT_UNARY_TIMEOUT_S, Deadline, Timeouts, channel_options, retry_delay
+from sps2_client._requests import GenerationOptions, stream_request
+from sps2_client._statuses import CallContext, from_rpc_error
+from sps2_client._stream import OpenStream, Stream
+from sps2_client._types import ClusterState, Generation, Model
+
+Response = TypeVar("Response")
+
+
+class Client:
+    """A router's client for threads; `AsyncClient` is its twin. Safe to share between threads.
+
+    The channel is made with the first call. Every call has a time limit and raises nothing but `SPS2Error`,
+    or ValueError and TypeError for arguments that make no request.
+    """
+
+    def __init__(self, address: str, *, max_retries: int = 2) -> None:
+        """Makes a client; no connection yet.
+
+        Args:
+            address: "HOST:PORT" of a router, or a gRPC target such as "dns:///routers:50051".
+            max_retries: Tries after the first for a connection lost before anything came.
+        """
+        self._address = address
+        self._max_retries = max_retries
+        self._lock = threading.Lock()
+        self._channel: grpc.Channel | None = None
+        self._alarms = AlarmClock()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all calls and the connection; safe to call twice."""
+        with self._lock:
+            self._closed = True
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+        self._alarms.close()
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        timeout: Timeouts | float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Stream:
+        """Starts a generation and returns its events as they come.
+
+        Args:
+            prompt: The prompt as text; give this or `token_ids`.
+            timeout: `Timeouts`, or seconds for the whole call; None is `Timeouts()`.
+            options: token_ids, max_tokens, temperature, top_p, top_k, seed, stop_token_ids, ignore_eos,
+                model, request_id: see `GenerationOptions`.
+
+        Raises:
+            ValueError: neither or both forms of the prompt, a number that does not fit, a limit <= 0.
+            TypeError: an unknown option or a value of a wrong type.
+        """
+        stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
+        return Stream(
+            cast("OpenStream", stub.StreamGenerateText),
+            stream_request(prompt, **options),
+            timeouts=Timeouts.of(timeout),
+            max_retries=self._max_retries,
+            alarm=Alarm(self._alarms),
+        )
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        timeout: Timeouts | float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Generation:
+        """The whole answer at once; arguments and errors as in `stream`.
+
+        It reads a stream, so that the limits between tokens hold here too and an error carries what had come.
+        """
+        with self.stream(prompt, timeout=timeout, **options) as stream:
+            return stream.final()
+
+    def list_models(self, *, timeout: float = DEFAULT_UNARY_TIMEOUT_S) -> tuple[Model, ...]:
+        """Every model of the deployment; `timeout` in seconds."""
+        stub = model_service_pb2_grpc.ModelServiceStub(self._get_channel())
+        request = model_service_pb2.ListModelsRequest()
+        answer = self._ask(lambda left: stub.ListModels(request, timeout=left), timeout)
+        return tuple(_convert.model(one) for one in answer.models)
+
+    def tokenize(
+        self, text: str, *, model: str = "", timeout: float = DEFAULT_UNARY_TIMEOUT_S
+    ) -> tuple[int, ...]:
+        """Token ids of a text, with the special tokens that a prompt gets; `timeout` in seconds."""
+        stub = tokenizer_service_pb2_grpc.TokenizerServiceStub(self._get_channel())
+        request = tokenizer_service_pb2.TokenizeTextRequest(model=model, text=text)
+        return tuple(self._ask(lambda left: stub.TokenizeText(request, timeout=left), timeout).token_ids)
+
+    def detokenize(
+        self, token_ids: Sequence[int], *, model: str = "", timeout: float = DEFAULT_UNARY_TIMEOUT_S
+    ) -> str:
+        """Text of token ids, special tokens left out; `timeout` in seconds."""
+        stub = tokenizer_service_pb2_grpc.TokenizerServiceStub(self._get_channel())
+        request = tokenizer_service_pb2.DetokenizeTokensRequest(model=model, token_ids=token_ids)
+        return self._ask(lambda left: stub.DetokenizeTokens(request, timeout=left), timeout).text
+
+    def cancel(self, request_id: str, *, timeout: float = DEFAULT_UNARY_TIMEOUT_S) -> None:
+        """Ends a live request and frees what it holds; `timeout` in seconds.
+
+        Raises:
+            NotFound: the router serves no such request.
+        """
+        stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
+        request = inference_service_pb2.CancelGenerationRequest(request_id=request_id)
+        # No retry: the second try of a cancel that worked would be NOT_FOUND.
+        self._ask(lambda left: stub.CancelGeneration(request, timeout=left), timeout, max_retries=0)
+
+    def cluster_state(self, *, timeout: float = DEFAULT_UNARY_TIMEOUT_S) -> ClusterState:
+        """Every worker as the router last heard of it; `timeout` in seconds."""
+        stub = cluster_service_pb2_grpc.ClusterServiceStub(self._get_channel())
+        request = cluster_service_pb2.GetClusterStateRequest()
+        answer = self._ask(lambda left: stub.GetClusterState(request, timeout=left), timeout)
+        return _convert.cluster_state(answer)
+
+    def _get_channel(self) -> grpc.Channel:
+        with self._lock:
+            if self._closed:
+                raise ValueError("the client is closed")
+            if self._channel is None:
+                self._channel = grpc.insecure_channel(self._address, channel_options())
+            return self._channel
+
+    def _ask(
+        self, call: Callable[[float], Response], timeout: float, max_retries: int | None = None
+    ) -> Response:
+        """One unary call with its retries; `call` gets the seconds left."""
+        deadline = Deadline(timeout)
+        retries = self._max_retries if max_retries is None else max_retries
+        for attempt in range(retries + 1):
+            try:
+                return call(deadline.left)
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error, CallContext(started=False, time_left=deadline.left))
+                delay = retry_delay(attempt)
+                final = attempt == retries or deadline.left <= delay
+                if final or not isinstance(failure, ConnectionFailed):
+                    raise failure from error
+            time.sleep(delay)
+        raise AssertionError("the last try returns or raises")

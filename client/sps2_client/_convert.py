@@ -1,0 +1,89 @@
+"""Messages of the wire to the SDK's dataclasses. Pure."""
+
+from sps2.v1 import cluster_pb2, cluster_service_pb2, generation_pb2, model_service_pb2
+from sps2_client._types import BytesMoved, ClusterState, FinishReason, Model, Timings, Usage, Worker
+
+FINISH_REASONS: dict[int, FinishReason] = {
+    generation_pb2.FINISH_REASON_STOP: "stop",
+    generation_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+ROLES: dict[int, str] = {
+    cluster_pb2.WORKER_ROLE_PREFILL: "prefill",
+    cluster_pb2.WORKER_ROLE_DECODE: "decode",
+}
+
+STATES: dict[int, str] = {
+    cluster_pb2.WORKER_STATE_STARTING: "starting",
+    cluster_pb2.WORKER_STATE_READY: "ready",
+    cluster_pb2.WORKER_STATE_DRAINING: "draining",
+}
+
+
+def usage(message: generation_pb2.Usage) -> Usage:
+    """Totals of a request."""
+    timings, moved = message.timings, message.bytes
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
+        output_tokens=message.output_tokens,
+        timings=Timings(
+            queue=timings.queue,
+            prefill=timings.prefill,
+            transfer=timings.transfer,
+            ttft=timings.ttft,
+            tpot=timings.tpot,
+            e2e=timings.e2e,
+        ),
+        bytes_moved=BytesMoved(
+            collective=moved.collective, q_exchange=moved.q_exchange, kv_transfer=moved.kv_transfer
+        ),
+        attention_profile=message.attention_profile,
+    )
+
+
+def model(message: model_service_pb2.Model) -> Model:
+    """A served model."""
+    return Model(
+        name=message.name,
+        model_hash=message.model_hash,
+        context_length=message.context_length,
+        vocabulary_size=message.vocabulary_size,
+        eos_token_ids=tuple(message.eos_token_ids),
+    )
+
+
+def worker(message: cluster_pb2.WorkerInfo) -> Worker:
+    """One rank; a role or state newer than this SDK is "unspecified"."""
+    able, load = message.capabilities, message.load
+    return Worker(
+        worker_id=message.worker_id,
+        role=ROLES.get(message.role, "unspecified"),
+        group=message.group,
+        rank=message.rank,
+        group_size=message.group_size,
+        epoch=message.epoch,
+        state=STATES.get(message.state, "unspecified"),
+        grpc_address=message.grpc_address,
+        model_name=able.model_name,
+        dtype=able.dtype,
+        device=able.device,
+        kv_blocks_total=able.kv_blocks_total,
+        kv_blocks_used=load.kv_blocks_used,
+        num_requests_running=load.num_requests_running,
+        num_requests_waiting=load.num_requests_waiting,
+        queued_tokens=load.queued_tokens,
+        steps_done=load.steps_done,
+        load_fraction=load.load_fraction,
+        bytes_posted=dict(load.bytes_posted),
+    )
+
+
+def cluster_state(message: cluster_service_pb2.GetClusterStateResponse) -> ClusterState:
+    """The router's view of the cluster."""
+    return ClusterState(
+        workers=tuple(worker(one) for one in message.workers),
+        directory_connected=message.directory_connected,
+        num_requests_live=message.num_requests_live,
+        num_requests_by_group=dict(message.num_requests_by_group),
+    )

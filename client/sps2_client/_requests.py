@@ -1,0 +1,77 @@
+"""Arguments of a generation to the wire's request. Pure but for the random id and nonce."""
+
+import secrets
+import uuid
+from collections.abc import Sequence
+from typing import TypedDict, Unpack
+
+from sps2.v1 import generation_pb2, inference_service_pb2
+
+NONCE_BYTES = 16
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of `stream` and `generate`, beside prompt and timeout."""
+
+    token_ids: Sequence[int] | None
+    """The prompt as token ids, in place of text."""
+    max_tokens: int | None
+    """Most tokens to generate; None is the service's default (256)."""
+    temperature: float | None
+    """Softmax temperature; None or 0 is greedy."""
+    top_p: float | None
+    """Nucleus mass in (0, 1]."""
+    top_k: int | None
+    """Keep the k most likely tokens; 0 or -1 is off."""
+    seed: int | None
+    """Seed of the random numbers; drawn by the service when None."""
+    stop_token_ids: Sequence[int]
+    """Token ids that end the stream."""
+    ignore_eos: bool
+    """Do not stop at the model's end token."""
+    model: str
+    """Model name; empty is the only one of the deployment."""
+    request_id: str | None
+    """Name of the request, 1 to 64 printable ASCII characters; drawn when None."""
+
+
+def stream_request(
+    prompt: str | None, **options: Unpack[GenerationOptions]
+) -> inference_service_pb2.StreamGenerateTextRequest:
+    """The request of a generation.
+
+    Id and nonce are drawn now, so that a retry after a lost connection repeats them and supersedes its own
+    earlier try instead of clashing with it.
+
+    Raises:
+        ValueError: neither or both of prompt and token_ids, or a value that the wire cannot carry.
+        TypeError: an unknown option, or a value of a wrong type.
+    """
+    unknown = options.keys() - GenerationOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    token_ids = options.get("token_ids")
+    if (prompt is None) == (token_ids is None):
+        raise ValueError("give exactly one of prompt and token_ids")
+    spec = generation_pb2.GenerationSpec(
+        request_id=options.get("request_id") or f"req-{uuid.uuid4().hex}",
+        nonce=secrets.token_bytes(NONCE_BYTES),
+        model=options.get("model", ""),
+        sampling=generation_pb2.SamplingSpec(
+            temperature=options.get("temperature"),
+            top_p=options.get("top_p"),
+            top_k=options.get("top_k"),
+            seed=options.get("seed"),
+        ),
+        stop=generation_pb2.StopSpec(
+            max_tokens=options.get("max_tokens"),
+            stop_token_ids=options.get("stop_token_ids", ()),
+            ignore_eos=options.get("ignore_eos", False),
+        ),
+    )
+    if prompt is not None:
+        spec.text = prompt
+    else:
+        spec.token_ids.ids.extend(token_ids or ())
+        spec.token_ids.SetInParent()  # an empty list is the service's to refuse
+    return inference_service_pb2.StreamGenerateTextRequest(spec=spec)

@@ -1,0 +1,180 @@
+"""The nouns that the SDK returns: events, answers, models and the state of the cluster. No wire in here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+"""Why a stream ended: the model's end token or a stop token, or `max_tokens` reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """What one request took by phase, in seconds, as the router measured it."""
+
+    queue: float
+    """From arrival until prefill started."""
+    prefill: float
+    """From the start of prefill until the first token was sampled."""
+    transfer: float
+    """From the first token until the decode ranks held and had verified every block."""
+    ttft: float
+    """From arrival at the router until the first token went out."""
+    tpot: float
+    """Mean time between tokens after the first; 0 with fewer than two."""
+    e2e: float
+    """From arrival until the last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class BytesMoved:
+    """Bytes that one request moved between ranks, by plane."""
+
+    collective: int
+    """Prefill head exchanges."""
+    q_exchange: int
+    """Decode Q exchanges and the partial outputs that return."""
+    kv_transfer: int
+    """KV written from prefill to decode ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request took."""
+
+    prompt_tokens: int
+    """Tokens of the prompt."""
+    cached_tokens: int
+    """Of them, taken from cached prefixes."""
+    output_tokens: int
+    """Tokens generated."""
+    timings: Timings
+    """Seconds by phase."""
+    bytes_moved: BytesMoved
+    """Bytes by plane."""
+    attention_profile: str
+    """Attention profile that the router resolved, for example "exact"."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New tokens of the answer and the text that became certain with them."""
+
+    text: str
+    """Never half a character; may be empty."""
+    token_ids: tuple[int, ...]
+    """The tokens, in order."""
+    first_index: int
+    """Index of the first of them in the answer, from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The answer is complete; its token count and digest were checked."""
+
+    reason: FinishReason
+    """Why it ended."""
+    token_count: int
+    """Tokens of the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReport:
+    """The last event of every stream."""
+
+    usage: Usage
+    """What the request took."""
+
+
+Event: TypeAlias = TextDelta | Finished | UsageReport
+"""What a stream yields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A whole answer."""
+
+    text: str
+    """All text."""
+    token_ids: tuple[int, ...]
+    """All tokens."""
+    finish_reason: FinishReason
+    """Why it ended."""
+    usage: Usage
+    """What it took."""
+    request_id: str
+    """Id of the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A served model."""
+
+    name: str
+    """Name that requests use."""
+    model_hash: str
+    """Hash over config and weight headers, hexadecimal."""
+    context_length: int
+    """Most tokens of prompt and output together."""
+    vocabulary_size: int
+    """Token ids are in [0, vocabulary_size)."""
+    eos_token_ids: tuple[int, ...]
+    """Token ids that end a stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One rank as the router last heard of it."""
+
+    worker_id: str
+    """ "<group>/<rank>"."""
+    role: str
+    """ "prefill", "decode" or "unspecified"."""
+    group: str
+    """Group, for example "decode-0"."""
+    rank: int
+    """Rank in the group; 0 leads."""
+    group_size: int
+    """Ranks in the group."""
+    epoch: int
+    """Life of the group's process group; 0 before the first."""
+    state: str
+    """ "starting", "ready", "draining" or "unspecified"."""
+    grpc_address: str
+    """host:port of the supervisor."""
+    model_name: str
+    """Model it serves."""
+    dtype: str
+    """Element type of weights and KV."""
+    device: str
+    """ "cpu" or "cuda"."""
+    kv_blocks_total: int
+    """KV blocks of 64 tokens that it can hold."""
+    kv_blocks_used: int
+    """Of them, in use."""
+    num_requests_running: int
+    """Requests being computed."""
+    num_requests_waiting: int
+    """Requests waiting."""
+    queued_tokens: int
+    """Prompt tokens waiting or running (prefill)."""
+    steps_done: int
+    """Steps or slices done in this life."""
+    load_fraction: float
+    """Fraction of the weights loaded, 0 to 1."""
+    bytes_posted: Mapping[str, int]
+    """Bytes posted since the start, by kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """Every worker that holds a lease, and what this router is serving."""
+
+    workers: tuple[Worker, ...]
+    """Workers, ordered by id."""
+    directory_connected: bool
+    """Whether the router's view is live."""
+    num_requests_live: int
+    """Requests that this router is serving."""
+    num_requests_by_group: Mapping[str, int]
+    """The same by group name."""

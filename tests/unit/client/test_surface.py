@@ -1,0 +1,41 @@
+"""What the package offers, and that its two clients offer the same."""
+
+import inspect
+
+import sps2_client
+from sps2_client import AsyncClient, AsyncStream, Client, SPS2Error, StatusError, Stream
+
+
+def public(kind: type) -> dict[str, inspect.Signature]:
+    return {
+        name: inspect.signature(member)
+        for name, member in inspect.getmembers(kind)
+        if not name.startswith("_") and callable(member)
+    }
+
+
+def test_all_names_exist_and_nothing_else_is_public() -> None:
+    assert sorted(sps2_client.__all__) == sorted(set(sps2_client.__all__))
+    public_names = {name for name in vars(sps2_client) if not name.startswith("_")}
+    assert public_names == set(sps2_client.__all__)
+
+
+def test_both_clients_have_the_same_surface() -> None:
+    blocking, asynchronous = public(Client), public(AsyncClient)
+    assert blocking.keys() == asynchronous.keys()
+    for name, signature in blocking.items():
+        assert list(signature.parameters) == list(asynchronous[name].parameters), name
+    assert public(Stream).keys() == public(AsyncStream).keys()
+
+
+def test_every_error_is_in_the_tree_and_drawn() -> None:
+    drawing = inspect.getdoc(inspect.getmodule(SPS2Error)) or ""
+    kinds = [
+        value
+        for value in vars(sps2_client).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ]
+    for kind in kinds:
+        assert issubclass(kind, SPS2Error)
+        assert kind.__name__ in drawing
+    assert len(StatusError.__subclasses__()) == 15
