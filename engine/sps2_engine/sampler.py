@@ -77,9 +77,10 @@ def sample_rows(
     for candidates, rows in _groups(params).items():
         uniforms = [_uniform(params[row].seed, choices[row], positions[row]) for row in rows]
         tokens[rows] = _draw(candidates, logits[rows], [params[row] for row in rows], uniforms)
+    # One transfer from the device: a failed row is marked by an id that no token has.
     return [
-        token if ok else NonFiniteLogitsError(f"a logit of row {row} is NaN or infinite")
-        for row, (token, ok) in enumerate(zip(tokens.tolist(), finite.tolist(), strict=True))
+        token if token >= 0 else NonFiniteLogitsError(f"a logit of row {row} is NaN or infinite")
+        for row, token in enumerate(tokens.where(finite, -1).tolist())
     ]
 
 

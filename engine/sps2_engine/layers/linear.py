@@ -1,6 +1,7 @@
 """Matrix products with weights."""
 
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -10,30 +11,34 @@ from sps2_engine.weights import WeightSource
 
 
 class Linear:
-    """y = x Wᵀ + b.
+    """y = x Wᵀ + b, with W [out_features, in_features]."""
 
-    Matrices that read the same input (q, k, v; gate, up) are stacked by rows into one W: one kernel launch
-    instead of several, which is most of the cost when a decode step has few rows.
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
 
-    Args:
-        source: where the tensors come from.
-        parts: output size by checkpoint name (`...q_proj`), in the order their outputs are laid out.
-        in_features: columns of every part.
-        bias: whether the parts have a bias.
-    """
+    @classmethod
+    def load(cls, source: WeightSource, parts: Mapping[str, int], in_features: int, *, bias: bool) -> Self:
+        """Reads one or several matrices from a checkpoint.
 
-    def __init__(
-        self, source: WeightSource, parts: Mapping[str, int], in_features: int, *, bias: bool
-    ) -> None:
-        out_features = sum(parts.values())
-        self.weight = torch.empty(out_features, in_features, dtype=source.dtype, device=source.device)
-        self.bias = torch.empty(out_features, dtype=source.dtype, device=source.device) if bias else None
+        Matrices that read the same input (q, k, v; gate, up) are stacked by rows into one W: one kernel
+        launch instead of several, which is most of the cost when a decode step has few rows.
+
+        Args:
+            source: where the tensors come from.
+            parts: output size by checkpoint name (`...q_proj`), in the order their outputs are laid out.
+            in_features: columns of every part.
+            bias: whether the parts have a bias.
+        """
         sizes = list(parts.values())
-        for name, weight in zip(parts, torch.split(self.weight, sizes), strict=True):
+        linear = cls(torch.empty(sum(sizes), in_features, dtype=source.dtype, device=source.device))
+        for name, weight in zip(parts, torch.split(linear.weight, sizes), strict=True):
             source.fill(f"{name}.weight", weight)
-        if self.bias is not None:
-            for name, part in zip(parts, torch.split(self.bias, sizes), strict=True):
+        if bias:
+            linear.bias = torch.empty(sum(sizes), dtype=source.dtype, device=source.device)
+            for name, part in zip(parts, torch.split(linear.bias, sizes), strict=True):
                 source.fill(f"{name}.bias", part)
+        return linear
 
     def __call__(self, x: Tensor) -> Tensor:
         """Takes x [rows, in_features] to [rows, out_features]."""

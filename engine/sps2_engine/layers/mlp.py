@@ -17,8 +17,8 @@ class SwiGLU:
         self, source: WeightSource, name: str, hidden_size: int, intermediate_size: int, *, bias: bool
     ) -> None:
         gate_up = {f"{name}.gate_proj": intermediate_size, f"{name}.up_proj": intermediate_size}
-        self.gate_up = Linear(source, gate_up, hidden_size, bias=bias)
-        self.down = Linear(source, {f"{name}.down_proj": hidden_size}, intermediate_size, bias=bias)
+        self.gate_up = Linear.load(source, gate_up, hidden_size, bias=bias)
+        self.down = Linear.load(source, {f"{name}.down_proj": hidden_size}, intermediate_size, bias=bias)
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """Does out [rows, hidden] += SwiGLU(x [rows, hidden]); holds 2 * intermediate_size values per row."""

@@ -8,7 +8,6 @@ from sps2_engine.models.family import Traits
 from sps2_engine.models.fields import Fields, read_object
 from sps2_engine.models.registry import find_family
 from sps2_engine.models.rope_config import read_rope
-from sps2_engine.weights import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -84,32 +83,35 @@ def read_model_config(folder: Path) -> ModelConfig:
     raw = Fields(str(folder / "config.json"), read_object(folder / "config.json"))
     family = find_family(raw)
     fields = Fields(raw.origin, {**family.defaults, **raw.values})
-    traits = family.traits(fields)
+    try:
+        return _model_config(fields, family.traits(fields), _generation_eos_ids(folder))
+    except (ValueError, ArithmeticError) as error:
+        raise fields.error(f"{error}; take it from the published checkpoint") from error
+
+
+def _model_config(fields: Fields, traits: Traits, generation_eos_ids: tuple[int, ...]) -> ModelConfig:
     rope, max_position = read_rope(fields)
     _refuse_unsupported(fields, traits, max_position)
     hidden_size, num_q_heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
-    try:
-        return ModelConfig(
-            hidden_size=hidden_size,
-            intermediate_size=fields.whole("intermediate_size"),
-            num_layers=fields.whole("num_hidden_layers"),
-            num_q_heads=num_q_heads,
-            num_kv_heads=fields.whole("num_key_value_heads", num_q_heads),
-            head_dim=fields.whole("head_dim", hidden_size // num_q_heads),
-            vocab_size=fields.whole("vocab_size"),
-            max_position=max_position,
-            rms_norm_eps=fields.real("rms_norm_eps", 1e-6),
-            rope=rope,
-            tie_embeddings=fields.flag("tie_word_embeddings", default=False),
-            qkv_bias=traits.qkv_bias,
-            o_bias=traits.o_bias,
-            qk_norm=traits.qk_norm,
-            mlp_bias=traits.mlp_bias,
-            bos_id=next(iter(fields.ids("bos_token_id")), None),
-            eos_ids=_generation_eos_ids(folder) or fields.ids("eos_token_id"),
-        )
-    except (ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{raw.origin}: {error}; take it from the published checkpoint") from error
+    return ModelConfig(
+        hidden_size=hidden_size,
+        intermediate_size=fields.whole("intermediate_size"),
+        num_layers=fields.whole("num_hidden_layers"),
+        num_q_heads=num_q_heads,
+        num_kv_heads=fields.whole("num_key_value_heads", num_q_heads),
+        head_dim=fields.whole("head_dim", hidden_size // num_q_heads),
+        vocab_size=fields.whole("vocab_size"),
+        max_position=max_position,
+        rms_norm_eps=fields.positive("rms_norm_eps", 1e-6),
+        rope=rope,
+        tie_embeddings=fields.flag("tie_word_embeddings", default=False),
+        qkv_bias=traits.qkv_bias,
+        o_bias=traits.o_bias,
+        qk_norm=traits.qk_norm,
+        mlp_bias=traits.mlp_bias,
+        bos_id=next(iter(fields.ids("bos_token_id")), None),
+        eos_ids=generation_eos_ids or fields.ids("eos_token_id"),
+    )
 
 
 def _refuse_unsupported(fields: Fields, traits: Traits, max_position: int) -> None:

@@ -27,7 +27,8 @@ class Attend(Protocol):
         """Takes q [tokens, num_q_heads, head_dim], k and v [tokens, num_kv_heads, head_dim].
 
         q and k are rotated. All three are contiguous, fresh for each layer and the callee's to keep or
-        change: the decoder drops them when this returns. Returns o [tokens, num_q_heads, head_dim].
+        change: the decoder drops them when this returns. Returns o [tokens, num_q_heads, head_dim] in
+        their dtype.
         """
         ...
 
@@ -44,7 +45,7 @@ class SelfAttention:
         qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         qkv = {f"{name}.self_attn.{part}": size for part, size in qkv.items()}
         self.norm = RMSNorm(source, f"{name}.input_layernorm", config.hidden_size, eps)
-        self.qkv = Linear(source, qkv, config.hidden_size, bias=config.qkv_bias)
+        self.qkv = Linear.load(source, qkv, config.hidden_size, bias=config.qkv_bias)
         self.qk_norms: tuple[RMSNorm, RMSNorm] | None = None
         if config.qk_norm:
             self.qk_norms = (
@@ -52,7 +53,7 @@ class SelfAttention:
                 RMSNorm(source, f"{name}.self_attn.k_norm", config.head_dim, eps),
             )
         o_proj = {f"{name}.self_attn.o_proj": config.hidden_size}
-        self.output = Linear(source, o_proj, q_size, bias=config.o_bias)
+        self.output = Linear.load(source, o_proj, q_size, bias=config.o_bias)
 
     def add_to(self, x: Tensor, rotation: Rotation, attend: Attend) -> None:
         """Adds the block's output to the hidden states `x` [tokens, hidden], in place."""
@@ -111,7 +112,10 @@ class Decoder:
     def __init__(self, config: ModelConfig, source: WeightSource) -> None:
         self.config = config
         self._rotary = RotaryEmbedding(config.rope, config.head_dim, source.dtype, source.device)
-        self._embedding = _embedding_like(config, "model.embed_tokens", source)
+        self._embedding = torch.empty(
+            config.vocab_size, config.hidden_size, dtype=source.dtype, device=source.device
+        )
+        source.fill("model.embed_tokens.weight", self._embedding)
         self._layers = [
             (SelfAttention(config, layer, source), FeedForward(config, layer, source))
             for layer in range(config.num_layers)
@@ -143,18 +147,12 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, hidden] of `forward` -> fp32 [n, vocab]; meant for few rows."""
-        return functional.linear(hidden, self._head).float()
+        return self._head(hidden).float()
 
-    def _read_head(self, source: WeightSource) -> Tensor:
+    def _read_head(self, source: WeightSource) -> Linear:
         """The output matrix; one that the checkpoint holds is used even where the config says it is tied."""
+        tied = Linear(self._embedding)
         if self.config.tie_embeddings and not source.has("lm_head.weight"):
-            return self._embedding
-        head = _embedding_like(self.config, "lm_head", source)
-        tied = self.config.tie_embeddings and torch.equal(head, self._embedding)
-        return self._embedding if tied else head
-
-
-def _embedding_like(config: ModelConfig, name: str, source: WeightSource) -> Tensor:
-    matrix = torch.empty(config.vocab_size, config.hidden_size, dtype=source.dtype, device=source.device)
-    source.fill(f"{name}.weight", matrix)
-    return matrix
+            return tied
+        head = Linear.load(source, {"lm_head": self.config.vocab_size}, self.config.hidden_size, bias=False)
+        return tied if self.config.tie_embeddings and torch.equal(head.weight, tied.weight) else head

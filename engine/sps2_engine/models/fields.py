@@ -1,6 +1,7 @@
 """Typed reading of a checkpoint's JSON files; every fault becomes one line that names file and key."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +31,20 @@ class Fields:
         """A whole number."""
         return int(self._typed(key, default, int, "a whole number"))
 
-    def real(self, key: str, default: float | None = None) -> float:
-        """A number."""
-        return float(self._typed(key, default, (int, float), "a number"))
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        value = float(self._typed(key, default, (int, float), "a number"))
+        if not 0 < value < math.inf:
+            raise self.error(f"{key!r} must be a finite number above zero, not {value}")
+        return value
 
     def optional_whole(self, key: str) -> int | None:
         """A whole number, or None when not given."""
         return None if self.values.get(key) is None else self.whole(key)
 
-    def optional_real(self, key: str) -> float | None:
-        """A number, or None when not given."""
-        return None if self.values.get(key) is None else self.real(key)
+    def optional_positive(self, key: str) -> float | None:
+        """A finite number above zero, or None when it is zero or not given."""
+        return self.positive(key) if self.values.get(key) else None
 
     def ids(self, key: str) -> tuple[int, ...]:
         """Token ids: one, several or none."""

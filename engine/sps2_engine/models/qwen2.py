@@ -20,18 +20,20 @@ def qwen_sliding_window(fields: Fields) -> int | None:
         CheckpointError: if a layer attends in a way that is neither full nor windowed.
     """
     layer_types = fields.values.get("layer_types") or _layer_types(fields)
-    other = set(layer_types) - {FULL_ATTENTION, SLIDING_ATTENTION}
+    if not isinstance(layer_types, list):
+        raise fields.error(f"'layer_types' must be a list of names, not {layer_types!r}")
+    other = [name for name in layer_types if name not in (FULL_ATTENTION, SLIDING_ATTENTION)]
     if other:
-        raise fields.error(f"layer type {min(other)!r} is not supported; use a checkpoint without it")
+        raise fields.error(f"layer type {other[0]!r} is not supported; use a checkpoint without it")
     if not fields.flag("use_sliding_window", default=False) or SLIDING_ATTENTION not in layer_types:
         return None
     return fields.optional_whole("sliding_window")
 
 
 def _layer_types(fields: Fields) -> list[str]:
-    num_full = fields.whole("max_window_layers")
-    num_sliding = fields.whole("num_hidden_layers") - num_full
-    return [FULL_ATTENTION] * num_full + [SLIDING_ATTENTION] * max(num_sliding, 0)
+    num_layers = fields.whole("num_hidden_layers")
+    num_full = min(fields.whole("max_window_layers"), num_layers)
+    return [FULL_ATTENTION] * num_full + [SLIDING_ATTENTION] * (num_layers - num_full)
 
 
 def _traits(fields: Fields) -> Traits:

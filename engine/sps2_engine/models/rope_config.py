@@ -27,7 +27,7 @@ def read_rope(fields: Fields) -> tuple[RopeSpec, int]:
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in _READERS:
         raise rope.error(f"RoPE type {kind!r} is not supported; use one of {', '.join(sorted(_READERS))}")
-    if rope.real("partial_rotary_factor", 1.0) != 1.0:
+    if rope.positive("partial_rotary_factor", 1.0) != 1.0:
         raise rope.error("heads that are rotated in part are not supported; use another checkpoint")
     return _READERS[kind](rope)
 
@@ -51,22 +51,22 @@ def _rope_fields(fields: Fields) -> Fields:
 
 
 def _default(rope: Fields) -> tuple[RopeSpec, int]:
-    return DefaultRope(rope.real("rope_theta")), rope.whole("max_position_embeddings")
+    return DefaultRope(rope.positive("rope_theta")), rope.whole("max_position_embeddings")
 
 
 def _linear(rope: Fields) -> tuple[RopeSpec, int]:
     # By convention the config keeps the length before stretching.
-    spec = LinearRope(rope.real("rope_theta"), rope.real("factor"))
+    spec = LinearRope(rope.positive("rope_theta"), rope.positive("factor"))
     return spec, int(rope.whole("max_position_embeddings") * spec.factor)
 
 
 def _llama3(rope: Fields) -> tuple[RopeSpec, int]:
     max_position = rope.whole("max_position_embeddings")
     spec = Llama3Rope(
-        theta=rope.real("rope_theta"),
-        factor=rope.real("factor"),
-        low_freq_factor=rope.real("low_freq_factor"),
-        high_freq_factor=rope.real("high_freq_factor"),
+        theta=rope.positive("rope_theta"),
+        factor=rope.positive("factor"),
+        low_freq_factor=rope.positive("low_freq_factor"),
+        high_freq_factor=rope.positive("high_freq_factor"),
         original_max_position=rope.whole("original_max_position_embeddings", max_position),
     )
     return spec, max_position
@@ -75,15 +75,17 @@ def _llama3(rope: Fields) -> tuple[RopeSpec, int]:
 def _yarn(rope: Fields) -> tuple[RopeSpec, int]:
     max_position = rope.whole("max_position_embeddings")
     original = rope.whole("original_max_position_embeddings", max_position)
-    factor = rope.real("factor", max_position / original)
-    mscale, mscale_all_dim = rope.optional_real("mscale"), rope.optional_real("mscale_all_dim")
+    factor = rope.positive("factor", max_position / original)
+    mscale, mscale_all_dim = rope.optional_positive("mscale"), rope.optional_positive("mscale_all_dim")
     spec = YarnRope(
-        theta=rope.real("rope_theta"),
+        theta=rope.positive("rope_theta"),
         factor=factor,
         original_max_position=original,
-        attention_factor=rope.real("attention_factor", yarn_attention_factor(factor, mscale, mscale_all_dim)),
-        beta_fast=rope.optional_real("beta_fast") or 32.0,
-        beta_slow=rope.optional_real("beta_slow") or 1.0,
+        attention_factor=rope.positive(
+            "attention_factor", yarn_attention_factor(factor, mscale, mscale_all_dim)
+        ),
+        beta_fast=rope.optional_positive("beta_fast") or 32.0,
+        beta_slow=rope.optional_positive("beta_slow") or 1.0,
         truncate=rope.flag("truncate", default=True),
     )
     # Some publish the stretched length, some (Qwen2.5) the original one and a factor.

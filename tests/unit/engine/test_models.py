@@ -1,6 +1,5 @@
 """The generic decoder against transformers, on tiny checkpoints of every family."""
 
-import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sps2_engine.layers import rows
 from sps2_engine.models import (
-    CheckpointError,
     Decoder,
     ModelConfig,
     load_decoder,
     random_decoder,
-    read_model_config,
 )
 from support.checkpoints import BOS_ID, EOS_ID, FAMILIES, VOCAB_SIZE, make_tiny_checkpoint
 
@@ -173,105 +170,6 @@ def test_random_decoder_is_reproducible_and_sane() -> None:
     assert torch.equal(first, logits_of(random_decoder(config, 7, torch.float32, CPU), tokens()))
     assert not torch.equal(first, logits_of(random_decoder(config, 8, torch.float32, CPU), tokens()))
     assert 0.1 < first.std() < 10
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_num_parameters(family: str, tied: bool, tmp_path: Path) -> None:
-    make_tiny_checkpoint(tmp_path, family, tie_word_embeddings=tied)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert read_model_config(tmp_path).num_parameters == sum(p.numel() for p in model.parameters())
-
-
-WINDOW_ON: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 64, "layer_types": ...}
-
-
-def rewrite(folder: Path, **changes: Any) -> Path:
-    """Changes keys of config.json; the value ... removes one."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("mistral", {"sliding_window": 4096}),
-        ("mistral", {"sliding_window": ...}),  # the family's default is a window
-        ("qwen2", {**WINDOW_ON, "max_window_layers": 1}),
-        ("qwen3", {**WINDOW_ON, "layer_types": ["full_attention", "sliding_attention"]}),
-    ],
-)
-def test_active_sliding_window_is_refused(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    rewrite(make_tiny_checkpoint(tmp_path, family), **changes)
-    with pytest.raises(CheckpointError, match=r"config.json: .* sliding window of \d+ tokens"):
-        read_model_config(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("mistral", {"sliding_window": None}),
-        ("mistral", {"sliding_window": 65_536}),
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 64}),
-        ("qwen2", {**WINDOW_ON, "max_window_layers": 2}),
-        ("qwen3", {**WINDOW_ON, "max_window_layers": 0, "sliding_window": 65_536}),
-        ("qwen3", {**WINDOW_ON, "max_window_layers": 0, "sliding_window": None}),
-    ],
-)
-def test_idle_sliding_window_is_served(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    rewrite(make_tiny_checkpoint(tmp_path, family), **changes)
-    assert read_model_config(tmp_path).num_layers == 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM'.* not supported; these are: Llama"),
-        ({"architectures": ...}, "architecture None is not supported"),
-        ({"hidden_size": ...}, "'hidden_size' is missing"),
-        ({"hidden_size": "64"}, "'hidden_size' must be a whole number, not '64'"),
-        ({"num_hidden_layers": True}, "'num_hidden_layers' must be a whole number"),
-        ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
-        ({"num_attention_heads": 0, "num_key_value_heads": 0, "head_dim": ...}, "config.json: "),
-        ({"vocab_size": 0}, "vocab_size must be at least 1"),
-        ({"head_dim": 15}, "head_dim must be even"),
-        ({"hidden_act": "gelu"}, "'gelu' is not supported"),
-        ({"eos_token_id": "</s>"}, "'eos_token_id' must be a token id"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights are not supported"),
-    ],
-)
-def test_config_faults_are_one_clear_line(
-    changes: dict[str, Any], message: str, llama: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
-    with pytest.raises(CheckpointError, match=message) as refused:
-        read_model_config(rewrite(tmp_path, **changes))
-    assert "\n" not in str(refused.value)
-
-
-def test_qwen_layer_types_must_be_known(tmp_path: Path) -> None:
-    make_tiny_checkpoint(tmp_path, "qwen3")
-    with pytest.raises(CheckpointError, match="'chunked_attention' is not supported"):
-        read_model_config(rewrite(tmp_path, layer_types=["full_attention", "chunked_attention"]))
-
-
-def test_family_defaults_fill_what_old_configs_leave_out(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
-    rewrite(tmp_path, num_key_value_heads=..., head_dim=..., max_position_embeddings=..., rms_norm_eps=...)
-    rewrite(tmp_path, bos_token_id=..., eos_token_id=..., rope_parameters=..., tie_word_embeddings=...)
-    config = read_model_config(tmp_path)
-    assert (config.num_kv_heads, config.head_dim, config.max_position) == (4, 16, 2048)
-    assert (config.bos_id, config.eos_ids) == (1, (2,))
-
-
-def test_end_tokens_of_the_generation_config_win(llama: Path, tmp_path: Path) -> None:
-    assert read_model_config(llama).bos_id == BOS_ID
-    assert read_model_config(llama).eos_ids == (EOS_ID,)
-    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [257, 3]}')
-    assert read_model_config(tmp_path).eos_ids == (257, 3)
 
 
 def test_byte_tokenizer_keeps_every_text(llama: Path) -> None:
