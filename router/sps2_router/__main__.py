@@ -1,0 +1,41 @@
+"""python -m sps2_router: one router process."""
+
+import asyncio
+import sys
+
+from sps2_router.app import Router, served_model
+from sps2_router.config import RouterConfig
+from sps2_router.tokenizer import ModelTokenizer, TokenizerAbsentError
+from sps2_service.config import load_config
+from sps2_service.directory_client import DirectoryClient
+from sps2_service.model_folder import ModelFolder, ModelFolderError
+from sps2_service.run import prepare_process, run_service
+
+EXAMPLES = ("--listen 0.0.0.0:50051 --directory 127.0.0.1:50060 --model models/demo",)
+
+
+async def serve(config: RouterConfig) -> int:
+    """Runs until SIGTERM; the exit code."""
+    model = served_model(ModelFolder(config.model), config.model_name)
+    tokenizer = ModelTokenizer.from_folder(config.model, config.tokenizer_threads)
+    async with DirectoryClient(config.directory) as directory:
+        router = Router(config, model, tokenizer, directory.membership())
+        try:
+            return await run_service(router.server, config, background=router.follow, drain=router.drain)
+        finally:
+            await router.close()
+
+
+def main() -> int:
+    """Entry point; exit code 1 and one line for a model folder that cannot be served."""
+    config = load_config(RouterConfig, prog="python -m sps2_router", examples=EXAMPLES)
+    prepare_process("router", config)
+    try:
+        return asyncio.run(serve(config))
+    except (ModelFolderError, TokenizerAbsentError) as error:
+        sys.stderr.write(f"sps2_router: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The router's parts, wired together; and its life: follow the directory, drain."""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from sps2.v1 import (
+    cluster_service_pb2,
+    inference_service_pb2,
+    model_service_pb2,
+    tokenizer_service_pb2,
+)
+from sps2_router.admission import Admission
+from sps2_router.channels import LeaderChannels
+from sps2_router.cluster_servicer import ClusterServicer
+from sps2_router.config import RouterConfig
+from sps2_router.dispatch import Dispatcher
+from sps2_router.front_door import FrontDoor
+from sps2_router.model_servicer import ModelServicer
+from sps2_router.policies.base import Policy
+from sps2_router.policies.least_loaded import LeastLoaded
+from sps2_router.scheduler import Scheduler
+from sps2_router.servicer import InferenceServicer
+from sps2_router.tokenizer import ModelTokenizer
+from sps2_router.tokenizer_servicer import TokenizerServicer
+from sps2_router.types import ServedModel
+from sps2_service.directory_client import Membership
+from sps2_service.errors import Unavailable
+from sps2_service.model_folder import ModelFolder
+from sps2_service.server import ServiceServer
+
+POLICIES: dict[str, Callable[[], Policy]] = {"least_loaded": LeastLoaded}
+
+# How often health is looked at besides every change of the view: it also depends on time alone.
+HEALTH_INTERVAL_S = 0.5
+
+log = structlog.get_logger(__name__)
+
+
+class RouterServer(ServiceServer):
+    """A server that is SERVING only while there are groups to serve with."""
+
+    def __init__(self, *, ready: Callable[[], bool], with_reflection: bool = False) -> None:
+        super().__init__(with_reflection=with_reflection)
+        self._ready = ready
+        self._wanted = False
+        self._said: bool | None = None
+
+    async def set_serving(self, serving: bool) -> None:
+        """Sets what health says when there are ready groups; without them it is NOT_SERVING."""
+        self._wanted = serving
+        await self.refresh()
+
+    async def refresh(self) -> None:
+        """Says what holds now, if that is news."""
+        now = self._wanted and self._ready()
+        if now != self._said:
+            self._said = now
+            await super().set_serving(now)
+
+
+class Router:
+    """One router. Made inside a running event loop; `server` is to be run, with `follow` beside it."""
+
+    def __init__(
+        self, config: RouterConfig, model: ServedModel, tokenizer: ModelTokenizer, view: Membership
+    ) -> None:
+        self._view = view
+        self._tokenizer = tokenizer
+        self._admission = Admission(config.admission_limits)
+        self._scheduler = Scheduler(
+            view, POLICIES[config.policy](), model.model_hash, config.scheduler_limits
+        )
+        self._channels = LeaderChannels(self._live_addresses)
+        dispatcher = Dispatcher(
+            self._admission, self._scheduler, self._channels, tokenizer, config.retry_limits
+        )
+        door = FrontDoor(model, tokenizer, self._admission, dispatcher, config.time_limits)
+        self.server = RouterServer(ready=self._ready, with_reflection=config.reflection)
+        for servicer, file, name in (
+            (InferenceServicer(door, self._admission), inference_service_pb2, "InferenceService"),
+            (ModelServicer(model), model_service_pb2, "ModelService"),
+            (TokenizerServicer(model, tokenizer), tokenizer_service_pb2, "TokenizerService"),
+            (ClusterServicer(view, self._admission, self._scheduler), cluster_service_pb2, "ClusterService"),
+        ):
+            self.server.add(servicer, file.DESCRIPTOR.services_by_name[name])
+
+    async def follow(self) -> None:
+        """Keeps the view, the scheduler and health up to date, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._view.run())
+            tasks.create_task(self._follow_changes())
+
+    async def _follow_changes(self) -> None:
+        while True:
+            self._scheduler.wake()
+            await self.server.refresh()
+            try:
+                async with asyncio.timeout(HEALTH_INTERVAL_S), self._view.changed:
+                    await self._view.changed.wait()
+            except TimeoutError:
+                continue
+
+    async def drain(self) -> None:
+        """Takes nothing new, and returns when the last live request has ended."""
+        self._admission.drain()
+        await self.server.set_serving(False)
+        log.info("finishing live requests", count=self._admission.num_live)
+        await self._admission.wait_empty()
+
+    async def close(self) -> None:
+        """Closes what was opened; after the server has stopped."""
+        await self._channels.close()
+        self._tokenizer.close()
+
+    def _ready(self) -> bool:
+        try:
+            self._scheduler.check_ready()
+        except Unavailable:
+            return False
+        return True
+
+    def _live_addresses(self) -> list[str]:
+        return [worker.grpc_address for worker in self._view.workers.values()]
+
+
+def served_model(folder: ModelFolder, name: str) -> ServedModel:
+    """The model of a folder, under `name` or, when that is empty, the folder's own."""
+    return ServedModel(
+        name=name or folder.name,
+        model_hash=folder.model_hash,
+        context_length=folder.context_length,
+        vocabulary_size=folder.vocab_size,
+        eos_token_ids=folder.eos_token_ids,
+    )

@@ -1,0 +1,30 @@
+"""ClusterService on the wire: the router's view of the cluster, for operators."""
+
+from typing import Any
+
+import grpc
+
+from sps2.v1 import cluster_service_pb2 as pb
+from sps2_router.admission import Admission
+from sps2_router.scheduler import Scheduler, WorkersView
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ClusterServicer:
+    """Serves sps2.v1.ClusterService."""
+
+    def __init__(self, view: WorkersView, admission: Admission, scheduler: Scheduler) -> None:
+        self._view = view
+        self._admission = admission
+        self._scheduler = scheduler
+
+    async def GetClusterState(self, _: pb.GetClusterStateRequest, __: Context) -> pb.GetClusterStateResponse:  # noqa: N802
+        """See cluster_service.proto."""
+        workers = self._view.workers
+        return pb.GetClusterStateResponse(
+            workers=[workers[worker_id] for worker_id in sorted(workers)],
+            directory_connected=self._view.connected,
+            num_requests_live=self._admission.num_live,
+            num_requests_by_group=self._scheduler.num_requests_by_group,
+        )

@@ -1,0 +1,63 @@
+"""The router's flags."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sps2_router.admission import AdmissionLimits
+from sps2_router.front_door import TimeLimits
+from sps2_router.retries import RetryLimits
+from sps2_router.scheduler import SchedulerLimits
+from sps2_service.config import ServiceConfig, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(ServiceConfig):
+    """The router of SPS2: the public gRPC service."""
+
+    model: Path = setting()  # noqa: RUF009 - makes a field
+    """Folder of the served model; its tokenizer and config are read, never its weights."""
+    directory: str = setting()
+    """HOST:PORT of the KV directory."""
+    model_name: str = ""
+    """Name that requests use; empty: the folder's name."""
+    policy: Literal["least_loaded"] = "least_loaded"
+    """How groups are picked."""
+    max_queued_tokens: int = setting(AdmissionLimits.max_queued_tokens, minimum=1)
+    """Prompt tokens that may wait for their prefill; more are refused, one request alone never."""
+    max_live_requests: int = setting(AdmissionLimits.max_live_requests, minimum=1)
+    """Requests that are served at once; more are refused."""
+    prefills_per_group: int = setting(SchedulerLimits.prefills_per_group, minimum=1)
+    """Requests that one prefill group holds at once; the rest waits here, without KV."""
+    regroup_wait_s: float = setting(SchedulerLimits.regroup_wait_s, minimum=0)
+    """Seconds that a request which lost its group waits for another one."""
+    max_attempts: int = setting(RetryLimits.max_attempts, minimum=1)
+    """Attempts per request; after the first token there is no other one."""
+    admission_wait_s: float = setting(RetryLimits.admission_wait_s, minimum=0)
+    """Seconds that a request waits for room on a decode group."""
+    max_request_s: float = setting(TimeLimits.total_s, minimum=1)
+    """Longest life of a request, in seconds."""
+    max_silence_s: float = setting(TimeLimits.silence_s, minimum=1)
+    """Longest time without any event of a request, in seconds."""
+    tokenizer_threads: int = setting(2, minimum=1, maximum=64)
+    """Prompts that are tokenized at once."""
+
+    @property
+    def admission_limits(self) -> AdmissionLimits:
+        """For Admission."""
+        return AdmissionLimits(self.max_queued_tokens, self.max_live_requests)
+
+    @property
+    def scheduler_limits(self) -> SchedulerLimits:
+        """For Scheduler."""
+        return SchedulerLimits(self.prefills_per_group, self.regroup_wait_s)
+
+    @property
+    def retry_limits(self) -> RetryLimits:
+        """For Retries."""
+        return RetryLimits(self.max_attempts, self.admission_wait_s)
+
+    @property
+    def time_limits(self) -> TimeLimits:
+        """For FrontDoor."""
+        return TimeLimits(self.max_request_s, self.max_silence_s)

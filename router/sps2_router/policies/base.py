@@ -1,0 +1,48 @@
+"""The interface of a routing policy.
+
+The scheduler calls `pick` on the event loop, once for each attempt that has its turn, with candidates that
+take requests right now. A policy is pure: same candidates and loads, same answer; no clock, no network.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sps2_router.types import Group, GroupPair
+
+
+@dataclass(frozen=True)
+class GroupLoad:
+    """What this router itself has running on a group: exact and immediate, unlike the group's own report."""
+
+    num_requests: int = 0
+    """Attempts that hold a place in the group."""
+    num_prompt_tokens: int = 0
+    """Their prompts' tokens."""
+
+
+NO_LOAD = GroupLoad()
+
+
+class Policy(ABC):
+    """Picks a pair of groups for a request."""
+
+    @abstractmethod
+    def pick(
+        self, prefill: Sequence[Group], decode: Sequence[Group], loads: Mapping[str, GroupLoad]
+    ) -> GroupPair | None:
+        """The pair to use, or None when no prefill candidate matches a decode candidate.
+
+        Args:
+            prefill: Ready prefill groups that have room.
+            decode: Ready decode groups.
+            loads: This router's own load by group name; groups without an entry have none.
+        """
+
+
+def match(prefill: Group, decode: Group) -> bool:
+    """Whether two groups can work together: the KV of one must be what the other expects."""
+    if prefill.leader is None or decode.leader is None:
+        return False
+    mine, theirs = prefill.leader.capabilities, decode.leader.capabilities
+    return mine.model_hash == theirs.model_hash and mine.dtype == theirs.dtype

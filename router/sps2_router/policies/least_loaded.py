@@ -1,0 +1,33 @@
+"""The default policy: the groups with the fewest requests."""
+
+from collections.abc import Mapping, Sequence
+
+from sps2_router.policies.base import NO_LOAD, GroupLoad, Policy, match
+from sps2_router.types import Group, GroupPair
+
+
+class LeastLoaded(Policy):
+    """Of all pairs that match, the one with the least loaded prefill group, then decode group.
+
+    A group's load is the larger of two counts of requests: this router's own, exact but blind to others',
+    and the leader's last report, which sees all but lags. Ties go to fewer tokens (prompt tokens waiting for
+    prefill, KV blocks in use for decode), then to the first name, so that the choice is reproducible.
+    """
+
+    def pick(
+        self, prefill: Sequence[Group], decode: Sequence[Group], loads: Mapping[str, GroupLoad]
+    ) -> GroupPair | None:
+        """See Policy."""
+        pairs = (GroupPair(p, d) for p in prefill for d in decode if match(p, d))
+        return min(
+            pairs, key=lambda pair: (_load(pair.prefill, loads), _load(pair.decode, loads)), default=None
+        )
+
+
+def _load(group: Group, loads: Mapping[str, GroupLoad]) -> tuple[int, int, str]:
+    own = loads.get(group.name, NO_LOAD)
+    assert group.leader is not None  # it matched
+    reported = group.leader.load
+    num_requests = max(own.num_requests, reported.num_requests_running + reported.num_requests_waiting)
+    num_tokens = max(own.num_prompt_tokens, reported.queued_tokens)
+    return num_requests, num_tokens + reported.kv_blocks_used, group.name

@@ -1,0 +1,89 @@
+"""Whether a failed attempt is followed by another one. Pure: no clock, no gRPC.
+
+The router is the one owner of retries. Before the commit point the client has seen nothing, so a failure of a
+worker is tried again, on other groups where there are some. "No room now" is no failure: it is waited out.
+"""
+
+from dataclasses import dataclass
+
+from sps2_router.handshake import Phase
+from sps2_router.types import GroupPair
+from sps2_service.errors import Aborted, ServiceError, Unavailable
+
+MIN_WAIT_S = 0.02
+MAX_WAIT_S = 1.0
+
+
+@dataclass(frozen=True)
+class RetryLimits:
+    """How long the router keeps trying."""
+
+    max_attempts: int = 3
+    """Attempts that may fail before the request does; waiting for room is none."""
+    admission_wait_s: float = 60.0
+    """Seconds that a request waits for room on a decode group."""
+    retry_after_s: float = 1.0
+    """What the client is told to wait when the router gives up."""
+
+
+class Retries:
+    """The history of one request's attempts."""
+
+    def __init__(self, limits: RetryLimits) -> None:
+        self._limits = limits
+        self._failed_groups: frozenset[str] = frozenset()
+        self._full_groups: frozenset[str] = frozenset()
+        self._waiting_since: float | None = None
+        self.num_failures = 0
+
+    @property
+    def avoid(self) -> frozenset[str]:
+        """Groups to pick only when there is no other."""
+        return self._failed_groups | self._full_groups
+
+    def after(self, error: ServiceError, phase: Phase, pair: GroupPair, now: float) -> float:
+        """Seconds to wait before the next attempt.
+
+        Args:
+            error: What ended the attempt.
+            phase: Where it was.
+            pair: Who served it.
+            now: Time in seconds, of any monotonic clock.
+
+        Raises:
+            ServiceError: there will be no other attempt; this goes to the client.
+        """
+        if isinstance(error, Unavailable) and error.retry_after is not None and phase is Phase.RESERVING:
+            return self._wait_for_room(error, error.retry_after, pair, now)
+        if not isinstance(error, Unavailable | Aborted):
+            raise error
+        self.num_failures += 1
+        self._failed_groups |= _to_blame(error, pair)
+        if self.num_failures >= self._limits.max_attempts:
+            raise self._given_up(error, f"{error.message} (attempt {self.num_failures}, the last)")
+        # The first retry is quick, as there may be another group; the next gives one time to re-form.
+        return MAX_WAIT_S if self.num_failures > 1 else MIN_WAIT_S
+
+    def _wait_for_room(self, error: ServiceError, retry_after: float, pair: GroupPair, now: float) -> float:
+        self._full_groups = frozenset({pair.decode.name})
+        self._waiting_since = now if self._waiting_since is None else self._waiting_since
+        waited = now - self._waiting_since
+        delay = min(max(retry_after, MIN_WAIT_S), MAX_WAIT_S)
+        if waited + delay > self._limits.admission_wait_s:
+            raise self._given_up(error, f"{error.message} (waited {waited:.1f} s for room)")
+        return delay
+
+    def _given_up(self, error: ServiceError, message: str) -> Unavailable:
+        return Unavailable(
+            error.reason,
+            message,
+            retry_after=error.retry_after or self._limits.retry_after_s,
+            metadata=error.metadata,
+        )
+
+
+def _to_blame(error: ServiceError, pair: GroupPair) -> frozenset[str]:
+    """The group of the component that the error names, or both."""
+    group = error.metadata.get("component", "").partition("/")[0]
+    both = frozenset({pair.prefill.name, pair.decode.name})
+    return both & {group} or both

@@ -1,0 +1,196 @@
+"""Gives each attempt its place: first come, first served, on the pair of groups that the policy picks.
+
+A prefill group takes only a few attempts of this router at once (one computes, one waits behind it), so that
+requests queue here, where they hold no KV, and are bound to a group as late as possible.
+Knows groups and counts; nothing about calls. Used on one event loop only.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from sps2.v1 import cluster_pb2
+from sps2_router.policies.base import NO_LOAD, GroupLoad, Policy, match
+from sps2_router.types import Group, GroupPair, group_workers
+from sps2_service.errors import Unavailable
+
+RETRY_AFTER_S = 1.0
+
+POOLS = {cluster_pb2.WORKER_ROLE_PREFILL: "prefill", cluster_pb2.WORKER_ROLE_DECODE: "decode"}
+
+
+class WorkersView(Protocol):
+    """What the router needs of the directory client's Membership."""
+
+    connected: bool
+    """Whether the view is being kept up; otherwise it is what was last heard."""
+
+    @property
+    def workers(self) -> Mapping[str, cluster_pb2.WorkerInfo]:
+        """Live workers by id, as last heard of."""
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """How the scheduler fills groups."""
+
+    prefills_per_group: int = 2
+    """Attempts that one prefill group holds at once; the rest waits in the router."""
+    regroup_wait_s: float = 10.0
+    """Seconds that a request which lost its group waits for a ready one; a new request does not wait."""
+    directory_away_s: float = 3.0
+    """Seconds that the last view is trusted while no directory answers; then workers fence themselves."""
+
+
+class Seat:
+    """One attempt's place in a pair of groups."""
+
+    def __init__(self, pair: GroupPair, num_prompt_tokens: int) -> None:
+        self.pair = pair
+        self.num_prompt_tokens = num_prompt_tokens
+        self.in_prefill = True
+
+
+class Scheduler:
+    """Seats attempts. `wake` it whenever the view changed."""
+
+    def __init__(self, view: WorkersView, policy: Policy, model_hash: str, limits: SchedulerLimits) -> None:
+        self._view = view
+        self._policy = policy
+        self._model_hash = model_hash
+        self._limits = limits
+        self._turn = asyncio.Lock()  # fair: its waiters are the queue
+        self._changed = asyncio.Event()
+        self._seats: set[Seat] = set()
+        self._now = asyncio.get_running_loop().time
+        self._followed_at = float("-inf")
+
+    def wake(self) -> None:
+        """Something changed: whoever is next looks again."""
+        if self._view.connected:
+            self._followed_at = self._now()
+        self._changed.set()
+
+    @property
+    def num_requests_by_group(self) -> dict[str, int]:
+        """Attempts that this router has on each group."""
+        return {name: load.num_requests for name, load in self._loads().items()}
+
+    def check_ready(self) -> None:
+        """Raises Unavailable, saying what is missing, unless some prefill and decode group match."""
+        if not self._view.connected and self._now() - self._followed_at > self._limits.directory_away_s:
+            raise _not_ready("the directory does not answer", "DIRECTORY_AWAY")
+        groups = group_workers(self._view.workers.values())
+        prefill, decode = self._candidates(groups)
+        for role, found in (
+            (cluster_pb2.WORKER_ROLE_PREFILL, prefill),
+            (cluster_pb2.WORKER_ROLE_DECODE, decode),
+        ):
+            if not found:
+                raise _not_ready(self._why_none(role, groups.values()))
+        if not any(match(p, d) for p in prefill for d in decode):
+            raise _not_ready("no ready prefill group matches a ready decode group in dtype")
+
+    @asynccontextmanager
+    async def seat(
+        self, num_prompt_tokens: int, avoid: frozenset[str] = frozenset(), *, patient: bool = False
+    ) -> AsyncIterator[Seat]:
+        """Waits for its turn and for a group with room, and holds the place while the block runs.
+
+        Args:
+            num_prompt_tokens: Counts as load.
+            avoid: Groups that are used only when there is no other.
+            patient: Wait for a pair of ready groups instead of failing when there is none.
+
+        Raises:
+            Unavailable: no ready groups.
+        """
+        if not patient:
+            self.check_ready()
+        async with self._turn:
+            seat = Seat(await self._next_pair(avoid, patient=patient), num_prompt_tokens)
+            self._seats.add(seat)
+        try:
+            yield seat
+        finally:
+            self._seats.remove(seat)
+            self.wake()
+
+    def leave_prefill(self, seat: Seat) -> None:
+        """The prefill group is through with it; another attempt may have its place there."""
+        seat.in_prefill = False
+        self.wake()
+
+    async def _next_pair(self, avoid: frozenset[str], *, patient: bool) -> GroupPair:
+        give_up_at = self._now() + (self._limits.regroup_wait_s if patient else 0.0)
+        while True:
+            self._changed.clear()
+            if (pair := self._pick(avoid)) is not None:
+                return pair
+            try:
+                self.check_ready()
+            except Unavailable:
+                if self._now() >= give_up_at:
+                    raise
+            try:
+                # Woken by every change; the timeout is for `give_up_at`.
+                await asyncio.wait_for(self._changed.wait(), 0.25)
+            except TimeoutError:
+                continue
+
+    def _pick(self, avoid: frozenset[str]) -> GroupPair | None:
+        loads = self._loads()
+        prefill, decode = self._candidates(group_workers(self._view.workers.values()))
+        free = [
+            g for g in prefill if loads.get(g.name, NO_LOAD).num_requests < self._limits.prefills_per_group
+        ]
+        liked = self._policy.pick(_without(free, avoid), _without(decode, avoid), loads)
+        if liked is not None:
+            return liked
+        # With a group left that is not to be avoided but full, waiting for it beats going back to a bad one.
+        if _without(prefill, avoid) and not _without(free, avoid):
+            return None
+        return self._policy.pick(_without(free, avoid) or free, _without(decode, avoid) or decode, loads)
+
+    def _candidates(self, groups: Mapping[str, Group]) -> tuple[list[Group], list[Group]]:
+        """Ready prefill groups and ready decode groups that serve our model."""
+        ready = [g for g in groups.values() if g.ready and self._serves_our_model(g)]
+        return (
+            [g for g in ready if g.role == cluster_pb2.WORKER_ROLE_PREFILL],
+            [g for g in ready if g.role == cluster_pb2.WORKER_ROLE_DECODE],
+        )
+
+    def _serves_our_model(self, group: Group) -> bool:
+        return group.leader is not None and group.leader.capabilities.model_hash == self._model_hash
+
+    def _loads(self) -> dict[str, GroupLoad]:
+        loads: dict[str, GroupLoad] = {}
+        for seat in self._seats:
+            groups = [seat.pair.decode, *([seat.pair.prefill] if seat.in_prefill else [])]
+            for group in groups:
+                load = loads.get(group.name, NO_LOAD)
+                loads[group.name] = GroupLoad(
+                    load.num_requests + 1, load.num_prompt_tokens + seat.num_prompt_tokens
+                )
+        return loads
+
+    def _why_none(self, role: cluster_pb2.WorkerRole.ValueType, groups: Iterable[Group]) -> str:
+        pool = POOLS[role]
+        mine = [group for group in groups if group.role == role]
+        if not mine:
+            return f"no ready {pool} group: none has registered"
+        if foreign := [group.name for group in mine if group.ready]:
+            return f"no ready {pool} group: {foreign[0]} serves a model with another hash"
+        num_ranks = sum(group.size for group in mine)
+        num_loading = num_ranks - sum(group.num_ready for group in mine)
+        return f"no ready {pool} group: {num_loading} of {num_ranks} ranks loading"
+
+
+def _without(groups: list[Group], avoid: frozenset[str]) -> list[Group]:
+    return [group for group in groups if group.name not in avoid]
+
+
+def _not_ready(message: str, reason: str = "NO_READY_GROUP") -> Unavailable:
+    return Unavailable(reason, f"{message}; try again", retry_after=RETRY_AFTER_S)

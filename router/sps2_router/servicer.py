@@ -1,0 +1,58 @@
+"""InferenceService on the wire: unpack, call, pack."""
+
+from typing import Any
+
+import grpc
+
+from sps2.v1 import inference_service_pb2 as pb
+from sps2_router.admission import Admission
+from sps2_router.front_door import FrontDoor
+from sps2_router.relay import Event
+from sps2_router.validation import check_request_id
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceServicer:
+    """Serves sps2.v1.InferenceService.
+
+    The streamed method writes by itself instead of yielding: a cancellation then arrives inside of it, and a
+    typed error can take its place, also while a client that does not read holds up a write.
+    """
+
+    def __init__(self, door: FrontDoor, admission: Admission) -> None:
+        self._door = door
+        self._admission = admission
+
+    async def GenerateText(  # noqa: N802
+        self, request: pb.GenerateTextRequest, context: Context
+    ) -> pb.GenerateTextResponse:
+        """See inference_service.proto."""
+        answer = pb.GenerateTextResponse()
+        texts: list[str] = []
+
+        async def add(event: Event) -> None:
+            match event.WhichOneof("event"):
+                case "delta":
+                    texts.append(event.delta.text)
+                    answer.token_ids.extend(event.delta.token_ids)
+                case "finish":
+                    answer.finish.CopyFrom(event.finish)
+                case "usage":
+                    answer.usage.CopyFrom(event.usage)
+
+        answer.request_id = await self._door.generate(request.spec, context.time_remaining(), add)
+        answer.text = "".join(texts)
+        return answer
+
+    async def StreamGenerateText(self, request: pb.StreamGenerateTextRequest, context: Context) -> None:  # noqa: N802
+        """See inference_service.proto."""
+        await self._door.generate(request.spec, context.time_remaining(), context.write)
+
+    async def CancelGeneration(  # noqa: N802
+        self, request: pb.CancelGenerationRequest, _: Context
+    ) -> pb.CancelGenerationResponse:
+        """See inference_service.proto."""
+        check_request_id(request.request_id, "request_id")
+        self._admission.cancel(request.request_id)
+        return pb.CancelGenerationResponse()

@@ -1,0 +1,64 @@
+"""The served model's tokenizer, off the event loop.
+
+`tokenizers` releases the GIL while it works, so threads of a small pool keep a long prompt from stopping the
+token path. transformers is not used: importing it takes seconds and may import torch.
+"""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+DEFAULT_THREADS = 2
+
+
+class TokenizerAbsentError(OSError):
+    """The model folder has no readable tokenizer.json."""
+
+
+class ModelTokenizer:
+    """Encodes prompts and decodes answers. Close it at the end."""
+
+    def __init__(self, tokenizer: Tokenizer, num_threads: int = DEFAULT_THREADS) -> None:
+        """`num_threads`: prompts that are tokenized at once; more wait their turn."""
+        self._tokenizer = tokenizer
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @classmethod
+    def from_folder(cls, folder: Path, num_threads: int = DEFAULT_THREADS) -> "ModelTokenizer":
+        """Reads `tokenizer.json` of a model folder.
+
+        Raises:
+            TokenizerAbsentError: the file is missing or no tokenizer.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerAbsentError(f"{path} is missing: the router needs the model's fast tokenizer")
+        try:
+            return cls(Tokenizer.from_file(str(path)), num_threads)
+        except Exception as error:  # tokenizers raises bare Exception for everything
+            raise TokenizerAbsentError(f"{path} is no tokenizer: {error}") from error
+
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer's config adds."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, text)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    async def decode_all(self, token_ids: list[int]) -> str:
+        """Text of many ids, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self.decode, token_ids)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of a few ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def close(self) -> None:
+        """Ends the threads; what is being tokenized finishes, what waits is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

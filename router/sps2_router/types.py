@@ -1,0 +1,137 @@
+"""The router's nouns: the model it serves, a checked request, the groups that can serve it.
+
+Plain data with invariants; knows nothing about gRPC calls, clocks or tokenizing.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sps2.v1 import cluster_pb2
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The one model of this deployment."""
+
+    name: str
+    """Name that requests use."""
+    model_hash: str
+    """Hexadecimal; a group whose hash differs serves something else and is never picked."""
+    context_length: int
+    """Most tokens of prompt and output together."""
+    vocabulary_size: int
+    """Token ids are in [0, vocabulary_size)."""
+    eos_token_ids: tuple[int, ...]
+    """Ids that end a stream unless the request ignores them."""
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """How tokens are chosen and when a choice ends; every value resolved."""
+
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    """In (0, 1]; 1 is off."""
+    top_k: int
+    """-1 is off."""
+    seed: int
+    """Of the counter-based random numbers, in [0, 2^64)."""
+    stop_token_ids: tuple[int, ...]
+    """Ids that end the choice, the model's own end tokens included; never text."""
+    max_tokens: int
+    """Most tokens to generate, >= 1."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One admitted request. Everything that an attempt needs is in here, so attempts are alike."""
+
+    request_id: str
+    """Unique among this router's live requests."""
+    prompt_ids: Sequence[int]
+    """The prompt's token ids, at least one."""
+    choice: TokenChoice
+    """How it is answered."""
+
+    def __post_init__(self) -> None:
+        """A request without a prompt cannot be served."""
+        if not self.prompt_ids:
+            raise ValueError("a request has at least one prompt token")
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_ids)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of one group as the membership view has them."""
+
+    name: str
+    """For example "decode-0"."""
+    role: cluster_pb2.WorkerRole.ValueType
+    """Pool."""
+    workers: tuple[cluster_pb2.WorkerInfo, ...]
+    """Ranks that hold a lease, by rank; may be fewer than `size`."""
+
+    @property
+    def size(self) -> int:
+        """Ranks that the group should have."""
+        return max(worker.group_size for worker in self.workers)
+
+    @property
+    def leader(self) -> cluster_pb2.WorkerInfo | None:
+        """Rank 0, the one that takes requests; None while it holds no lease."""
+        first = self.workers[0]
+        return first if first.rank == 0 else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests: its leader is READY, which it is only while the group stands."""
+        leader = self.leader
+        return leader is not None and leader.state == cluster_pb2.WORKER_STATE_READY
+
+    @property
+    def num_ready(self) -> int:
+        """Ranks that are READY."""
+        return sum(worker.state == cluster_pb2.WORKER_STATE_READY for worker in self.workers)
+
+
+@dataclass(frozen=True)
+class GroupPair:
+    """A prefill and a decode group that work together: same model, same element type, both ready."""
+
+    prefill: Group
+    """Computes the prompt."""
+    decode: Group
+    """Decodes."""
+
+    def __post_init__(self) -> None:
+        """A pair without both leaders takes no request."""
+        if self.prefill.leader is None or self.decode.leader is None:
+            raise ValueError("a pair needs both leaders")
+
+    @property
+    def prefill_leader(self) -> cluster_pb2.WorkerInfo:
+        """Rank 0 of the prefill group."""
+        assert self.prefill.leader is not None
+        return self.prefill.leader
+
+    @property
+    def decode_leader(self) -> cluster_pb2.WorkerInfo:
+        """Rank 0 of the decode group."""
+        assert self.decode.leader is not None
+        return self.decode.leader
+
+
+def group_workers(workers: Iterable[cluster_pb2.WorkerInfo]) -> Mapping[str, Group]:
+    """The groups that the workers form, by name in name order."""
+    by_group: dict[str, list[cluster_pb2.WorkerInfo]] = {}
+    for worker in workers:
+        by_group.setdefault(worker.group, []).append(worker)
+    return {
+        name: Group(name, members[0].role, tuple(sorted(members, key=lambda worker: worker.rank)))
+        for name, members in sorted(by_group.items())
+    }

@@ -1,0 +1,174 @@
+"""What a GenerationSpec must be, field by field. Pure: no clock, no tokenizer, no state.
+
+Two steps, because tokenizing lies between them: `check_fields` looks at everything that needs no prompt ids
+and is cheap; `resolve` looks at the ids and fills in what was left unset. Messages say what to send instead.
+"""
+
+import math
+from collections.abc import Sequence
+
+from sps2.v1 import generation_pb2
+from sps2_router.types import Request, ServedModel, TokenChoice
+from sps2_service.errors import FieldViolation, InvalidArgument, NotFound, OutOfRange
+
+MAX_REQUEST_ID_CHARS = 64
+MAX_NONCE_BYTES = 32
+MAX_STOP_TOKEN_IDS = 64
+DEFAULT_MAX_TOKENS = 256
+
+
+def check_fields(spec: generation_pb2.GenerationSpec, model: ServedModel) -> None:
+    """Everything about a spec that needs no tokenizing.
+
+    Raises:
+        NotFound: the model is not served.
+        InvalidArgument: a field is wrong; names it.
+    """
+    check_request_id(spec.request_id, "spec.request_id", may_be_empty=True)
+    if len(spec.nonce) > MAX_NONCE_BYTES:
+        raise InvalidArgument.of_field(
+            "spec.nonce", f"is {len(spec.nonce)} bytes long; use at most {MAX_NONCE_BYTES}"
+        )
+    check_model(spec.model, model)
+    _check_prompt(spec, model)
+    _check_sampling(spec.sampling)
+    _check_stop(spec.stop, model)
+
+
+def check_request_id(request_id: str, field: str, *, may_be_empty: bool = False) -> None:
+    """Ids are 1 to 64 printable ASCII characters; raises InvalidArgument naming `field`."""
+    if not request_id and not may_be_empty:
+        raise InvalidArgument.of_field(field, "is empty; name the request")
+    if len(request_id) > MAX_REQUEST_ID_CHARS:
+        raise InvalidArgument.of_field(
+            field, f"is {len(request_id)} characters long; use at most {MAX_REQUEST_ID_CHARS}"
+        )
+    if not (request_id.isascii() and (request_id.isprintable() or not request_id)):
+        raise InvalidArgument.of_field(field, "holds control or non-ASCII characters; use printable ASCII")
+
+
+def check_model(name: str, model: ServedModel) -> None:
+    """Raises NotFound unless `name` is empty or the served model's."""
+    if name and name != model.name:
+        shown = name[:64].encode("ascii", "replace").decode()
+        raise NotFound(
+            "MODEL_NOT_FOUND",
+            f"model {shown!r} is not served here; leave spec.model empty or set it to {model.name!r}",
+            metadata={"model": model.name},
+        )
+
+
+def _check_prompt(spec: generation_pb2.GenerationSpec, model: ServedModel) -> None:
+    match spec.WhichOneof("prompt"):
+        case "text":
+            if not spec.text:
+                raise InvalidArgument.of_field("spec.text", "is empty; send at least one character")
+        case "token_ids":
+            ids = spec.token_ids.ids
+            if not ids:
+                raise InvalidArgument.of_field("spec.token_ids.ids", "is empty; send at least one token id")
+            check_token_ids(ids, "spec.token_ids.ids", model)
+        case _:
+            raise InvalidArgument.of_field("spec.prompt", "is missing; set one of text and token_ids")
+
+
+def check_token_ids(ids: Sequence[int], field: str, model: ServedModel) -> None:
+    """Raises InvalidArgument that names the first id outside of the vocabulary, as `field[index]`."""
+    if ids and (min(ids) < 0 or max(ids) >= model.vocabulary_size):  # two passes in C, no loop in Python
+        index = next(i for i, one in enumerate(ids) if not 0 <= one < model.vocabulary_size)
+        raise InvalidArgument.of_field(
+            f"{field}[{index}]",
+            f"is {ids[index]}; {model.name!r} has token ids from 0 to {model.vocabulary_size - 1}",
+        )
+
+
+def _check_sampling(sampling: generation_pb2.SamplingSpec) -> None:
+    temperature, top_p, top_k = sampling.temperature, sampling.top_p, sampling.top_k
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InvalidArgument.of_field(
+            "spec.sampling.temperature", f"is {temperature:g}; send a finite number >= 0 (0 is greedy)"
+        )
+    if sampling.HasField("top_p") and not 0 < top_p <= 1:  # also refuses NaN
+        raise InvalidArgument.of_field("spec.sampling.top_p", f"is {top_p:g}; send a number in (0, 1]")
+    if top_k < -1:
+        raise InvalidArgument.of_field("spec.sampling.top_k", f"is {top_k}; send -1 or 0 (off) or more")
+
+
+def _check_stop(stop: generation_pb2.StopSpec, model: ServedModel) -> None:
+    if stop.HasField("max_tokens") and stop.max_tokens <= 0:
+        raise InvalidArgument.of_field(
+            "spec.stop.max_tokens", f"is {stop.max_tokens}; send at least 1, or leave it unset"
+        )
+    if len(stop.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidArgument.of_field(
+            "spec.stop.stop_token_ids",
+            f"has {len(stop.stop_token_ids)} ids; send at most {MAX_STOP_TOKEN_IDS}",
+        )
+    check_token_ids(stop.stop_token_ids, "spec.stop.stop_token_ids", model)
+
+
+def resolve(
+    spec: generation_pb2.GenerationSpec,
+    request_id: str,
+    prompt_ids: Sequence[int],
+    model: ServedModel,
+    drawn_seed: int,
+) -> Request:
+    """The request that a checked spec asks for, with every default filled in.
+
+    Args:
+        spec: Passed `check_fields`.
+        request_id: The spec's own, or a drawn one.
+        prompt_ids: The spec's ids, or those of its text.
+        model: The served model.
+        drawn_seed: Used when the spec has none.
+
+    Raises:
+        OutOfRange: prompt and max_tokens together are longer than the context.
+        InvalidArgument: the text has no tokens.
+    """
+    if not prompt_ids:
+        raise InvalidArgument.of_field("spec.text", "has no tokens; send text that is not empty")
+    max_tokens = _fit(spec.stop, len(prompt_ids), model.context_length)
+    eos = () if spec.stop.ignore_eos else model.eos_token_ids
+    sampling = spec.sampling
+    choice = TokenChoice(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+        top_k=sampling.top_k or -1,
+        seed=sampling.seed if sampling.HasField("seed") else drawn_seed,
+        stop_token_ids=tuple(dict.fromkeys((*eos, *spec.stop.stop_token_ids))),
+        max_tokens=max_tokens,
+    )
+    return Request(request_id, prompt_ids, choice)
+
+
+def _fit(stop: generation_pb2.StopSpec, num_prompt_tokens: int, context_length: int) -> int:
+    """The number of tokens to generate at most."""
+    room = context_length - num_prompt_tokens
+    if room < 1:
+        raise _too_long(
+            "spec.prompt",
+            f"has {num_prompt_tokens} tokens; the context of {context_length} takes at most "
+            f"{context_length - 1} and one of output: shorten it",
+            context_length,
+        )
+    if not stop.HasField("max_tokens"):
+        return min(DEFAULT_MAX_TOKENS, room)
+    if stop.max_tokens > room:
+        raise _too_long(
+            "spec.stop.max_tokens",
+            f"is {stop.max_tokens}; after a prompt of {num_prompt_tokens} tokens the context of "
+            f"{context_length} has room for {room}: ask for fewer or shorten the prompt",
+            context_length,
+        )
+    return stop.max_tokens
+
+
+def _too_long(field: str, description: str, context_length: int) -> OutOfRange:
+    return OutOfRange(
+        "CONTEXT_LENGTH_EXCEEDED",
+        f"{field}: {description}",
+        violations=[FieldViolation(field, description)],
+        metadata={"context_length": str(context_length)},
+    )

@@ -1,0 +1,41 @@
+"""What a failed call to a worker means: the worker's own typed error, or the loss of the worker."""
+
+import grpc
+
+from sps2.v1 import cluster_pb2
+from sps2_service.errors import Cancelled, DeadlineExceeded, Internal, ServiceError, Unavailable
+from sps2_service.status import from_rpc_error
+
+
+def worker_error(error: grpc.RpcError, worker: cluster_pb2.WorkerInfo) -> ServiceError:
+    """The error to act on when a call to `worker` failed.
+
+    The worker's own errors pass through with reason and metadata: it knows best what died. A status that
+    gRPC made has no reason of its own; then the connection is gone, and the error names the worker.
+    """
+    found = from_rpc_error(error)
+    bare = found.reason == found.code.name
+    # A call that we did not cancel was cancelled by a server that went away.
+    if isinstance(found, Cancelled) or (bare and isinstance(found, Unavailable)):
+        return worker_lost(worker, found.message)
+    if bare and isinstance(found, DeadlineExceeded):
+        return DeadlineExceeded(
+            "DEADLINE_EXCEEDED", f"the request's time was over while {worker.worker_id} worked on it"
+        )
+    if bare:
+        return Internal("WORKER_BUG", f"{worker.worker_id} answered {found.code.name}: {found.message}")
+    return found
+
+
+def worker_lost(worker: cluster_pb2.WorkerInfo, detail: str) -> Unavailable:
+    """The connection to a worker is gone."""
+    return Unavailable(
+        "WORKER_LOST",
+        f"lost {worker.worker_id} at {worker.grpc_address}: {detail}",
+        metadata={"component": worker.worker_id, "address": worker.grpc_address},
+    )
+
+
+def ended_early(worker: cluster_pb2.WorkerInfo, what: str) -> Internal:
+    """A worker ended its stream OK without having said what it must say."""
+    return Internal("ENDED_EARLY", f"{worker.worker_id} ended its stream before {what}")
