@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 
 class GroupError(RuntimeError):
@@ -153,7 +155,7 @@ class TorchCommunicator:
         return self._process_group
 
 
-def open_store(host: str, timeout: timedelta) -> tuple[dist.TCPStore, str]:
+def open_store(host: str, timeout: timedelta) -> tuple[TCPStore, str]:
     """Starts a rendezvous store that listens on `host` alone, on a port the kernel picks.
 
     Returns:
@@ -162,7 +164,7 @@ def open_store(host: str, timeout: timedelta) -> tuple[dist.TCPStore, str]:
     listener = socket.create_server((host, 0))
     address = f"{host}:{listener.getsockname()[1]}"
     # The store takes the descriptor over and closes it; given a plain port it would listen on all interfaces.
-    store = dist.TCPStore(
+    store = TCPStore(
         host,
         listener.getsockname()[1],
         is_master=True,
@@ -173,7 +175,7 @@ def open_store(host: str, timeout: timedelta) -> tuple[dist.TCPStore, str]:
     return store, address
 
 
-def connect_store(address: str, timeout: timedelta) -> dist.TCPStore:
+def connect_store(address: str, timeout: timedelta) -> TCPStore:
     """Connects to a store that another rank started.
 
     Raises:
@@ -181,13 +183,13 @@ def connect_store(address: str, timeout: timedelta) -> dist.TCPStore:
     """
     host, _, port = address.rpartition(":")
     try:
-        return dist.TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+        return TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
         raise GroupError(f"rendezvous store {address} cannot be reached: {error}") from error
 
 
 def form_group(
-    store: dist.Store, epoch: int, rank: int, size: int, device: torch.device, host: str, timeout: timedelta
+    store: Store, epoch: int, rank: int, size: int, device: torch.device, host: str, timeout: timedelta
 ) -> dist.ProcessGroup:
     """Forms the process group of one epoch: NCCL on a GPU, else Gloo bound to `host`.
 
@@ -196,15 +198,24 @@ def form_group(
     Raises:
         GroupError: not all ranks came within `timeout`.
     """
-    prefixed = dist.PrefixStore(f"epoch-{epoch}", store)
+    prefixed = PrefixStore(f"epoch-{epoch}", store)
     try:
-        if device.type == "cuda":
-            nccl_options = dist.ProcessGroupNCCL.Options()
-            nccl_options._timeout = timeout
-            return dist.ProcessGroupNCCL(prefixed, rank, size, nccl_options)
-        gloo_options = dist.ProcessGroupGloo._Options()
-        gloo_options._timeout = timeout
-        gloo_options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        return dist.ProcessGroupGloo(prefixed, rank, size, gloo_options)
+        group = _make_group(prefixed, rank, size, device, host, timeout)
     except RuntimeError as error:
         raise GroupError(f"group of epoch {epoch} could not form: {error}") from error
+    return group
+
+
+def _make_group(
+    store: Store, rank: int, size: int, device: torch.device, host: str, timeout: timedelta
+) -> dist.ProcessGroup:
+    # torch's stubs know neither Gloo's options nor that a backend serves as a group of its own, and a CPU build
+    # has no NCCL to import.
+    on_gpu = device.type == "cuda"
+    make: Any = getattr(dist, "ProcessGroupNCCL" if on_gpu else "ProcessGroupGloo")
+    options = make.Options() if on_gpu else make._Options()  # noqa: SLF001
+    options._timeout = timeout  # noqa: SLF001
+    if not on_gpu:
+        options._devices = [make.create_device(hostname=host)]  # noqa: SLF001
+    group: dist.ProcessGroup = make(store, rank, size, options)
+    return group

@@ -1,0 +1,52 @@
+"""`python -m sps2_decode_worker`: the supervisor of one decode rank."""
+
+import asyncio
+import sys
+from dataclasses import dataclass
+
+from sps2.internal.v1 import decode_service_pb2
+from sps2.v1 import cluster_pb2
+from sps2_engine.runtime.options import EngineOptions
+from sps2_service.config import load_config, setting
+from sps2_service.directory_client import DirectoryClient
+from sps2_service.ranks.worker import LeaderService, WorkerConfig, run_worker
+from sps2_service.run import prepare_process
+
+from sps2_decode_worker.coordinator import DecodeCoordinator
+from sps2_decode_worker.servicer import DecodeServicer
+
+EXAMPLES = [
+    "--group decode-0 --rank 0 --group-size 2 --model models/demo --directory 127.0.0.1:50060",
+    "--group decode-0 --rank 1 --group-size 2 --model models/demo --directory 127.0.0.1:50060 "
+    "--leader 127.0.0.1:50080",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeWorkerConfig(WorkerConfig):
+    """One rank of a decode group: a supervisor process that starts and watches its engine."""
+
+    min_holder_tokens: int = setting(128, minimum=1)
+    """A prompt's KV is spread over a further rank only while each would hold at least so many tokens."""
+
+
+def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
+    return EngineOptions.of(config, model_hash).arguments(socket_fd)
+
+
+def _lead(config: WorkerConfig, directory: DirectoryClient, model_hash: str) -> LeaderService:
+    assert isinstance(config, DecodeWorkerConfig)
+    coordinator = DecodeCoordinator(directory, model_hash, config.min_holder_tokens)
+    service = decode_service_pb2.DESCRIPTOR.services_by_name["DecodeService"]
+    return LeaderService(coordinator, DecodeServicer(coordinator), service)
+
+
+def main() -> int:
+    config = load_config(DecodeWorkerConfig, prog="python -m sps2_decode_worker", examples=EXAMPLES)
+    prepare_process(config.worker_id, config)
+    role, engine = cluster_pb2.WORKER_ROLE_DECODE, "sps2_decode_worker.engine"
+    return asyncio.run(run_worker(config, role, engine, _engine_arguments, _lead))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""The leader of a decode group: rows and plans, and what the ranks report of them.
+
+Runs in rank 0's supervisor, on its event loop.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from sps2.internal.v1 import decode_service_pb2, engine_pb2, kv_directory_service_pb2, placement_pb2
+from sps2.v1 import cluster_pb2, generation_pb2
+from sps2_service.directory_client import DirectoryClient
+from sps2_service.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable
+from sps2_service.ranks.failures import attempt_failure
+from sps2_service.ranks.group import GroupLeader, GroupState
+
+from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row
+
+BLOCK_TOKENS = 64
+RESERVE_TIMEOUT_S = 30.0
+"""Longest wait for the ranks to take a reservation up (a step may be computing)."""
+RECEIVE_TIMEOUT_S = 60.0
+"""Longest wait, from the first token on, for the rest of a prompt's KV."""
+
+
+@dataclass
+class LiveRow:
+    """One attempt's row, as the leader sees it."""
+
+    row: Row
+    reserve: engine_pb2.ReserveRow
+    request: decode_service_pb2.ReserveKv
+    reserved: set[int] = field(default_factory=set)
+    """Holders that have taken it up."""
+    received: set[int] = field(default_factory=set)
+    """Holders whose part of the KV is complete and verified."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    first_token_id: int = -1
+    tokens: asyncio.Queue[engine_pb2.RowToken | ServiceError] = field(default_factory=asyncio.Queue)
+    failed: asyncio.Event = field(default_factory=asyncio.Event)
+    error: ServiceError | None = None
+    """Set with `failed`."""
+    recorded: bool = False
+
+
+class DecodeCoordinator:
+    """Implements `sps2_service.ranks.group.Coordinator` for decode."""
+
+    def __init__(self, directory: DirectoryClient, model_hash: str, min_holder_tokens: int) -> None:
+        self._directory = directory
+        self._model_hash = model_hash
+        self._min_holder_tokens = min_holder_tokens
+        self._leader: GroupLeader | None = None
+        self._ranks: list[engine_pb2.EngineLoaded] = []
+        self._scheduler = DecodeScheduler((), BLOCK_TOKENS, min_holder_tokens)
+        self._rows: dict[int, LiveRow] = {}
+        self._reported: dict[int, int] = {}
+        """Ranks that have reported each step under way, by its sequence."""
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def attach(self, leader: GroupLeader) -> None:
+        """Names the group; before anything else."""
+        self._leader = leader
+
+    @property
+    def _group(self) -> GroupLeader:
+        assert self._leader is not None, "attach comes first"
+        return self._leader
+
+    def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
+        """Adds what waits for its KV and what decodes."""
+        load.num_requests_running = self._scheduler.num_active
+        load.num_requests_waiting = len(self._rows) - self._scheduler.num_active
+
+    async def drain(self) -> None:
+        """Takes no more attempts and waits until the last one ends."""
+        self._draining = True
+        await self._idle.wait()
+
+    # --- one attempt -----------------------------------------------------------------------------------------
+
+    async def reserve(self, request: decode_service_pb2.ReserveKv) -> LiveRow:
+        """Gives an attempt room on every rank of its placement; `release` it whatever happens.
+
+        Raises:
+            ServiceError: no room (now, or ever), or the group is not ready.
+        """
+        live = self._place(request)
+        try:
+            await self._wait(live, lambda: live.reserved >= set(live.row.shards), RESERVE_TIMEOUT_S, "RESERVE")
+        except BaseException:
+            self.release(live)
+            raise
+        return live
+
+    async def commit(self, live: LiveRow, first_token_id: int) -> None:
+        """Waits until every holder has verified its part of the KV, then lets the row decode.
+
+        Raises:
+            ServiceError: the KV did not come in time, or the group broke.
+        """
+        await self._wait(live, lambda: live.received >= set(live.row.shards), RECEIVE_TIMEOUT_S, "KV_NOT_DELIVERED")
+        live.first_token_id = first_token_id
+        self._scheduler.admit(live.row.row_id)
+        self._pump()
+        self._record(live)
+
+    async def tokens(self, live: LiveRow) -> AsyncIterator[engine_pb2.RowToken]:
+        """The row's tokens after the first, to the one with a finish reason.
+
+        Raises:
+            ServiceError: the row failed, or the group broke.
+        """
+        while True:
+            item = await live.tokens.get()
+            if isinstance(item, ServiceError):
+                raise item
+            yield item
+            if item.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED:
+                return
+
+    def release(self, live: LiveRow) -> None:
+        """Frees all that the attempt holds; again is no news."""
+        if self._rows.get(live.row.row_id) is not live:
+            return
+        del self._rows[live.row.row_id]
+        self._scheduler.release(live.row.row_id)
+        self._pump()
+        if live.recorded:
+            self._directory.release(live.request.attempt)
+        if not self._rows:
+            self._idle.set()
+
+    # --- the group -------------------------------------------------------------------------------------------
+
+    def on_formed(self, epoch: int, ranks: list[engine_pb2.EngineLoaded]) -> None:
+        """See `Coordinator.on_formed`."""
+        self._ranks = ranks
+        blocks = tuple(loaded.kv_blocks_total for loaded in ranks)
+        self._scheduler = DecodeScheduler(blocks, BLOCK_TOKENS, self._min_holder_tokens)
+        self._reported.clear()
+
+    def on_broken(self, error: Unavailable) -> None:
+        """See `Coordinator.on_broken`."""
+        for live in list(self._rows.values()):
+            self._fail(live, error)
+        self._rows.clear()
+        self._idle.set()
+
+    def on_event(self, rank: int, event: engine_pb2.EngineEvent) -> None:
+        """See `Coordinator.on_event`."""
+        if event.HasField("step_result"):
+            self._on_step(event.step_result)
+        elif event.HasField("rows_reserved"):
+            for row_id in event.rows_reserved.rows:
+                self._note(row_id, rank, "reserved")
+        elif event.HasField("row_received"):
+            self._note(event.row_received.row, rank, "received")
+        elif event.HasField("attempt_failed"):
+            live = self._rows.get(event.attempt_failed.row)
+            if live is not None:
+                self._fail(live, attempt_failure(event.attempt_failed, self._group.name))
+
+    def _note(self, row_id: int, rank: int, what: str) -> None:
+        live = self._rows.get(row_id)
+        if live is not None:
+            (live.reserved if what == "reserved" else live.received).add(rank)
+            live.changed.set()
+
+    def _fail(self, live: LiveRow, error: ServiceError) -> None:
+        live.error = error
+        live.failed.set()
+        live.tokens.put_nowait(error)
+        live.changed.set()
+
+    def _on_step(self, result: engine_pb2.StepResult) -> None:
+        for token in result.tokens:
+            live = self._rows.get(token.row)
+            if live is None:
+                continue  # a row that has left meanwhile; its last step's token is dropped
+            live.tokens.put_nowait(token)
+            if token.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED:
+                self._scheduler.release(token.row)
+        reported = self._reported.get(result.sequence, 0) + 1
+        self._reported[result.sequence] = reported
+        if reported == self._group.size:
+            del self._reported[result.sequence]
+            self._scheduler.step_done()
+        self._pump()
+
+    def _pump(self) -> None:
+        """Sends every plan that is due."""
+        while self._group.state is GroupState.FORMED and (plan := self._scheduler.next_plan()) is not None:
+            self._group.broadcast(engine_pb2.EngineCommand(step_plan=self._message(plan)))
+
+    def _message(self, plan: Plan) -> engine_pb2.StepPlan:
+        # A row may be released before the plan that was to reserve it went out; both then go in one plan, in
+        # which the release comes first and names a row that no rank knows yet: neither is sent.
+        reserve = [row_id for row_id in plan.reserve if row_id in self._rows]
+        release = [row_id for row_id in plan.release if row_id not in plan.reserve]
+        return engine_pb2.StepPlan(
+            sequence=plan.sequence,
+            reserve=[self._rows[row_id].reserve for row_id in reserve],
+            admit=[
+                engine_pb2.AdmitRow(row=row_id, first_token_id=self._rows[row_id].first_token_id)
+                for row_id in plan.admit
+                if row_id in self._rows
+            ],
+            release_rows=release,
+            run=plan.run,
+        )
+
+    def _place(self, request: decode_service_pb2.ReserveKv) -> LiveRow:
+        self._check(request)
+        try:
+            row = self._scheduler.reserve(request.num_prompt_tokens, request.choice.max_tokens)
+        except NeverFitsError:
+            raise FailedPrecondition(
+                "REQUEST_TOO_LARGE",
+                f"{request.num_prompt_tokens} prompt tokens and {request.choice.max_tokens} more need more KV than "
+                f"decode group {self._group.name} has: raise --kv-tokens or use more ranks",
+            ) from None
+        except NoRoomError:
+            raise Unavailable(
+                "NO_KV_ROOM", f"decode group {self._group.name} has no KV room now", retry_after=0.5
+            ) from None
+        live = LiveRow(row, self._reserve_message(request, row), request)
+        self._rows[row.row_id] = live
+        self._idle.clear()
+        self._pump()
+        return live
+
+    def _check(self, request: decode_service_pb2.ReserveKv) -> None:
+        group = self._group
+        if group.state is not GroupState.FORMED or self._draining:
+            why = "is draining" if self._draining else f"is not ready ({group.missing})"
+            raise Unavailable("GROUP_NOT_READY", f"decode group {group.name} {why}", retry_after=1.0)
+        if request.model_hash != self._model_hash:
+            raise FailedPrecondition(
+                "MODEL_HASH_MISMATCH", f"decode group {group.name} serves another model than prefill"
+            )
+        if request.num_prompt_tokens < 1 or request.choice.max_tokens < 1:
+            raise InvalidArgument("EMPTY_REQUEST", "num_prompt_tokens and max_tokens must be at least 1")
+
+    def _reserve_message(self, request: decode_service_pb2.ReserveKv, row: Row) -> engine_pb2.ReserveRow:
+        placement = placement_pb2.Placement(group=self._group.name)
+        for rank, (begin, end) in sorted(row.shards.items(), key=lambda item: item[1]):
+            fence = placement_pb2.Fence(
+                process_incarnation=self._ranks[rank].process_incarnation,
+                epoch=self._group.epoch,
+                attempt=request.attempt,
+            )
+            placement.shards.add(
+                rank=rank,
+                token_begin=begin,
+                token_end=end,
+                transfer_address=self._ranks[rank].transfer_address,
+                fence=fence,
+            )
+        return engine_pb2.ReserveRow(
+            row=row.row_id,
+            attempt=request.attempt,
+            placement=placement,
+            home=row.home,
+            num_prompt_tokens=request.num_prompt_tokens,
+            choice=request.choice,
+        )
+
+    async def _wait(self, live: LiveRow, ready: Callable[[], bool], timeout_s: float, reason: str) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not ready():
+                    if live.error is not None:
+                        raise live.error
+                    live.changed.clear()
+                    await live.changed.wait()
+        except TimeoutError:
+            raise Unavailable(
+                reason,
+                f"decode group {self._group.name}: ranks {sorted(set(live.row.shards) - live.received)} were not "
+                f"ready within {timeout_s:g} s",
+                retry_after=1.0,
+                metadata={"component": self._group.name},
+            ) from None
+
+    def _record(self, live: LiveRow) -> None:
+        """Tells the directory where the KV lies; in the background."""
+        record = kv_directory_service_pb2.RequestRecord(
+            attempt=live.request.attempt,
+            prefill_group=live.request.prefill_group,
+            decode_group=self._group.name,
+        )
+        for shard in live.reserve.placement.shards:
+            record.shards.add(
+                worker_id=f"{self._group.name}/{shard.rank}",
+                epoch=self._group.epoch,
+                layer_begin=0,
+                layer_end=self._ranks[shard.rank].num_layers,
+                token_begin=shard.token_begin,
+                token_end=shard.token_end,
+                num_blocks=live.row.blocks[shard.rank],
+            )
+        live.recorded = True
+        self._directory.record_shards(record)

@@ -1,0 +1,194 @@
+"""The decode engine: applies the leader's plans in order and computes one step over the active rows.
+
+Knows nothing of scheduling. Every rank applies the same plans, so the collectives of a step meet without a word.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from sps2.internal.v1 import engine_pb2
+from sps2.v1 import generation_pb2
+from sps2_engine.attention.decode_plan import DecodePlan
+from sps2_engine.attention.q_exchange import KIND, LayerCache, QExchange
+from sps2_engine.choice import finish_reason
+from sps2_engine.collectives import Communicator, SoloCommunicator
+from sps2_engine.models import Attend
+from sps2_engine.runtime.link import SupervisorLink
+from sps2_engine.runtime.loading import load_model
+from sps2_engine.runtime.options import EngineOptions
+from sps2_engine.sampler import NonFiniteLogitsError, sample_rows
+from torch import Tensor
+
+from sps2_decode_worker.receive import Receiver
+from sps2_decode_worker.rows import RowState
+
+
+class DecodeRole:
+    """Implements `sps2_engine.runtime.host.Role`."""
+
+    def __init__(
+        self, options: EngineOptions, device: torch.device, dtype: torch.dtype, link: SupervisorLink
+    ) -> None:
+        self._options = options
+        self._device = device
+        self._dtype = dtype
+        self._link = link
+        self._communicator: Communicator = SoloCommunicator()
+        self._epoch = 0
+        self._rows: dict[int, RowState] = {}
+        self._exchange: QExchange | None = None
+        """None when the set of active rows has changed since the last step."""
+        self._receiver: Receiver | None = None
+        self.steps_done = 0
+        self.bytes_posted: Counter[str] = Counter({KIND: 0})
+
+    @property
+    def kv_blocks_used(self) -> int:
+        """See `Role.kv_blocks_used`."""
+        return self._receiver.blocks_used if self._receiver else 0
+
+    def load(self, progress: Callable[[float], None]) -> engine_pb2.EngineLoaded:
+        """See `Role.load`."""
+        self._model = load_model(self._options, self._device, self._dtype, progress)
+        self._caches = [LayerCache(k, v) for k, v in zip(self._model.arena.k, self._model.arena.v, strict=True)]
+        self._receiver = Receiver(self._model, self._options.host)
+        self._warm_up()
+        return self._model.event(self._receiver.address)
+
+    def join(self, communicator: Communicator, epoch: int) -> None:
+        """See `Role.join`."""
+        self._communicator, self._epoch = communicator, epoch
+
+    def reset(self) -> None:
+        """See `Role.reset`."""
+        for row in list(self._rows.values()):
+            self._release(row)
+        self._communicator, self._exchange = SoloCommunicator(), None
+
+    def notice(self, command: engine_pb2.EngineCommand) -> None:
+        """See `Role.notice`: nothing in a plan takes effect before its turn."""
+
+    def execute(self, command: engine_pb2.EngineCommand) -> None:
+        """See `Role.execute`."""
+        plan = command.step_plan
+        for row_id in plan.release_rows:
+            self._release(self._rows[row_id])
+        for reserve in plan.reserve:
+            self._reserve(reserve)
+        if plan.reserve:
+            rows = engine_pb2.RowsReserved(rows=[reserve.row for reserve in plan.reserve])
+            self._send(rows_reserved=rows)
+        for admit in plan.admit:
+            self._rows[admit.row].admit(admit.first_token_id)
+            self._exchange = None
+        if plan.run:
+            self._step(plan.sequence)
+
+    def _reserve(self, reserve: engine_pb2.ReserveRow) -> None:
+        epoch = self._epoch
+
+        def on_complete() -> None:  # on the receiver's thread
+            received = engine_pb2.RowReceived(row=reserve.row)
+            self._link.send(engine_pb2.EngineEvent(epoch=epoch, row_received=received))
+
+        self._rows[reserve.row] = self._loaded_receiver.reserve(reserve, self._communicator.rank, on_complete)
+
+    def _release(self, row: RowState) -> None:
+        self._loaded_receiver.release(row)
+        del self._rows[row.reserve.row]
+        self._exchange = None
+
+    @property
+    def _loaded_receiver(self) -> Receiver:
+        assert self._receiver is not None, "commands come after load"
+        return self._receiver
+
+    def _step(self, sequence: int) -> None:
+        started = time.perf_counter()
+        exchange = self._begin_step()
+        home = [self._rows[row.row_id] for row in exchange.home_rows]
+        hidden = self._forward(
+            [row.token_id for row in home],
+            [row.position for row in home],
+            lambda layer, q, k, v: exchange.attend(self._caches[layer], q, k, v),
+        )
+        tokens = self._choose_tokens(home, self._model.decoder.logits(hidden)) if home else []
+        self.steps_done += 1
+        result = engine_pb2.StepResult(sequence=sequence, tokens=tokens, step_s=time.perf_counter() - started)
+        self._send(step_result=result)
+
+    def _begin_step(self) -> QExchange:
+        if self._exchange is None:
+            active = sorted((row for row in self._rows.values() if row.admitted), key=lambda r: r.reserve.row)
+            config = self._model.decoder.config
+            plan = DecodePlan(
+                tuple(row.plan_row for row in active),
+                self._communicator.size,
+                config.num_q_heads,
+                config.head_dim,
+                self._dtype.itemsize,
+            )
+            self._row_bytes = {
+                row.reserve.row: plan.row_bytes_per_layer(row.plan_row) * config.num_layers for row in active
+            }
+            self._exchange = QExchange(plan, self._communicator, self._model.scale)
+        new_slots = [self._rows[row.row_id].append_slot() for row in self._exchange.home_rows]
+        held = [row for row in self._rows.values() if row.admitted and row.num_local]
+        self._exchange.begin_step({row.reserve.row: row.runs() for row in held}, new_slots)
+        return self._exchange
+
+    def _forward(
+        self, token_ids: list[int], positions: list[int], attend: Attend
+    ) -> Tensor:
+        ids, places = torch.tensor([token_ids, positions], dtype=torch.int64, device=self._device)
+        return self._model.decoder.forward(ids, places, attend)
+
+    def _choose_tokens(self, home: list[RowState], logits: Tensor) -> list[engine_pb2.RowToken]:
+        """A token for each row at home that has not ended: logits [home rows, vocab]."""
+        drawn = sample_rows(
+            logits, [row.sampling for row in home], [0] * len(home), [row.position + 1 for row in home]
+        )
+        tokens = []
+        for row, token in zip(home, drawn, strict=True):
+            row.q_exchange_bytes += self._row_bytes[row.reserve.row]
+            if row.finished:
+                continue
+            if isinstance(token, NonFiniteLogitsError):
+                row.finished = True
+                self._fail_row(row, f"output token {row.num_outputs}: {token}")
+            else:
+                tokens.append(self._take(row, token))
+        return tokens
+
+    def _take(self, row: RowState, token: int) -> engine_pb2.RowToken:
+        index = row.num_outputs
+        row.token_id, row.num_outputs = token, index + 1
+        reason = finish_reason(row.reserve.choice, token, row.num_outputs)
+        row.finished = reason != generation_pb2.FINISH_REASON_UNSPECIFIED
+        return engine_pb2.RowToken(
+            row=row.reserve.row,
+            index=index,
+            token_id=token,
+            finish_reason=reason,
+            q_exchange_bytes=row.q_exchange_bytes if row.finished else 0,
+        )
+
+    def _fail_row(self, row: RowState, message: str) -> None:
+        self._send(
+            attempt_failed=engine_pb2.AttemptFailed(
+                attempt=row.reserve.attempt,
+                reason="NON_FINITE_LOGITS",
+                message=f"{self._options.name}: {message}",
+                row=row.reserve.row,
+            )
+        )
+
+    def _warm_up(self) -> None:
+        """One forward of one token, so that the first step does not pay for what initialises itself lazily."""
+        hidden = self._forward([0], [0], lambda _layer, q, _k, _v: q)
+        self._model.decoder.logits(hidden)
+
+    def _send(self, **event: object) -> None:
+        self._link.send(engine_pb2.EngineEvent(epoch=self._epoch, **event))  # type: ignore[arg-type]

@@ -1,0 +1,84 @@
+"""DecodeService of a leader: unpack, call, pack."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import grpc
+from sps2.internal.v1 import decode_service_pb2, engine_pb2
+from sps2.v1 import generation_pb2
+from sps2_service.errors import InvalidArgument
+
+from sps2_decode_worker.coordinator import DecodeCoordinator, LiveRow
+
+
+class DecodeServicer:
+    """Implements `sps2.internal.v1.DecodeService`."""
+
+    def __init__(self, coordinator: DecodeCoordinator) -> None:
+        self._coordinator = coordinator
+
+    async def Decode(  # noqa: N802 - named by the proto
+        self,
+        requests: AsyncIterator[decode_service_pb2.DecodeRequest],
+        _context: "grpc.aio.ServicerContext[Any, Any]",
+    ) -> AsyncIterator[decode_service_pb2.DecodeResponse]:
+        """See decode_service.proto. The call is the attempt's lifetime: its end frees everything."""
+        reserve = await _next_step(requests, "reserve")
+        live = await self._coordinator.reserve(reserve.reserve)
+        try:
+            yield decode_service_pb2.DecodeResponse(placement=live.reserve.placement)
+            # Prefill computes meanwhile; a group that breaks under it is told at once, not at `start`.
+            start = await _first_of(_next_step(requests, "start"), live)
+            await self._coordinator.commit(live, start.start.first_token_id)
+            yield decode_service_pb2.DecodeResponse(committed=decode_service_pb2.DecodeCommitted())
+            async for token in self._coordinator.tokens(live):
+                yield _tokens(token)
+                if token.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED:
+                    yield _finished(token, live)
+        finally:
+            self._coordinator.release(live)
+
+
+async def _next_step(
+    requests: AsyncIterator[decode_service_pb2.DecodeRequest], expected: str
+) -> decode_service_pb2.DecodeRequest:
+    async for request in requests:
+        if request.WhichOneof("step") == expected:
+            return request
+        break
+    raise InvalidArgument("WRONG_STEP", f"the next message of a Decode call must be `{expected}`")
+
+
+async def _first_of(
+    step: Coroutine[Any, Any, decode_service_pb2.DecodeRequest], live: LiveRow
+) -> decode_service_pb2.DecodeRequest:
+    """The router's next message, unless the row fails first.
+
+    Raises:
+        ServiceError: the row has failed.
+    """
+    reading = asyncio.ensure_future(step)
+    failing = asyncio.ensure_future(live.failed.wait())
+    try:
+        await asyncio.wait([reading, failing], return_when=asyncio.FIRST_COMPLETED)
+        if live.error is not None:
+            raise live.error
+        return await reading
+    finally:
+        reading.cancel()
+        failing.cancel()
+
+
+def _tokens(token: engine_pb2.RowToken) -> decode_service_pb2.DecodeResponse:
+    tokens = decode_service_pb2.DecodedTokens(first_index=token.index, token_ids=[token.token_id])
+    return decode_service_pb2.DecodeResponse(tokens=tokens)
+
+
+def _finished(token: engine_pb2.RowToken, live: LiveRow) -> decode_service_pb2.DecodeResponse:
+    finished = decode_service_pb2.DecodeFinished(
+        reason=token.finish_reason,
+        q_exchange_bytes=token.q_exchange_bytes,
+        num_holders=len(live.row.shards),
+    )
+    return decode_service_pb2.DecodeResponse(finished=finished)

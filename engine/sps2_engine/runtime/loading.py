@@ -1,0 +1,77 @@
+"""What both roles load at start: weights, the KV arena, and how they introduce themselves to peers."""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sps2.internal.v1 import engine_pb2, kv_transfer_service_pb2
+
+from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, KvArena
+from sps2_engine.models.decoder import Decoder
+from sps2_engine.models.load import load_decoder
+from sps2_engine.runtime.options import EngineOptions
+
+SLAB_LAYOUT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A rank's weights and KV memory."""
+
+    options: EngineOptions
+    device: torch.device
+    dtype: torch.dtype
+    decoder: Decoder
+    arena: KvArena
+    pool: BlockPool
+    incarnation: str
+    """Drawn once in the life of the engine process."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on attention scores."""
+        return float(self.decoder.config.head_dim**-0.5)
+
+    def kv_format(self) -> kv_transfer_service_pb2.KvFormat:
+        """What peers must agree on before a byte of KV is sent."""
+        config = self.decoder.config
+        return kv_transfer_service_pb2.KvFormat(
+            model_hash=self.options.model_hash,
+            dtype=self.options.dtype,
+            layout_version=SLAB_LAYOUT_VERSION,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+        )
+
+    def event(self, transfer_address: str = "") -> engine_pb2.EngineLoaded:
+        """What the supervisor is told."""
+        config = self.decoder.config
+        return engine_pb2.EngineLoaded(
+            process_incarnation=self.incarnation,
+            transfer_address=transfer_address,
+            kv_blocks_total=self.pool.num_blocks,
+            device=self.device.type,
+            dtype=self.options.dtype,
+            num_layers=config.num_layers,
+            num_q_heads=config.num_q_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+        )
+
+
+def load_model(
+    options: EngineOptions, device: torch.device, dtype: torch.dtype, progress: Callable[[float], None]
+) -> LoadedModel:
+    """Loads the weights and allocates the KV arena, once in the life of the process.
+
+    Raises:
+        CheckpointError: in one line, what is wrong with the model folder.
+    """
+    decoder = load_decoder(Path(options.model), dtype, device, progress)
+    config = decoder.config
+    num_blocks = -(-options.kv_tokens // BLOCK_TOKENS)
+    arena = KvArena(config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, dtype, device)
+    return LoadedModel(options, device, dtype, decoder, arena, BlockPool(num_blocks), uuid.uuid4().hex)

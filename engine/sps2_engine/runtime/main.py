@@ -1,0 +1,43 @@
+"""Starts an engine process of either role."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+
+from sps2_engine.models import CheckpointError
+from sps2_engine.runtime.device import DTYPES, resolve_device, set_up_device
+from sps2_engine.runtime.host import EngineHost, Role
+from sps2_engine.runtime.link import SupervisorLink
+from sps2_engine.runtime.options import EngineOptions, parse_engine_arguments
+
+EXIT_BAD_CHECKPOINT = 3
+"""Exit status that tells the supervisor: do not start me again, the model folder is at fault."""
+
+MakeRole = Callable[[EngineOptions, torch.device, torch.dtype, SupervisorLink], Role]
+
+
+def run_engine(make_role: MakeRole) -> None:
+    """Entry point of `python -m sps2_prefill_worker.engine` and of the decode worker's."""
+    options, socket_fd = parse_engine_arguments(sys.argv[1:])
+    # The supervisor decides when an engine ends; Ctrl-C in a terminal reaches every process of the group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format=f"{options.name} engine: %(message)s", stream=sys.stderr)
+    link = SupervisorLink(socket.socket(fileno=socket_fd))
+    try:
+        device = resolve_device(options.device, options.rank)
+        set_up_device(device, options.threads)
+        role = make_role(options, device, DTYPES[options.dtype], link)
+        timeout = timedelta(seconds=options.collective_timeout_s)
+        EngineHost(link, role, device, options.host, timeout).run()
+    except (CheckpointError, ValueError) as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(EXIT_BAD_CHECKPOINT)
+    # Transfer and collective libraries have threads of their own, whose order of exit is not ours to wait for.
+    os._exit(0)

@@ -1,0 +1,91 @@
+"""What a supervisor tells the engine that it starts; torch-free, since both sides import it."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+
+class EngineSettings(Protocol):
+    """What a supervisor's configuration says of its engine; the meaning is that of `EngineOptions`."""
+
+    @property
+    def worker_id(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def model(self) -> Path: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def kv_tokens(self) -> int: ...
+    @property
+    def kv_transport(self) -> Literal["auto", "nixl", "grpc"]: ...
+    @property
+    def collective_timeout_s(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """One engine's settings, fixed for its life."""
+
+    name: str
+    """Worker id, "<group>/<rank>", for logs and peers."""
+    rank: int
+    """Rank in the group."""
+    model: str
+    """Model folder."""
+    model_hash: str
+    """Hash that peers must have as well."""
+    host: str
+    """Interface address that collectives, stores and transfers are bound to."""
+    device: str
+    """auto, cpu or cuda."""
+    dtype: str
+    """fp32 or bf16: weights, activations and KV."""
+    threads: int
+    """Threads of one operator on a CPU."""
+    kv_tokens: int
+    """Tokens whose KV the rank can hold (rounded up to whole blocks)."""
+    kv_transport: Literal["auto", "nixl", "grpc"]
+    """auto, nixl or grpc."""
+    collective_timeout_s: float
+    """Longest wait for a peer inside a collective."""
+
+    @classmethod
+    def of(cls, settings: EngineSettings, model_hash: str) -> "EngineOptions":
+        """The options of the engine that a supervisor with these settings starts."""
+        return cls(
+            name=settings.worker_id,
+            rank=settings.rank,
+            model=str(settings.model),
+            model_hash=model_hash,
+            host=settings.host,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            kv_tokens=settings.kv_tokens,
+            kv_transport=settings.kv_transport,
+            collective_timeout_s=settings.collective_timeout_s,
+        )
+
+    def arguments(self, socket_fd: int) -> list[str]:
+        """Command line arguments from which `parse_engine_arguments` makes the same options."""
+        return ["--socket-fd", str(socket_fd), "--options", json.dumps(asdict(self))]
+
+
+def parse_engine_arguments(arguments: Sequence[str]) -> tuple[EngineOptions, int]:
+    """The options, and the descriptor of the socket to the supervisor."""
+    parser = argparse.ArgumentParser(description="Engine of one rank; started by its supervisor, not by people.")
+    parser.add_argument("--socket-fd", type=int, required=True)
+    parser.add_argument("--options", type=json.loads, required=True)
+    parsed = parser.parse_args(arguments)
+    return EngineOptions(**parsed.options), parsed.socket_fd

@@ -1,0 +1,42 @@
+"""`python -m sps2_prefill_worker`: the supervisor of one prefill rank."""
+
+import asyncio
+import sys
+
+from sps2.internal.v1 import prefill_service_pb2
+from sps2.v1 import cluster_pb2
+from sps2_engine.runtime.options import EngineOptions
+from sps2_service.config import load_config
+from sps2_service.directory_client import DirectoryClient
+from sps2_service.ranks.worker import LeaderService, WorkerConfig, run_worker
+from sps2_service.run import prepare_process
+
+from sps2_prefill_worker.coordinator import PrefillCoordinator
+from sps2_prefill_worker.servicer import PrefillServicer
+
+EXAMPLES = [
+    "--group prefill-0 --rank 0 --group-size 2 --model models/demo --directory 127.0.0.1:50060",
+    "--group prefill-0 --rank 1 --group-size 2 --model models/demo --directory 127.0.0.1:50060 "
+    "--leader 127.0.0.1:50070",
+]
+
+
+def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
+    return EngineOptions.of(config, model_hash).arguments(socket_fd)
+
+
+def _lead(_config: WorkerConfig, _directory: DirectoryClient, _model_hash: str) -> LeaderService:
+    coordinator = PrefillCoordinator()
+    service = prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"]
+    return LeaderService(coordinator, PrefillServicer(coordinator), service)
+
+
+def main() -> int:
+    config = load_config(WorkerConfig, prog="python -m sps2_prefill_worker", examples=EXAMPLES)
+    prepare_process(config.worker_id, config)
+    role, engine = cluster_pb2.WORKER_ROLE_PREFILL, "sps2_prefill_worker.engine"
+    return asyncio.run(run_worker(config, role, engine, _engine_arguments, _lead))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""The leader of a prefill group: starts prompts on all ranks and gathers what they report.
+
+Runs in rank 0's supervisor, on its event loop.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from sps2.internal.v1 import engine_pb2, prefill_service_pb2
+from sps2.v1 import cluster_pb2
+from sps2_engine.attention.prefill_plan import split_tokens
+from sps2_service.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable
+from sps2_service.ranks.failures import attempt_failure
+from sps2_service.ranks.group import GroupLeader, GroupState
+
+from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler
+
+BLOCK_TOKENS = 64
+MAX_WAITING = 1024
+
+Event = prefill_service_pb2.PrefillResponse | ServiceError
+
+
+@dataclass
+class Attempt:
+    """One attempt's prefill, as the leader sees it."""
+
+    request: prefill_service_pb2.PrefillRequest
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    dispatched: bool = False
+    """Whether the ranks know of it."""
+    cancelling: bool = False
+    delivered: dict[int, prefill_service_pb2.PrefillDelivered] = field(default_factory=dict)
+    cancelled: set[int] = field(default_factory=set)
+
+    @property
+    def key(self) -> AttemptKey:
+        """The attempt as a dictionary key."""
+        return self.request.attempt.request_id, self.request.attempt.number
+
+
+class PrefillCoordinator:
+    """Implements `sps2_service.ranks.group.Coordinator` for prefill."""
+
+    def __init__(self) -> None:
+        self._scheduler = PrefillScheduler()
+        self._attempts: dict[AttemptKey, Attempt] = {}
+        self._leader: GroupLeader | None = None
+        self._kv_blocks = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def attach(self, leader: GroupLeader) -> None:
+        """Names the group; before anything else."""
+        self._leader = leader
+
+    @property
+    def _group(self) -> GroupLeader:
+        assert self._leader is not None, "attach comes first"
+        return self._leader
+
+    def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
+        """Adds what waits and runs."""
+        load.num_requests_waiting = len(self._scheduler.waiting)
+        load.num_requests_running = len(self._attempts) - len(self._scheduler.waiting)
+        load.queued_tokens = self._scheduler.num_tokens
+
+    async def prefill(
+        self, request: prefill_service_pb2.PrefillRequest
+    ) -> AsyncGenerator[prefill_service_pb2.PrefillResponse, None]:
+        """Serves one attempt; leaving the iterator early cancels it on every rank.
+
+        Raises:
+            ServiceError: it was refused, or has failed.
+        """
+        attempt = self._admit(request)
+        try:
+            while True:
+                event = await attempt.events.get()
+                if isinstance(event, ServiceError):
+                    raise event
+                yield event
+                if event.HasField("delivered"):
+                    return
+        finally:
+            self._end(attempt)
+
+    async def drain(self) -> None:
+        """Takes no more prompts and waits until the last one's KV is delivered."""
+        self._draining = True
+        await self._idle.wait()
+
+    def on_formed(self, epoch: int, ranks: list[engine_pb2.EngineLoaded]) -> None:
+        """See `Coordinator.on_formed`."""
+        self._kv_blocks = min(loaded.kv_blocks_total for loaded in ranks)
+
+    def on_broken(self, error: Unavailable) -> None:
+        """See `Coordinator.on_broken`."""
+        self._scheduler.clear()
+        for attempt in list(self._attempts.values()):
+            attempt.events.put_nowait(error)
+            self._forget(attempt)
+
+    def on_event(self, rank: int, event: engine_pb2.EngineEvent) -> None:
+        """See `Coordinator.on_event`."""
+        if event.HasField("attempt_failed"):
+            self._on_failed(event.attempt_failed)
+        elif event.HasField("prefill"):
+            key = (event.prefill.attempt.request_id, event.prefill.attempt.number)
+            attempt = self._attempts.get(key)
+            if attempt is not None:
+                self._on_report(rank, attempt, event.prefill)
+
+    def _admit(self, request: prefill_service_pb2.PrefillRequest) -> Attempt:
+        attempt = Attempt(request)
+        self._check(request)
+        if attempt.key in self._attempts:
+            raise InvalidArgument("DUPLICATE_ATTEMPT", f"attempt {attempt.key} is being prefilled already")
+        self._attempts[attempt.key] = attempt
+        self._idle.clear()
+        self._scheduler.submit(Job(attempt.key, len(request.token_ids)))
+        self._start_next()
+        return attempt
+
+    def _check(self, request: prefill_service_pb2.PrefillRequest) -> None:
+        group = self._group
+        if group.state is not GroupState.FORMED or self._draining:
+            why = "is draining" if self._draining else f"is not ready ({group.missing})"
+            raise Unavailable("GROUP_NOT_READY", f"prefill group {group.name} {why}", retry_after=1.0)
+        if len(self._scheduler.waiting) >= MAX_WAITING:
+            raise Unavailable("QUEUE_FULL", f"prefill group {group.name} has a full queue", retry_after=1.0)
+        if not request.token_ids:
+            raise InvalidArgument.of_field("token_ids", "a prompt has at least one token")
+        edges = [0, *(shard.token_end for shard in request.placement.shards)]
+        begins = [shard.token_begin for shard in request.placement.shards]
+        if begins != edges[:-1] or edges[-1] != len(request.token_ids):
+            raise InvalidArgument.of_field("placement", "shards must cover the prompt in order, without gaps")
+        slice_tokens = len(split_tokens(len(request.token_ids), group.size)[0])
+        if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
+            raise FailedPrecondition(
+                "PROMPT_TOO_LARGE",
+                f"a slice of {slice_tokens} tokens needs more KV than a rank of {group.name} has "
+                f"({self._kv_blocks * BLOCK_TOKENS} tokens): raise --kv-tokens or use more ranks",
+            )
+
+    def _start_next(self) -> None:
+        job = self._scheduler.start_next()
+        if job is None:
+            return
+        attempt = self._attempts[job.key]
+        attempt.dispatched = True
+        request = attempt.request
+        for rank, span in enumerate(split_tokens(job.num_tokens, self._group.size)):
+            run = engine_pb2.RunPrefill(
+                attempt=request.attempt,
+                num_prompt_tokens=job.num_tokens,
+                token_begin=span.begin,
+                token_ids=request.token_ids[span.begin : span.end],
+                placement=request.placement,
+                choice=request.choice,
+            )
+            self._group.send(rank, engine_pb2.EngineCommand(run_prefill=run))
+
+    def _on_report(self, rank: int, attempt: Attempt, report: engine_pb2.PrefillReport) -> None:
+        kind = report.WhichOneof("report")
+        if kind == "started" and rank == 0:
+            attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(started=report.started))
+        elif kind == "progress" and rank == 0:
+            attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(progress=report.progress))
+        elif kind == "first_token":
+            attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(first_token=report.first_token))
+            self._computed(attempt)
+        elif kind == "delivered":
+            attempt.delivered[rank] = report.delivered
+            if len(attempt.delivered) == self._group.size:
+                attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(delivered=_sum_up(attempt)))
+                self._forget(attempt)
+        elif kind == "cancelled":
+            attempt.cancelled.add(rank)
+            if len(attempt.cancelled) == self._group.size:
+                self._forget(attempt)
+
+    def _on_failed(self, failed: engine_pb2.AttemptFailed) -> None:
+        attempt = self._attempts.get((failed.attempt.request_id, failed.attempt.number))
+        if attempt is not None:
+            attempt.events.put_nowait(attempt_failure(failed, self._group.name))
+            self._cancel(attempt)
+
+    def _end(self, attempt: Attempt) -> None:
+        """The call is over: what is still going on for it is cancelled."""
+        if self._attempts.get(attempt.key) is not attempt:
+            return
+        if self._scheduler.withdraw(attempt.key):
+            self._forget(attempt)
+        else:
+            self._cancel(attempt)
+
+    def _cancel(self, attempt: Attempt) -> None:
+        if not attempt.cancelling and attempt.dispatched:
+            attempt.cancelling = True
+            cancel = engine_pb2.CancelPrefill(attempt=attempt.request.attempt)
+            self._group.broadcast(engine_pb2.EngineCommand(cancel_prefill=cancel))
+
+    def _computed(self, attempt: Attempt) -> None:
+        self._scheduler.computed(attempt.key)
+        self._start_next()
+
+    def _forget(self, attempt: Attempt) -> None:
+        self._attempts.pop(attempt.key, None)
+        if not self._attempts:
+            self._idle.set()
+        self._computed(attempt)
+
+
+def _sum_up(attempt: Attempt) -> prefill_service_pb2.PrefillDelivered:
+    parts = attempt.delivered.values()
+    return prefill_service_pb2.PrefillDelivered(
+        collective_bytes=sum(part.collective_bytes for part in parts),
+        kv_transfer_bytes=sum(part.kv_transfer_bytes for part in parts),
+        exposed_s=max(part.exposed_s for part in parts),
+    )

@@ -1,0 +1,194 @@
+"""The prefill engine: computes its slice of a prompt, and hands each layer's KV to the publisher as it comes.
+
+Knows nothing of scheduling: the leader's supervisor sends one prompt after another.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
+from sps2_engine.attention.heads_schedule import KIND, HeadsSchedule
+from sps2_engine.attention.prefill_plan import PrefillPlan
+from sps2_engine.choice import finish_reason, sampling_params
+from sps2_engine.collectives import Communicator, SoloCommunicator
+from sps2_engine.kv_pool import slot_runs
+from sps2_engine.kv_transfer.sender import KvSender
+from sps2_engine.models import Attend
+from sps2_engine.runtime.link import SupervisorLink
+from sps2_engine.runtime.loading import load_model
+from sps2_engine.runtime.options import EngineOptions
+from sps2_engine.sampler import NonFiniteLogitsError, sample
+from torch import Tensor
+
+from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt_key
+
+_log = logging.getLogger(__name__)
+
+WARM_UP_TOKENS = 8
+
+
+class AttemptCancelledError(Exception):
+    """All ranks have agreed to give the running attempt up."""
+
+
+class PrefillRole:
+    """Implements `sps2_engine.runtime.host.Role`."""
+
+    def __init__(
+        self, options: EngineOptions, device: torch.device, dtype: torch.dtype, link: SupervisorLink
+    ) -> None:
+        self._options = options
+        self._device = device
+        self._dtype = dtype
+        self._link = link
+        self._communicator: Communicator = SoloCommunicator()
+        self._epoch = 0
+        self._cancelled: set[AttemptKey] = set()
+        self._publisher: Publisher | None = None
+        self.steps_done = 0
+        self.bytes_posted: Counter[str] = Counter({KIND: 0, "control": 0, "kv_transfer": 0})
+
+    @property
+    def kv_blocks_used(self) -> int:
+        """See `Role.kv_blocks_used`."""
+        return self._publisher.blocks_used if self._publisher else 0
+
+    def load(self, progress: Callable[[float], None]) -> engine_pb2.EngineLoaded:
+        """See `Role.load`."""
+        self._model = load_model(self._options, self._device, self._dtype, progress)
+        sender = KvSender(
+            self._model.arena,
+            self._model.kv_format(),
+            self._options.name,
+            self._model.incarnation,
+            self._options.kv_transport,
+        )
+        self._publisher = Publisher(
+            self._model.pool, sender, self.bytes_posted, self._options.name, self._send
+        )
+        self._warm_up()
+        return self._model.event()
+
+    def join(self, communicator: Communicator, epoch: int) -> None:
+        """See `Role.join`."""
+        self._communicator, self._epoch = communicator, epoch
+
+    def reset(self) -> None:
+        """See `Role.reset`."""
+        self._communicator = SoloCommunicator()
+        self._loaded_publisher.give_up_all()
+        self._cancelled.clear()
+
+    def notice(self, command: engine_pb2.EngineCommand) -> None:
+        """See `Role.notice`: a cancel takes effect at the running prompt's next layer."""
+        if command.HasField("cancel_prefill"):
+            self._cancelled.add(attempt_key(command.cancel_prefill.attempt))
+
+    def execute(self, command: engine_pb2.EngineCommand) -> None:
+        """See `Role.execute`."""
+        if command.HasField("run_prefill"):
+            self._prefill(command.run_prefill)
+        elif command.HasField("cancel_prefill"):
+            attempt = command.cancel_prefill.attempt
+            self._loaded_publisher.give_up(attempt_key(attempt))
+            self._cancelled.discard(attempt_key(attempt))
+            self._report(attempt, cancelled=engine_pb2.PrefillCancelled())
+
+    @property
+    def _loaded_publisher(self) -> Publisher:
+        assert self._publisher is not None, "commands come after load"
+        return self._publisher
+
+    def _prefill(self, run: engine_pb2.RunPrefill) -> None:
+        delivery = self._loaded_publisher.begin(
+            run.attempt, run.placement, run.token_begin, run.token_begin + len(run.token_ids)
+        )
+        self._report(run.attempt, started=prefill_service_pb2.PrefillStarted())
+        try:
+            self._compute(run, delivery)
+        except AttemptCancelledError:
+            # CancelPrefill follows in order and frees what the attempt holds.
+            _log.info("prefill of %s given up", run.attempt.request_id)
+
+    def _compute(self, run: engine_pb2.RunPrefill, delivery: Delivery) -> None:
+        started, communicator = time.perf_counter(), self._communicator
+        plan = self._plan(run.num_prompt_tokens, communicator.size)
+        schedule = HeadsSchedule(plan, communicator, self._model.scale)
+        runs = slot_runs(delivery.blocks, len(run.token_ids))
+        key, posted_before = attempt_key(run.attempt), self.bytes_posted[KIND]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if communicator.agree(key in self._cancelled):
+                raise AttemptCancelledError
+            self._store(layer, runs, k, v)
+            self._loaded_publisher.layer_ready(delivery, layer)
+            o = schedule.attend(q, k, v)
+            self.steps_done += 1
+            fraction = (layer + 1) / self._model.decoder.config.num_layers
+            self._report(run.attempt, progress=prefill_service_pb2.PrefillProgress(fraction=fraction))
+            return o
+
+        hidden = self._forward(run.token_ids, run.token_begin, attend)
+        if communicator.rank == plan.last_rank:
+            self._sample_first(run, hidden[-1:], started)
+        self._loaded_publisher.computed(delivery, self.bytes_posted[KIND] - posted_before, schedule.exposed_s)
+
+    def _sample_first(self, run: engine_pb2.RunPrefill, hidden: Tensor, started: float) -> None:
+        logits = self._model.decoder.logits(hidden)[0]
+        try:
+            token = sample(logits, sampling_params(run.choice), 0, run.num_prompt_tokens)
+        except NonFiniteLogitsError as error:
+            message = f"{self._options.name}: first token: {error}"
+            failed = engine_pb2.AttemptFailed(attempt=run.attempt, reason="NON_FINITE_LOGITS", message=message)
+            self._send(engine_pb2.EngineEvent(attempt_failed=failed))
+            return
+        first = prefill_service_pb2.FirstToken(
+            token_id=token,
+            finish_reason=finish_reason(run.choice, token, 1),
+            prefill_s=time.perf_counter() - started,
+        )
+        self._report(run.attempt, first_token=first)
+
+    def _store(self, layer: int, runs: list[tuple[int, int]], k: Tensor, v: Tensor) -> None:
+        """Writes the slice's keys and values, [tokens, kv_heads, head_dim], to its slots of the arena."""
+        taken = 0
+        for begin, end in runs:
+            rows = slice(taken, taken + end - begin)
+            self._model.arena.k[layer, begin:end] = k[rows]
+            self._model.arena.v[layer, begin:end] = v[rows]
+            taken = rows.stop
+
+    def _forward(
+        self, token_ids: Sequence[int], first_position: int, attend: Attend
+    ) -> Tensor:
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        positions = torch.arange(len(ids), dtype=torch.int64, device=self._device) + first_position
+        return self._model.decoder.forward(ids, positions, attend)
+
+    def _warm_up(self) -> None:
+        """One tiny forward, so that the first prompt does not pay for what initialises itself lazily."""
+        schedule = HeadsSchedule(self._plan(WARM_UP_TOKENS, 1), SoloCommunicator(), self._model.scale)
+        hidden = self._forward([0] * WARM_UP_TOKENS, 0, lambda _layer, q, k, v: schedule.attend(q, k, v))
+        self._model.decoder.logits(hidden[-1:])
+
+    def _plan(self, num_tokens: int, num_ranks: int) -> PrefillPlan:
+        config = self._model.decoder.config
+        return PrefillPlan(
+            num_tokens,
+            num_ranks,
+            config.num_q_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            self._dtype.itemsize,
+        )
+
+    def _report(self, attempt: placement_pb2.Attempt, **report: object) -> None:
+        prefill = engine_pb2.PrefillReport(attempt=attempt, **report)  # type: ignore[arg-type]
+        self._send(engine_pb2.EngineEvent(prefill=prefill))
+
+    def _send(self, event: engine_pb2.EngineEvent) -> None:
+        event.epoch = self._epoch
+        self._link.send(event)

@@ -1,0 +1,335 @@
+"""One rank's supervisor process: endpoint, lease, engine, and its place in the group. Shared by both workers."""
+
+import asyncio
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import structlog
+from google.protobuf.descriptor import ServiceDescriptor
+
+from sps2.internal.v1 import engine_pb2, group_service_pb2
+from sps2.v1 import cluster_pb2
+from sps2_service.config import ServiceConfig, setting
+from sps2_service.directory_client import DirectoryClient
+from sps2_service.model_folder import ModelFolder, ModelFolderError
+from sps2_service.ranks.engine_process import EngineProcess
+from sps2_service.ranks.follower import Follower
+from sps2_service.ranks.group import Coordinator, GroupLeader, GroupState, Member
+from sps2_service.ranks.group_servicer import GroupServicer
+from sps2_service.run import ExpectedEndError, run_service
+from sps2_service.server import ServiceServer
+
+DEREGISTER_S = 2.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(ServiceConfig):
+    """One rank of a group: a supervisor process that starts and watches its engine."""
+
+    group: str
+    """Name of the group, for example prefill-0."""
+    rank: int = setting(minimum=0)
+    """Rank in the group; 0 leads."""
+    group_size: int = setting(minimum=1)
+    """Ranks of the group."""
+    model: Path
+    """Hugging Face model folder: config.json, safetensors, tokenizer.json."""
+    model_name: str = ""
+    """Name that requests use; empty: the folder's name."""
+    directory: str
+    """HOST:PORT of the KV directory."""
+    leader: str = ""
+    """HOST:PORT of rank 0; every other rank needs it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the engine computes; auto takes a GPU if there is one."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Weights, activations and KV."""
+    threads: int = setting(1, minimum=1)
+    """Threads of one operator on a CPU."""
+    kv_tokens: int = setting(131_072, minimum=64)
+    """Tokens whose KV the rank can hold."""
+    kv_transport: Literal["auto", "nixl", "grpc"] = "auto"
+    """How KV travels from prefill to decode; auto takes NIXL where both sides have it."""
+    collective_timeout_s: float = setting(60.0, minimum=1)
+    """Longest wait for a peer inside a collective."""
+
+    def __post_init__(self) -> None:
+        if self.rank >= self.group_size:
+            raise ValueError(f"--rank {self.rank} is outside a group of {self.group_size}")
+        if self.rank > 0 and not self.leader:
+            raise ValueError(f"--leader is required for rank {self.rank}: the address of rank 0")
+
+    @property
+    def worker_id(self) -> str:
+        """Name of this rank: "<group>/<rank>"."""
+        return f"{self.group}/{self.rank}"
+
+    @property
+    def host(self) -> str:
+        """Interface that the engine binds to: the one that gRPC is served on."""
+        return self.listen.rpartition(":")[0] or "127.0.0.1"
+
+
+class LeaderCoordinator(Coordinator, Protocol):
+    """The coordinator as its supervisor sees it."""
+
+    def attach(self, leader: GroupLeader) -> None:
+        """Names the group; before anything else."""
+        ...
+
+    def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
+        """Adds requests running and waiting."""
+        ...
+
+    async def drain(self) -> None:
+        """Takes no more requests and waits for the running ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class LeaderService:
+    """What rank 0 of a pool adds to a supervisor."""
+
+    coordinator: LeaderCoordinator
+    servicer: object
+    descriptor: ServiceDescriptor
+
+
+MakeLeaderService = Callable[[WorkerConfig, DirectoryClient, str], LeaderService]
+"""From the configuration, the directory and the model hash."""
+EngineArguments = Callable[[WorkerConfig, int, str], list[str]]
+"""From the configuration, a socket's descriptor and the model hash."""
+
+
+class RankSupervisor:
+    """Wires one rank together; `run` is its whole life."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        role: "cluster_pb2.WorkerRole.ValueType",
+        engine_module: str,
+        engine_arguments: EngineArguments,
+        make_leader_service: MakeLeaderService,
+    ) -> None:
+        """Made inside a running event loop.
+
+        Raises:
+            ModelFolderError: in one line, what is wrong with the model folder.
+        """
+        self._config = config
+        self._role = role
+        self._folder = ModelFolder(config.model)
+        self._model_hash = self._folder.model_hash
+        self._incarnation = uuid.uuid4().hex
+        self._server = ServiceServer(with_reflection=config.reflection)
+        self._directory = DirectoryClient(config.directory)
+        self._registration = self._directory.registration(self.worker_info, on_stale=self._on_stale)
+        self._engine = EngineProcess(
+            config.worker_id,
+            engine_module,
+            lambda fd: engine_arguments(config, fd, self._model_hash),
+            self._on_event,
+            self._on_lost,
+        )
+        self._loaded: engine_pb2.EngineLoaded | None = None
+        self._load_fraction = 0.0
+        self._address = config.listen
+        self._draining = False
+        self._stale = asyncio.Event()
+        self._leader: GroupLeader | None = None
+        self._coordinator: LeaderCoordinator | None = None
+        self._member: Member | None = None
+        self._follower: Follower | None = None
+        if config.rank == 0:
+            self._lead(make_leader_service)
+        else:
+            self._follow()
+
+    async def run(self) -> int:
+        """Serves until told to stop; the exit code."""
+        try:
+            return await run_service(
+                self._server,
+                self._config,
+                on_started=self._on_started,
+                background=self._background,
+                drain=self._drain,
+                ready_when_started=False,
+            )
+        finally:
+            await self._directory.close()
+
+    def worker_info(self) -> cluster_pb2.WorkerInfo:
+        """This rank as the directory is to see it now."""
+        config, loaded = self._config, self._loaded
+        info = cluster_pb2.WorkerInfo(
+            worker_id=config.worker_id,
+            role=self._role,
+            group=config.group,
+            rank=config.rank,
+            group_size=config.group_size,
+            epoch=self._epoch,
+            process_incarnation=self._incarnation,
+            grpc_address=self._address,
+            transfer_address=loaded.transfer_address if loaded else "",
+            state=self._state,
+        )
+        info.capabilities.model_name = config.model_name or self._folder.name
+        info.capabilities.model_hash = self._model_hash
+        info.capabilities.dtype = config.dtype
+        info.capabilities.device = loaded.device if loaded else config.device
+        info.capabilities.kv_blocks_total = loaded.kv_blocks_total if loaded else 0
+        heartbeat = self._engine.heartbeat
+        info.load.steps_done = heartbeat.steps_done
+        info.load.kv_blocks_used = heartbeat.kv_blocks_used
+        info.load.load_fraction = self._load_fraction
+        for kind, count in heartbeat.bytes_posted.items():
+            info.load.bytes_posted[kind] = count
+        if self._coordinator is not None:
+            self._coordinator.fill_load(info.load)
+        return info
+
+    def _lead(self, make_leader_service: MakeLeaderService) -> None:
+        config = self._config
+        service = make_leader_service(config, self._directory, self._model_hash)
+        leader = GroupLeader(
+            config.group,
+            config.group_size,
+            lambda previous: self._directory.draw_epoch(config.group, previous),
+            service.coordinator,
+            self._on_state,
+        )
+        service.coordinator.attach(leader)
+        self._leader, self._coordinator = leader, service.coordinator
+        self._server.add(service.servicer, service.descriptor)
+        groups = group_service_pb2.DESCRIPTOR.services_by_name["GroupService"]
+        self._server.add(GroupServicer(leader, self._model_hash), groups)
+        self._member = leader.join(0, self._engine.send)
+
+    def _follow(self) -> None:
+        config = self._config
+        hello = group_service_pb2.FollowerHello(
+            group=config.group,
+            rank=config.rank,
+            group_size=config.group_size,
+            process_incarnation=self._incarnation,
+            model_hash=self._model_hash,
+        )
+        self._follower = Follower(hello, config.leader, config.worker_id)
+        self._follower.attach(self._engine)
+
+    @property
+    def _formed(self) -> bool:
+        if self._leader is not None:
+            return self._leader.state is GroupState.FORMED
+        return self._follower is not None and self._follower.formed
+
+    @property
+    def _epoch(self) -> int:
+        if self._leader is not None:
+            return self._leader.epoch
+        return self._follower.epoch if self._follower else 0
+
+    @property
+    def _state(self) -> "cluster_pb2.WorkerState.ValueType":
+        if self._draining:
+            return cluster_pb2.WORKER_STATE_DRAINING
+        return cluster_pb2.WORKER_STATE_READY if self._formed else cluster_pb2.WORKER_STATE_STARTING
+
+    async def _on_started(self, address: str) -> None:
+        self._address = address
+
+    async def _background(self) -> None:
+        """Everything that runs as long as the supervisor does; the first to fail ends it.
+
+        Raises:
+            EngineStartError: the model folder is at fault.
+            StaleWorkerError: another process has taken this worker's place.
+        """
+        parts = [self._engine.run(), self._registration.run(), self._end_when_stale()]
+        if self._follower is not None:
+            parts.append(self._follower.run())
+        tasks = [asyncio.ensure_future(part) for part in parts]
+        try:
+            # The first to end, ends all; none of them ends by itself while all is well.
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _end_when_stale(self) -> None:
+        await self._stale.wait()
+        raise StaleWorkerError(f"another process serves as {self._config.worker_id}")
+
+    def _on_stale(self) -> None:
+        self._stale.set()
+
+    def _on_event(self, event: engine_pb2.EngineEvent) -> None:
+        if event.HasField("load_progress"):
+            self._load_fraction = event.load_progress.fraction
+        elif event.HasField("loaded"):
+            self._loaded, self._load_fraction = event.loaded, 1.0
+            log.info("engine loaded", device=event.loaded.device, kv_blocks=event.loaded.kv_blocks_total)
+        if self._leader is not None and self._member is not None:
+            if not event.HasField("heartbeat"):
+                self._leader.on_event(0, event, self._member)
+        elif self._follower is not None:
+            was = self._follower.formed
+            self._follower.on_event(event)
+            if was != self._follower.formed:
+                self._on_state()
+
+    def _on_lost(self, reason: str) -> None:
+        self._loaded, self._load_fraction = None, 0.0
+        if self._leader is not None and self._member is not None:
+            self._leader.lose(0, reason, self._member)
+        elif self._follower is not None:
+            self._follower.on_lost(reason)
+            self._on_state()
+
+    def _on_state(self) -> None:
+        """The group formed or broke: health and the directory are told at once."""
+        self._registration.renew_now()
+        self._health = asyncio.get_running_loop().create_task(
+            self._server.set_serving(self._formed and not self._draining)
+        )
+
+    async def _drain(self) -> None:
+        self._draining = True
+        await self._server.set_serving(False)
+        self._registration.renew_now()
+        if self._coordinator is not None:
+            await self._coordinator.drain()
+        async with asyncio.timeout(DEREGISTER_S):
+            await self._directory.deregister(self._config.worker_id, self._incarnation)
+
+
+class StaleWorkerError(ExpectedEndError):
+    """Another process holds this worker's lease."""
+
+
+
+async def run_worker(
+    config: WorkerConfig,
+    role: "cluster_pb2.WorkerRole.ValueType",
+    engine_module: str,
+    engine_arguments: EngineArguments,
+    make_leader_service: MakeLeaderService,
+) -> int:
+    """Runs a rank's supervisor until it is told to stop; the exit code."""
+    try:
+        supervisor = RankSupervisor(config, role, engine_module, engine_arguments, make_leader_service)
+    except ModelFolderError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return await supervisor.run()
