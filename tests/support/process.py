@@ -4,7 +4,6 @@ A `ManagedProcess` leads its own process group, so that ending it ends what it s
 parent-death signal, so that a killed pytest leaves nothing behind. It knows nothing about SPS2.
 """
 
-import ctypes
 import os
 import re
 import signal
@@ -18,9 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-PR_SET_PDEATHSIG = 1
-# Loaded before any fork: between fork and exec only async-signal-safe work is allowed, and dlopen is not.
-_LIBC = ctypes.CDLL(None, use_errno=True)
+# Asks for SIGKILL on the parent's death (prctl 1 = PR_SET_PDEATHSIG), then becomes the command. A preexec_fn
+# could do the first part, but makes subprocess fork instead of vfork, and threads (gRPC's) bear that badly.
+LAUNCHER = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the test run has ended already")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 class ProcessError(AssertionError):
@@ -43,6 +48,7 @@ class ManagedProcess:
         name: str = "",
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        pass_fds: Sequence[int] = (),
         stop_timeout: float = 10.0,
     ) -> None:
         """`env` is added to this process's environment; SIGTERM gets `stop_timeout` s before SIGKILL."""
@@ -50,6 +56,7 @@ class ManagedProcess:
         self.name = name or Path(self.command[0]).name
         self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         self.cwd = cwd
+        self.pass_fds = tuple(pass_fds)
         self.stop_timeout = stop_timeout
         self._lines: list[str] = []
         self._eof = False
@@ -62,7 +69,7 @@ class ManagedProcess:
         if self._process is not None:
             raise RuntimeError(f"{self.name} was already started")
         self._process = subprocess.Popen(
-            self.command,
+            [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), *self.command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -70,8 +77,8 @@ class ManagedProcess:
             errors="replace",
             env=self.env,
             cwd=self.cwd,
+            pass_fds=self.pass_fds,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - a single prctl system call, see _LIBC
         )
         self._reader = threading.Thread(target=self._read, name=f"reader-{self.name}", daemon=True)
         self._reader.start()
@@ -214,7 +221,3 @@ class ManagedProcess:
         self.terminate()
         if kind is not None:
             sys.stderr.write(self.tail() + "\n")
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

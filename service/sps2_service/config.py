@@ -1,0 +1,162 @@
+"""Configuration from frozen dataclasses: a field is a flag and a variable, its docstring the help.
+
+    @dataclass(frozen=True, kw_only=True)
+    class RouterConfig(ServiceConfig):
+        max_queued_tokens: int = setting(1_000_000, minimum=1)
+        \"\"\"Tokens that may wait; more are refused.\"\"\"
+
+    config = load_config(RouterConfig, prog="python -m sps2_router", examples=["--listen 0.0.0.0:50051"])
+
+This field is `--max-queued-tokens`, or SPS2_MAX_QUEUED_TOKENS; the flag wins. A field's type is str, int,
+float, bool (`--flag` / `--no-flag`), Path, Literal[...] of texts, tuple[str, ...] (comma-separated), or one
+of these with `| None` (given as the empty text). What relates fields to each other is checked in
+`__post_init__`, which raises ValueError.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sps2_service.config_fields import Bounds, Field, fields_of
+
+T = TypeVar("T")
+C = TypeVar("C")
+
+_REQUIRED: Any = dataclasses.MISSING
+
+
+def setting(
+    default: T = _REQUIRED,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    secret: bool = False,
+) -> T:
+    """A field that needs more than a default; without `default` it must be given.
+
+    Args:
+        default: The value when neither flag nor environment gives one.
+        minimum: Smallest allowed number.
+        maximum: Largest allowed number.
+        secret: Never shown by `--print-config`, and taken from the environment only: flags show in `ps`.
+    """
+    field: T = dataclasses.field(default=default, metadata={"bounds": Bounds(minimum, maximum, secret)})
+    return field
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """What every service can be told."""
+
+    listen: str = "127.0.0.1:0"
+    """HOST:PORT to serve gRPC on; port 0 picks a free one."""
+    announce_fd: int | None = setting(None, minimum=0)
+    """Inherited file descriptor to which the bound HOST:PORT is written once the service is ready."""
+    parent_pid: int | None = setting(None, minimum=1)
+    """End when this process, which must be the parent, ends."""
+    drain_s: float = setting(30.0, minimum=0)
+    """Seconds for running work to finish after SIGTERM."""
+    grace_s: float = setting(5.0, minimum=0)
+    """Seconds that calls still running after the drain get before they are cancelled."""
+    reflection: bool = False
+    """Serve gRPC reflection, for grpcurl and the like."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe lines that are logged."""
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """Log lines on stderr; auto is text on a terminal and JSON elsewhere."""
+
+
+def load_config(
+    cls: type[C],
+    argv: Sequence[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    prog: str | None = None,
+    examples: Sequence[str] = (),
+) -> C:
+    """Makes a `cls` from flags and environment.
+
+    Exits with status 2 and one line on stderr when a value is wrong, and with 0 after `--help` or
+    `--print-config` (JSON on stdout).
+
+    Args:
+        cls: A frozen dataclass; its docstring describes the program.
+        argv: The flags; None: those of this process.
+        environ: The environment; None: that of this process.
+        prog: How the program is called.
+        examples: Flags shown under `--help`, each behind `prog`.
+    """
+    fields = fields_of(cls)
+    parser = _parser(cls, fields, prog, examples)
+    flags = vars(parser.parse_args(argv))
+    try:
+        config = cls(**_values(fields, flags, os.environ if environ is None else environ))
+    except ValueError as error:
+        parser.error(str(error))
+    if flags["print_config"]:
+        sys.stdout.write(json.dumps(shown(config), indent=2) + "\n")
+        parser.exit(0)
+    return config
+
+
+def shown(config: object) -> dict[str, Any]:
+    """The configuration as JSON values, secrets masked; for `--print-config` and for the log."""
+    result: dict[str, Any] = {}
+    for field in fields_of(type(config)):
+        value = getattr(config, field.name)
+        if field.bounds.secret and value is not None:
+            value = "***"
+        result[field.name] = str(value) if isinstance(value, Path) else value
+    return result
+
+
+def _parser(
+    cls: type[Any], fields: list[Field], prog: str | None, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=cls.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for field in fields:
+        if not field.bounds.secret:
+            action: Any = argparse.BooleanOptionalAction if field.kind is bool else "store"
+            parser.add_argument(field.flag, dest=field.name, action=action, default=None, help=_help(field))
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the configuration as JSON and exit"
+    )
+    secrets = [f"  {field.variable}: {field.help}" for field in fields if field.bounds.secret]
+    epilog = ["from the environment only:", *secrets] if secrets else []
+    epilog += ["examples:", *(f"  {parser.prog} {one}" for one in examples)] if examples else []
+    parser.epilog = "\n".join(epilog)
+    return parser
+
+
+def _help(field: Field) -> str:
+    choices = f" One of {', '.join(field.choices)}." if field.choices else ""
+    default = "required" if field.required else f"default: {field.default}"
+    return f"{field.help}{choices} ({default}; {field.variable})".replace("%", "%%")
+
+
+def _values(fields: list[Field], flags: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """The values that were given; the rest is left to the dataclass's defaults."""
+    values: dict[str, Any] = {}
+    for field in fields:
+        flag = flags.get(field.name)
+        if isinstance(flag, bool):
+            values[field.name] = flag
+        elif flag is not None:
+            values[field.name] = field.parse(flag, field.flag)
+        elif field.variable in environ:
+            values[field.name] = field.parse(environ[field.variable], field.variable)
+        elif field.required:
+            raise ValueError(
+                f"{field.variable if field.bounds.secret else field.flag} is required: {field.help}"
+            )
+    return values
