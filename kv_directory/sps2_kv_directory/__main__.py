@@ -1,0 +1,59 @@
+"""`python -m sps2_kv_directory`: one replica of the KV directory."""
+
+import asyncio
+import sys
+
+from sps2.internal.v1 import kv_directory_service_pb2
+from sps2_kv_directory.config import DirectoryConfig
+from sps2_kv_directory.leases import keep_expiring
+from sps2_kv_directory.membership import Membership
+from sps2_kv_directory.script_runner import ScriptRunner
+from sps2_kv_directory.servicer import KvDirectoryServicer
+from sps2_kv_directory.store import Store
+from sps2_kv_directory.watch import WatchHub
+from sps2_service.config import load_config
+from sps2_service.run import prepare_process, run_service
+from sps2_service.server import ServiceServer
+
+SERVICE = kv_directory_service_pb2.DESCRIPTOR.services_by_name["KvDirectoryService"]
+
+
+async def serve(config: DirectoryConfig) -> int:
+    """Serves until SIGTERM; the exit code. Redis may be away, now and later."""
+    store = Store(ScriptRunner.connect(config.redis, config.store, password=config.redis_password))
+    hub = WatchHub(config.watch_max_queued)
+    membership = Membership(store, hub, poll_interval_s=config.watch_interval_s, hold_s=config.lease_ttl_s)
+    servicer = KvDirectoryServicer(
+        store, membership, lease_ttl_s=config.lease_ttl_s, renew_interval_s=config.renew_interval_s
+    )
+
+    async def background() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(membership.run(), name="membership")
+            group.create_task(keep_expiring(store, config.expire_interval_s), name="leases")
+
+    async def drain() -> None:
+        await server.set_serving(False)
+        hub.close()  # watches never end by themselves; the other calls are short
+
+    server = ServiceServer(with_reflection=config.reflection)
+    server.add(servicer, SERVICE)
+    try:
+        return await run_service(server, config, background=background, drain=drain)
+    finally:
+        await store.close()
+
+
+def main() -> int:
+    """Configures the process and serves."""
+    config = load_config(
+        DirectoryConfig,
+        prog="python -m sps2_kv_directory",
+        examples=["--listen 127.0.0.1:50060 --redis redis://127.0.0.1:6379/0"],
+    )
+    prepare_process("kv_directory", config)
+    return asyncio.run(serve(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+-- ARGV: 5 incarnation, 6 revision that the caller has, 7 most changes to return. Returns kind, value, kind,
+-- value...; nil when they cannot be had without a gap (other data, or the log was trimmed).
+local known = redis.call('HMGET', DIRECTORY, 'incarnation', 'revision')
+local since, revision = tonumber(ARGV[6]), tonumber(known[2])
+if known[1] ~= ARGV[5] or since > revision then return false end
+local reply = {}
+if since == revision then return reply end
+local first = string.format('%.0f-0', since + 1)
+local entries = redis.call('XRANGE', CHANGES, first, '+', 'COUNT', ARGV[7])
+if not entries[1] or entries[1][1] ~= first then return false end
+for _, entry in ipairs(entries) do
+  reply[#reply + 1] = entry[2][1]
+  reply[#reply + 1] = entry[2][2]
+end
+return reply

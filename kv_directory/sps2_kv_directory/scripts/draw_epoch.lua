@@ -1,0 +1,5 @@
+-- ARGV: 5 group. The wall clock, not lease time: after Redis forgot, epochs must still grow.
+local drawn = tonumber(redis.call('HGET', EPOCHS, ARGV[5]) or '0')
+local epoch = math.max(drawn + 1, wall_us())
+redis.call('HSET', EPOCHS, ARGV[5], string.format('%.0f', epoch))
+return epoch

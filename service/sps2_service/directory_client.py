@@ -1,0 +1,158 @@
+"""The KV directory as its clients see it: workers' supervisors and routers. Torch-free.
+
+Every call has a deadline, and an absent directory is no error where the design goes on without it: leases,
+views, epochs, records.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from sps2.internal.v1 import kv_directory_service_pb2 as pb
+from sps2.internal.v1.kv_directory_service_pb2_grpc import KvDirectoryServiceStub
+from sps2.internal.v1.placement_pb2 import Attempt
+from sps2.v1.cluster_pb2 import WorkerInfo
+from sps2_service.channel import open_channel
+from sps2_service.directory_membership import Membership, watch_workers
+from sps2_service.directory_recorder import Recorder
+from sps2_service.directory_registration import Registration, Standing
+from sps2_service.directory_rpc import DirectoryOptions, call
+from sps2_service.errors import NotFound, ServiceError
+
+__all__ = ["DirectoryClient", "DirectoryOptions", "Membership", "Registration", "Standing"]
+
+log = structlog.get_logger(__name__)
+
+
+class DirectoryClient:
+    """One client of the directory; made inside a running event loop, closed by `close` or `async with`.
+
+    A supervisor:
+
+        async with DirectoryClient("127.0.0.1:50060") as directory, asyncio.TaskGroup() as tasks:
+            tasks.create_task(directory.keep_registered(lambda: worker, on_stale=stop))
+
+    A router:
+
+        membership = directory.membership()
+        tasks.create_task(membership.run())
+    """
+
+    def __init__(self, address: str, options: DirectoryOptions | None = None) -> None:
+        """`address`: HOST:PORT of the replicas; nothing is sent yet."""
+        self._options = options = options or DirectoryOptions()
+        self._channel = open_channel(address)
+        self._stub = KvDirectoryServiceStub(self._channel)
+        self._recorder = Recorder(options.max_queued_records)
+
+    # --- workers -------------------------------------------------------------------------------------------
+
+    async def keep_registered(
+        self, get_worker: Callable[[], WorkerInfo], *, on_stale: Callable[[], None] | None = None
+    ) -> None:
+        """Registers a worker, renews its lease, registers again when the lease is gone; outlives any outage.
+
+        Runs until it is cancelled, or another process takes the worker's lease: then it calls `on_stale` and
+        returns. `get_worker` is called for each heartbeat and returns the worker as it is now.
+        """
+        await self.registration(get_worker, on_stale=on_stale).run()
+
+    def registration(
+        self, get_worker: Callable[[], WorkerInfo], *, on_stale: Callable[[], None] | None = None
+    ) -> Registration:
+        """The same, to be run by the caller (`run()`), with `renew_now`, `standing` and `last_contact`."""
+        return Registration(self._stub, get_worker, self._options, on_stale)
+
+    async def deregister(self, worker_id: str, process_incarnation: str) -> bool:
+        """Ends a lease at once; False when there is none, it is not ours, or the directory is away."""
+        request = pb.DeregisterWorkerRequest(worker_id=worker_id, process_incarnation=process_incarnation)
+        try:
+            await call(self._stub.DeregisterWorker, request, self._options.timeout_s)
+        except ServiceError as error:
+            log.warning("not deregistered", worker_id=worker_id, code=error.code.name, reason=error.reason)
+            return False
+        return True
+
+    async def draw_epoch(self, group: str, previous: int = 0) -> int:
+        """An epoch larger than `previous` and than every one drawn for the group before.
+
+        While the directory is away: max(previous + 1, local time in µs). The group's leader alone draws, and
+        clocks of the group's machines agree far better than groups are formed anew, so it still grows.
+        """
+        try:
+            reply = await call(
+                self._stub.DrawEpoch, pb.DrawEpochRequest(group=group), self._options.timeout_s
+            )
+            drawn = reply.epoch
+        except ServiceError as error:
+            drawn = time.time_ns() // 1000
+            log.warning("epoch drawn from the local clock", group=group, epoch=drawn, code=error.code.name)
+        return max(drawn, previous + 1)
+
+    # --- routers -------------------------------------------------------------------------------------------
+
+    def membership(self) -> Membership:
+        """A view of the workers, kept by its `run()`, which the caller starts as a task."""
+        return Membership(self._stub, self._options)
+
+    def watch_workers(self) -> AsyncGenerator[pb.WatchWorkersResponse]:
+        """One watch: a snapshot, then changes without gaps; ends by a ServiceError. Close it (`aclosing`)."""
+        return watch_workers(self._stub, self._options)
+
+    async def get_cluster_state(self) -> pb.GetClusterStateResponse:
+        """All live workers and counts. Raises ServiceError."""
+        return await call(self._stub.GetClusterState, pb.GetClusterStateRequest(), self._options.timeout_s)
+
+    # --- requests ------------------------------------------------------------------------------------------
+
+    def record_shards(self, record: pb.RequestRecord, lease_s: float = 0.0) -> None:
+        """Tells where an attempt's KV lies; returns at once. `lease_s` 0 takes the directory's default."""
+        request = pb.RecordShardsRequest(record=record, lease_s=lease_s)
+        self._recorder.submit(
+            record.attempt.request_id, lambda: call(self._stub.RecordShards, request, self._options.timeout_s)
+        )
+
+    def release(self, attempt: Attempt) -> None:
+        """Forgets an attempt; returns at once. Sent after what was recorded for the request before."""
+        request = pb.ReleaseRequestRequest(attempt=attempt)
+        self._recorder.submit(
+            attempt.request_id, lambda: call(self._stub.ReleaseRequest, request, self._options.timeout_s)
+        )
+
+    @property
+    def num_dropped(self) -> int:
+        """Records and releases that could not be told, since the start."""
+        return self._recorder.num_dropped
+
+    async def flush(self, timeout_s: float) -> None:
+        """Waits until what was recorded and released so far is sent or dropped; raises TimeoutError."""
+        await self._recorder.flush(timeout_s)
+
+    async def locate(self, request_id: str, timeout_s: float | None = None) -> pb.RequestRecord | None:
+        """The newest attempt of a request; None when none is known.
+
+        Raises:
+            ServiceError: the directory is away.
+        """
+        request = pb.LocateRequestRequest(request_id=request_id)
+        try:
+            reply = await call(self._stub.LocateRequest, request, timeout_s or self._options.timeout_s)
+        except NotFound:
+            return None
+        return reply.record
+
+    async def close(self) -> None:
+        """Drops what is queued and closes the channel; tasks of this client are to be ended before."""
+        await self._recorder.close()
+        await self._channel.close(None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
+    ) -> None:
+        await self.close()

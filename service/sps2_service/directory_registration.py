@@ -1,0 +1,130 @@
+"""Keeps one worker registered with the directory for as long as its process lives.
+
+Knows nothing of what the worker does: it asks a callback for the worker's state, each time anew.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import structlog
+
+from sps2.internal.v1 import kv_directory_service_pb2 as pb
+from sps2.v1.cluster_pb2 import WorkerInfo
+from sps2_service.directory_rpc import DirectoryOptions, call, pauses
+from sps2_service.errors import ServiceError
+
+if TYPE_CHECKING:  # exists in the stub file alone
+    from sps2.internal.v1.kv_directory_service_pb2_grpc import KvDirectoryServiceAsyncStub
+
+log = structlog.get_logger(__name__)
+
+
+class Standing(StrEnum):
+    """How a worker stands with the directory."""
+
+    UNREGISTERED = "unregistered"
+    """No lease: not registered yet, or it ended."""
+    REGISTERED = "registered"
+    """The last heartbeat renewed the lease."""
+    DEGRADED = "degraded"
+    """The directory answers, its store is away: no lease ends, nobody fences."""
+    AWAY = "away"
+    """The directory did not answer, or refused, the last heartbeat."""
+    STALE = "stale"
+    """Another process holds the lease; this one is to stop."""
+
+
+class Registration:
+    """Registers a worker, renews its lease, registers again when the lease is gone; outlives any outage."""
+
+    def __init__(
+        self,
+        stub: "KvDirectoryServiceAsyncStub",
+        get_worker: Callable[[], WorkerInfo],
+        options: DirectoryOptions,
+        on_stale: Callable[[], None] | None = None,
+    ) -> None:
+        """`get_worker` returns the worker as it is now, load included; called for each heartbeat."""
+        self._on_stale = on_stale
+        self._stub = stub
+        self._get_worker = get_worker
+        self._options = options
+        self._interval_s = options.renew_interval_s
+        self._leased = False
+        self._wake = asyncio.Event()
+        self.standing = Standing.UNREGISTERED
+        self.last_contact: float | None = None
+        """time.monotonic() of *sending* the last heartbeat that was answered well; DEGRADED is well."""
+
+    def renew_now(self) -> None:
+        """Sends the next heartbeat at once, because the worker's state has changed."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Runs until cancelled, or until another process took the lease: calls `on_stale`, returns."""
+        retry = pauses(self._options)
+        while self.standing is not Standing.STALE:
+            pause = self._interval_s
+            try:
+                await self._beat()
+                retry = pauses(self._options)
+            except ServiceError as error:
+                self._stand(Standing.AWAY, code=error.code.name, reason=error.reason, error=error.message)
+                pause = min(next(retry), self._interval_s)
+            if self.standing not in {Standing.UNREGISTERED, Standing.STALE}:
+                await self._sleep(pause)
+        if self._on_stale is not None:
+            self._on_stale()
+
+    async def _beat(self) -> None:
+        sent = time.monotonic()
+        worker = self._get_worker()
+        if self._leased:
+            status = await self._renew(worker)
+        else:
+            status = await self._register(worker)
+        standing = {
+            pb.LEASE_STATUS_RENEWED: Standing.REGISTERED,
+            pb.LEASE_STATUS_DEGRADED: Standing.DEGRADED,
+            pb.LEASE_STATUS_STALE: Standing.STALE,
+        }.get(status, Standing.UNREGISTERED)
+        self._leased = standing in {Standing.REGISTERED, Standing.DEGRADED}
+        if self._leased:
+            self.last_contact = sent
+        self._stand(standing)
+
+    async def _register(self, worker: WorkerInfo) -> "pb.LeaseStatus.ValueType":
+        request = pb.RegisterWorkerRequest(worker=worker)
+        reply = await call(self._stub.RegisterWorker, request, self._options.timeout_s)
+        if reply.renew_interval_s > 0:
+            self._interval_s = reply.renew_interval_s
+        return pb.LEASE_STATUS_RENEWED
+
+    async def _renew(self, worker: WorkerInfo) -> "pb.LeaseStatus.ValueType":
+        renewal = pb.LeaseRenewal(
+            worker_id=worker.worker_id,
+            process_incarnation=worker.process_incarnation,
+            state=worker.state,
+            epoch=worker.epoch,
+            load=worker.load,
+            transfer_address=worker.transfer_address,
+        )
+        request = pb.RenewLeaseRequest(renewals=[renewal])
+        reply = await call(self._stub.RenewLease, request, self._options.timeout_s)
+        return reply.statuses[0] if reply.statuses else pb.LEASE_STATUS_NOT_FOUND
+
+    def _stand(self, standing: Standing, **facts: str) -> None:
+        if standing is not self.standing:
+            level = log.info if standing is Standing.REGISTERED else log.warning
+            level("standing with the directory", now=standing.value, before=self.standing.value, **facts)
+        self.standing = standing
+
+    async def _sleep(self, pause: float) -> None:
+        with suppress(TimeoutError):  # nobody asked for an earlier heartbeat
+            async with asyncio.timeout(pause):
+                await self._wake.wait()
+        self._wake.clear()

@@ -1,0 +1,212 @@
+"""The client's loops against a directory that answers as the test tells it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from sps2.internal.v1 import kv_directory_service_pb2 as pb
+from sps2.internal.v1.kv_directory_service_pb2_grpc import add_KvDirectoryServiceServicer_to_server
+from sps2.v1.cluster_pb2 import WORKER_STATE_DRAINING, WORKER_STATE_READY
+from sps2_service.directory_client import DirectoryClient, DirectoryOptions, Standing
+from sps2_service.directory_recorder import Recorder
+from sps2_service.directory_rpc import pauses
+from sps2_service.errors import Aborted, DeadlineExceeded, NotFound, Unavailable
+from support.directory import make_worker
+
+OPTIONS = DirectoryOptions(
+    timeout_s=0.5, first_snapshot_timeout_s=0.3, retry_min_s=0.01, retry_max_s=0.05, renew_interval_s=0.02
+)
+
+
+class ScriptedDirectory:
+    """Answers renewals with `statuses` in turn, then RENEWED; each watch plays the next of `watches`."""
+
+    def __init__(self) -> None:
+        self.statuses: list[pb.LeaseStatus.ValueType] = []
+        self.watches: list[list[pb.WatchWorkersResponse]] = []
+        self.calls: list[str] = []
+        self.states: list[int] = []
+        self.refusals = 0
+
+    async def RegisterWorker(self, request: pb.RegisterWorkerRequest, context: Any) -> Any:  # noqa: N802
+        if self.refusals > 0:
+            self.refusals -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+        self.calls.append("register")
+        return pb.RegisterWorkerResponse(lease_ttl_s=5, renew_interval_s=0.02)
+
+    async def RenewLease(self, request: pb.RenewLeaseRequest, _: Any) -> Any:  # noqa: N802
+        status = self.statuses.pop(0) if self.statuses else pb.LEASE_STATUS_RENEWED
+        self.calls.append(pb.LeaseStatus.Name(status).removeprefix("LEASE_STATUS_").lower())
+        self.states.append(request.renewals[0].state)
+        return pb.RenewLeaseResponse(statuses=[status])
+
+    async def WatchWorkers(self, _: Any, __: Any) -> AsyncIterator[pb.WatchWorkersResponse]:  # noqa: N802
+        for response in self.watches.pop(0) if self.watches else []:
+            yield response
+        await asyncio.sleep(30)  # the client leaves first
+
+    def __getattr__(self, name: str) -> None:
+        """The methods that no test calls; the generated registration asks for all of them."""
+
+
+@pytest.fixture
+async def scripted() -> AsyncGenerator[tuple[ScriptedDirectory, DirectoryClient]]:
+    directory, server = ScriptedDirectory(), grpc.aio.server()
+    add_KvDirectoryServiceServicer_to_server(directory, server)  # type: ignore[arg-type]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with DirectoryClient(f"127.0.0.1:{port}", OPTIONS) as client:
+        yield directory, client
+    await server.stop(None)
+
+
+Scripted = tuple[ScriptedDirectory, DirectoryClient]
+
+
+async def until_calls(directory: ScriptedDirectory, count: int) -> list[str]:
+    async with asyncio.timeout(5):
+        while len(directory.calls) < count:  # noqa: ASYNC110 - the calls come over the wire
+            await asyncio.sleep(0.005)
+    return directory.calls[:count]
+
+
+async def end(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait([task], timeout=5)
+
+
+async def test_a_lease_that_is_gone_is_registered_anew(scripted: Scripted) -> None:
+    directory, client = scripted
+    directory.statuses = [pb.LEASE_STATUS_RENEWED, pb.LEASE_STATUS_NOT_FOUND]
+    task = asyncio.create_task(client.keep_registered(make_worker))
+    assert await until_calls(directory, 5) == ["register", "renewed", "not_found", "register", "renewed"]
+    await end(task)
+
+
+async def test_degraded_is_borne_and_counts_as_contact(scripted: Scripted) -> None:
+    directory, client = scripted
+    directory.statuses = [pb.LEASE_STATUS_DEGRADED] * 3
+    registration = client.registration(make_worker)
+    task = asyncio.create_task(registration.run())
+    await until_calls(directory, 2)
+    first = registration.last_contact
+    assert first is not None
+    calls = await until_calls(directory, 5)
+    assert calls == ["register", "degraded", "degraded", "degraded", "renewed"]
+    assert registration.last_contact is not None
+    assert registration.last_contact > first
+    await end(task)
+
+
+async def test_stale_ends_it_with_the_callback(scripted: Scripted) -> None:
+    directory, client = scripted
+    directory.statuses = [pb.LEASE_STATUS_STALE]
+    told: list[bool] = []
+    registration = client.registration(make_worker, on_stale=lambda: told.append(True))
+    await asyncio.wait_for(registration.run(), 5)
+    assert (told, registration.standing, directory.calls) == ([True], Standing.STALE, ["register", "stale"])
+
+
+async def test_an_unwilling_directory_is_asked_again(scripted: Scripted) -> None:
+    directory, client = scripted
+    directory.refusals = 4
+    task = asyncio.create_task(client.keep_registered(make_worker))
+    assert await until_calls(directory, 2) == ["register", "renewed"]
+    await end(task)
+
+
+async def test_heartbeats_carry_the_state_of_their_moment(scripted: Scripted) -> None:
+    directory, client = scripted
+    worker = make_worker()
+    task = asyncio.create_task(client.keep_registered(lambda: worker))
+    await until_calls(directory, 2)
+    worker = make_worker(state=WORKER_STATE_DRAINING)
+    await until_calls(directory, len(directory.calls) + 3)
+    assert (directory.states[0], directory.states[-1]) == (WORKER_STATE_READY, WORKER_STATE_DRAINING)
+    await end(task)
+
+
+def snapshot(revision: int, *worker_ids: str) -> pb.WatchWorkersResponse:
+    workers = [make_worker(worker_id) for worker_id in worker_ids]
+    return pb.WatchWorkersResponse(revision=revision, snapshot=pb.WorkerSnapshot(workers=workers))
+
+
+def update(revision: int, worker_id: str) -> pb.WatchWorkersResponse:
+    return pb.WatchWorkersResponse(revision=revision, updated=make_worker(worker_id))
+
+
+@pytest.mark.parametrize("gap", [[update(1, "b/0")], [snapshot(4, "a/0"), update(6, "b/0")]])
+async def test_a_gap_ends_a_watch(scripted: Scripted, gap: list[pb.WatchWorkersResponse]) -> None:
+    directory, client = scripted
+    directory.watches = [gap]
+    with pytest.raises(Aborted):
+        async for _ in client.watch_workers():
+            pass
+
+
+async def test_a_silent_watch_is_given_up(scripted: Scripted) -> None:
+    _, client = scripted
+    with pytest.raises(DeadlineExceeded):
+        await anext(client.watch_workers())
+
+
+async def test_a_view_follows_changes_and_starts_over_after_a_gap(scripted: Scripted) -> None:
+    directory, client = scripted
+    removal = pb.WatchWorkersResponse(revision=6, removed_worker_id="a/0")
+    directory.watches = [
+        [snapshot(4, "a/0"), update(5, "b/0"), removal, update(9, "x/0")],
+        [snapshot(2, "c/0"), snapshot(1, "d/0"), update(2, "e/0")],
+    ]
+    membership = client.membership()
+    seen: list[list[str]] = []
+
+    def record(workers: Any) -> bool:
+        seen.append(sorted(workers))
+        return set(workers) == {"d/0", "e/0"}
+
+    task = asyncio.create_task(membership.run())
+    await membership.wait_for(record, 5)
+    assert (membership.connected, membership.revision) == (True, 2)
+    assert ["x/0"] not in seen
+    await end(task)
+
+
+async def test_an_absent_directory_costs_nothing_but_the_record() -> None:
+    async with DirectoryClient("127.0.0.1:1", OPTIONS) as client:
+        assert await client.draw_epoch("g", 2**52) == 2**52 + 1
+        assert not await client.deregister("a/0", "life-1")
+        with pytest.raises(Unavailable):
+            await client.locate("r")
+
+
+async def test_the_recorder_keeps_the_order_of_a_request_and_drops_what_is_too_much() -> None:
+    recorder, sent, gate = Recorder(max_queued=8), list[int](), asyncio.Event()
+
+    async def send(number: int) -> None:
+        await gate.wait()
+        sent.append(number)
+        if number == 1:
+            raise Unavailable("STORE_AWAY", "not now")
+        if number == 2:
+            raise NotFound("UNKNOWN_REQUEST", "expired")
+
+    for number in range(5):  # a lane holds two
+        recorder.submit("r", lambda number=number: send(number))  # type: ignore[misc]
+    assert recorder.num_dropped == 3
+    gate.set()
+    await recorder.flush(5)
+    assert (sent, recorder.num_dropped) == ([0, 1], 4)
+    recorder.submit("r", lambda: send(2))
+    await recorder.flush(5)
+    assert (sent, recorder.num_dropped) == ([0, 1, 2], 4)
+    await recorder.close()
+
+
+def test_pauses_double_up_to_their_limit() -> None:
+    paces = pauses(DirectoryOptions(retry_min_s=0.1, retry_max_s=1.0))
+    for expected in (0.1, 0.2, 0.4, 0.8, 1.0, 1.0):
+        assert next(paces) == pytest.approx(expected, rel=0.26)
