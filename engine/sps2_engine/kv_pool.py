@@ -1,0 +1,195 @@
+"""Paged KV of one rank: the arena that holds it and the pool that hands its blocks out.
+
+A block is 64 tokens of every layer; block b owns the token slots [64 b, 64 (b + 1)) of each layer. The arena
+knows nothing about requests, the pool nothing about tensors.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+import torch
+
+BLOCK_TOKENS = 64
+
+
+class OutOfBlocksError(Exception):
+    """The pool holds fewer free blocks than were asked for; nothing was allocated."""
+
+    def __init__(self, num_wanted: int, num_free: int) -> None:
+        super().__init__(f"{num_wanted} KV blocks wanted, {num_free} free")
+        self.num_wanted = num_wanted
+        self.num_free = num_free
+
+
+class KvArena:
+    """All KV of one rank, allocated once; pages that were never written cost no memory.
+
+    `k` and `v` are [num_layers, num_blocks * 64, num_kv_heads, head_dim], contiguous.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_layers, num_blocks * BLOCK_TOKENS, num_kv_heads, head_dim)
+        # empty, not zeros: the kernel gives pages on first touch, so a large arena is free until it is used.
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.num_layers = num_layers
+        self.num_blocks = num_blocks
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+
+    @property
+    def num_slots(self) -> int:
+        """Token slots per layer."""
+        return self.num_blocks * BLOCK_TOKENS
+
+    @property
+    def side_token_bytes(self) -> int:
+        """Bytes of one token in one layer of K alone, or of V alone."""
+        return self.num_kv_heads * self.head_dim * self.k.element_size()
+
+
+class BlockPool:
+    """Which blocks of an arena are free.
+
+    Invariants: a block is either free or used, never both, never twice; free + used = all. Not thread-safe:
+    the engine loop owns it.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 0:
+            raise ValueError(f"num_blocks is {num_blocks}")
+        self.num_blocks = num_blocks
+        # Free blocks as disjoint runs [begin, end), ascending, never adjacent: freeing merges neighbours.
+        self._free_runs: list[tuple[int, int]] = [(0, num_blocks)] if num_blocks else []
+        self._used: set[int] = set()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be allocated."""
+        return self.num_blocks - len(self._used)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that are allocated."""
+        return len(self._used)
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Block ids: one contiguous run if there is one (first fit), else the longest runs first.
+
+        Raises:
+            OutOfBlocksError: fewer are free; nothing changed.
+            ValueError: a negative number.
+        """
+        if num_blocks < 0:
+            raise ValueError(f"num_blocks is {num_blocks}")
+        if num_blocks > self.num_free:
+            raise OutOfBlocksError(num_blocks, self.num_free)
+        blocks: list[int] = []
+        for begin, end in self._choose_runs(num_blocks):
+            taken_end = min(end, begin + num_blocks - len(blocks))
+            blocks.extend(range(begin, taken_end))
+            index = self._free_runs.index((begin, end))
+            self._free_runs[index : index + 1] = [(taken_end, end)] if taken_end < end else []
+        self._used.update(blocks)
+        return blocks
+
+    def _choose_runs(self, num_blocks: int) -> list[tuple[int, int]]:
+        for run in self._free_runs:
+            if run[1] - run[0] >= num_blocks:
+                return [run] if num_blocks else []
+        chosen: list[tuple[int, int]] = []
+        missing = num_blocks
+        for run in sorted(self._free_runs, key=lambda run: run[0] - run[1]):
+            if missing <= 0:
+                break
+            chosen.append(run)
+            missing -= run[1] - run[0]
+        return chosen
+
+    def free(self, blocks: Iterable[int]) -> None:
+        """Gives blocks back.
+
+        Raises:
+            ValueError: one of them is not allocated, or is named twice; nothing changed.
+        """
+        returned = list(blocks)
+        if len(set(returned)) != len(returned):
+            raise ValueError("a block is freed twice in one call")
+        if not self._used.issuperset(returned):
+            raise ValueError(f"blocks {sorted(set(returned) - self._used)} are not allocated")
+        self._used.difference_update(returned)
+        for run in merge_runs((block, block + 1) for block in sorted(returned)):
+            self._insert_run(*run)
+
+    def _insert_run(self, begin: int, end: int) -> None:
+        index = bisect_left(self._free_runs, (begin, end))
+        first, last = index, index
+        if first > 0 and self._free_runs[first - 1][1] == begin:
+            first -= 1
+            begin = self._free_runs[first][0]
+        if last < len(self._free_runs) and self._free_runs[last][0] == end:
+            end = self._free_runs[last][1]
+            last += 1
+        self._free_runs[first:last] = [(begin, end)]
+
+    def check(self) -> None:
+        """Verifies the invariants, in time proportional to the pool; for debug runs and tests.
+
+        Raises:
+            AssertionError: the pool is broken, with what is wrong.
+        """
+        free = [block for begin, end in self._free_runs for block in range(begin, end)]
+        if len(free) != len(set(free)):
+            raise AssertionError("a block is free twice")
+        if not self._used.isdisjoint(free):
+            raise AssertionError(f"blocks {sorted(self._used.intersection(free))} are free and used")
+        if self._used.union(free) != set(range(self.num_blocks)):
+            raise AssertionError("free + used is not all")
+        if any(
+            left[1] >= right[0] for left, right in zip(self._free_runs, self._free_runs[1:], strict=False)
+        ):
+            raise AssertionError("free runs are out of order or not merged")
+
+
+def slot_runs(blocks: Sequence[int], token_count: int, first_token: int = 0) -> list[tuple[int, int]]:
+    """Contiguous slot runs [begin, end) that hold `token_count` tokens of a request, in token order.
+
+    `blocks` are the request's blocks on this rank in token order; token 0 lies in the first slot of the first
+    block, and the runs begin at token `first_token`. Adjacent blocks become one run, so that attention and
+    transfers take views as large as the allocation allows.
+
+    Raises:
+        ValueError: the blocks hold fewer tokens than that.
+    """
+    if first_token < 0 or token_count < 0 or first_token + token_count > len(blocks) * BLOCK_TOKENS:
+        raise ValueError(f"tokens {first_token}+{token_count} do not lie in {len(blocks)} blocks")
+    if token_count == 0:
+        return []
+    end_token = first_token + token_count
+    touched = range(first_token // BLOCK_TOKENS, (end_token - 1) // BLOCK_TOKENS + 1)
+    return merge_runs(
+        (
+            blocks[i] * BLOCK_TOKENS + max(first_token - i * BLOCK_TOKENS, 0),
+            blocks[i] * BLOCK_TOKENS + min(end_token - i * BLOCK_TOKENS, BLOCK_TOKENS),
+        )
+        for i in touched
+    )
+
+
+def merge_runs(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same runs in the same order, each joined with the next where one ends at the other's begin."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in runs:
+        if merged and merged[-1][1] == begin:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((begin, end))
+    return merged

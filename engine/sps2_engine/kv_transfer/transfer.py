@@ -1,0 +1,87 @@
+"""One attempt's KV on its way from this rank: what the engine holds, and what it learns at the end."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from sps2.internal.v1.placement_pb2 import Attempt, Placement, ShardPlacement
+from sps2_engine.kv_transfer.base import TransferError
+from sps2_engine.kv_transfer.relayout import TokenRange
+
+
+@dataclass(frozen=True)
+class TransferSummary:
+    """A transfer that succeeded."""
+
+    bytes_sent: int
+    """Bytes of slabs posted, resends included."""
+    slabs_sent: int
+    slabs_resent: int
+
+
+@dataclass(eq=False)
+class Transfer:
+    """Handle of one transfer; only `done` is for the engine, the rest belongs to the sender's thread."""
+
+    attempt: Attempt
+    placement: Placement
+    token_begin: int
+    token_end: int
+    blocks: Sequence[int]
+    """Of the source, in token order; `token_begin` lies in the first slot of the first."""
+    done: Future[TransferSummary] = field(default_factory=Future)
+    """The summary when every target has accepted every slab, or a TransferError."""
+    parts: list[TokenRange] = field(default_factory=list)
+    """What each target takes."""
+    num_missing: int = 0
+    """(layer, token) pairs not accepted yet."""
+    bytes_sent: int = 0
+    slabs_sent: int = 0
+    slabs_resent: int = 0
+
+    def __post_init__(self) -> None:
+        # Cancelling goes by `KvSender.abort`: a future that is running cannot be cancelled past the sender.
+        self.done.set_running_or_notify_cancel()
+
+    @property
+    def live(self) -> bool:
+        """Whether it is still going on."""
+        return not self.done.done()
+
+    def shard(self, part: TokenRange) -> ShardPlacement:
+        """Where a part goes."""
+        return self.placement.shards[part.shard]
+
+    def fail(self, error: TransferError) -> None:
+        """Ends it, unless it has ended."""
+        if self.live:
+            self.done.set_exception(error)
+
+    def count_accepted(self, num_tokens: int) -> None:
+        """Notes that a slab of one layer is in its blocks; ends the transfer with the last one."""
+        self.num_missing -= num_tokens
+        self.finish_if_complete()
+
+    def finish_if_complete(self) -> None:
+        """Ends the transfer well when nothing is missing."""
+        if self.num_missing == 0 and self.live:
+            self.done.set_result(TransferSummary(self.bytes_sent, self.slabs_sent, self.slabs_resent))
+
+
+@dataclass(frozen=True)
+class Share:
+    """One layer of what one target takes: ready in the arena, not cut into slabs yet."""
+
+    transfer: Transfer
+    part: TokenRange
+    layer: int
+
+
+@dataclass(frozen=True)
+class Slab:
+    """One slab to be sent."""
+
+    transfer: Transfer
+    tokens: TokenRange
+    layer: int
+    num_resends: int = 0

@@ -1,0 +1,62 @@
+"""The block pool under any sequence of allocations and frees."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from sps2_engine.kv_pool import BlockPool, OutOfBlocksError
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """A pool beside the plain set of blocks that are out."""
+
+    allocations = Bundle("allocations")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(24)
+        self.out: set[int] = set()
+
+    @rule(target=allocations, count=st.integers(0, 12))
+    def allocate(self, count: int) -> object:
+        free = set(range(24)) - self.out
+        try:
+            blocks = self.pool.allocate(count)
+        except OutOfBlocksError:
+            assert count > len(free)
+            return multiple()
+        assert len(blocks) == len(set(blocks)) == count
+        assert free.issuperset(blocks)
+        if _has_run(free, count):
+            assert blocks == list(range(blocks[0], blocks[0] + count)) if blocks else count == 0
+        self.out.update(blocks)
+        return blocks
+
+    @rule(blocks=consumes(allocations), data=st.data())
+    def free(self, blocks: list[int], data: st.DataObject) -> None:
+        self.pool.free(data.draw(st.permutations(blocks)))
+        self.out.difference_update(blocks)
+
+    @invariant()
+    def holds(self) -> None:
+        self.pool.check()
+        assert self.pool.num_used == len(self.out)
+        assert self.pool.num_free == 24 - len(self.out)
+
+
+def _has_run(free: set[int], count: int) -> bool:
+    return any(free.issuperset(range(begin, begin + count)) for begin in range(25 - count))
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@given(st.permutations(range(12)))
+def test_blocks_freed_in_any_order_become_one_run_again(order: list[int]) -> None:
+    pool = BlockPool(12)
+    pool.allocate(12)
+    for block in order:
+        pool.free([block])
+        pool.check()
+    assert pool.allocate(12) == list(range(12))

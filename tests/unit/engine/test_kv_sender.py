@@ -1,0 +1,106 @@
+"""Sender and receiver in one process, by gRPC: what the engine is told in cases off the main road."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from sps2.internal.v1.kv_transfer_service_pb2 import KvFormat
+from sps2.internal.v1.placement_pb2 import Attempt, Fence, Placement, ShardPlacement
+from sps2_engine.kv_pool import KvArena
+from sps2_engine.kv_transfer.base import MAX_SLOT_BYTES, RingOptions, TransferError
+from sps2_engine.kv_transfer.receiver import KvReceiver
+from sps2_engine.kv_transfer.sender import KvSender
+
+FORMAT = KvFormat(model_hash="m", dtype="fp32", layout_version=1, num_layers=1, num_kv_heads=1, head_dim=8)
+ATTEMPT = Attempt(request_id="r", number=1)
+
+
+def arena() -> KvArena:
+    return KvArena(num_layers=1, num_blocks=2, num_kv_heads=1, head_dim=8)
+
+
+@pytest.fixture
+def sender() -> Iterator[KvSender]:
+    one = KvSender(arena(), FORMAT, "prefill-0/0", "source", "grpc")
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def receiver() -> Iterator[KvReceiver]:
+    one = KvReceiver(arena(), FORMAT, "target", "127.0.0.1", transport="grpc")
+    yield one
+    one.close()
+
+
+def placement(address: str) -> Placement:
+    fence = Fence(process_incarnation="target", epoch=1, attempt=ATTEMPT)
+    return Placement(
+        shards=[ShardPlacement(token_begin=0, token_end=100, transfer_address=address, fence=fence)]
+    )
+
+
+def test_a_layer_goes_over_and_is_counted(sender: KvSender, receiver: KvReceiver) -> None:
+    sender._bytes.arena.k.fill_(1)
+    sender._bytes.arena.v.fill_(2)
+    done: list[str] = []
+    fence = placement("").shards[0].fence
+    receiver.expect(fence, 0, 100, [0, 1], lambda: done.append("complete"))
+    transfer = sender.begin(ATTEMPT, placement(receiver.address), 0, 100, [1, 0])
+    sender.layer_ready(transfer, 0)
+    assert transfer.done.result(10).bytes_sent == sender.bytes_posted == 100 * 2 * 8 * 4
+    assert done == ["complete"]
+    assert bool((receiver._bytes.arena.v[0, :100] == 2).all())
+    assert sender.abort(transfer).result(10) is None
+
+
+def test_a_rank_without_tokens_is_done_at_once(sender: KvSender) -> None:
+    assert sender.begin(ATTEMPT, placement("nowhere:1"), 50, 50, []).done.result(0).bytes_sent == 0
+
+
+@pytest.mark.parametrize(("end", "blocks"), [(101, [0, 1]), (100, [0])])
+def test_a_placement_that_does_not_fit_is_told_by_the_future(
+    sender: KvSender, end: int, blocks: list[int]
+) -> None:
+    transfer = sender.begin(ATTEMPT, placement("nowhere:1"), 0, end, blocks)
+    with pytest.raises(TransferError, match="BAD_PLACEMENT"):
+        transfer.done.result(0)
+
+
+def test_another_life_of_the_target_is_refused(sender: KvSender, receiver: KvReceiver) -> None:
+    stale = placement(receiver.address)
+    stale.shards[0].fence.process_incarnation = "before"
+    transfer = sender.begin(ATTEMPT, stale, 0, 100, [0, 1])
+    sender.layer_ready(transfer, 0)
+    with pytest.raises(TransferError, match=r"REFUSED.*process target, the placement means before"):
+        transfer.done.result(10)
+
+
+def test_close_ends_what_goes_on_and_what_comes_later(sender: KvSender, receiver: KvReceiver) -> None:
+    transfer = sender.begin(ATTEMPT, placement(receiver.address), 0, 100, [0, 1])
+    sender.close()
+    with pytest.raises(TransferError, match="ABORTED"):
+        transfer.done.result(0)
+    late = sender.begin(ATTEMPT, placement(receiver.address), 0, 100, [0, 1])
+    with pytest.raises(TransferError, match="ABORTED"):
+        late.done.result(0)
+    with pytest.raises(TransferError, match="ABORTED"):
+        sender.abort(transfer).result(0)
+
+
+def test_an_empty_part_is_complete_at_once(receiver: KvReceiver) -> None:
+    told: list[int] = []
+    receiver.expect(placement("").shards[0].fence, 10, 10, [], lambda: told.append(1))
+    receiver.close()  # its thread has carried everything out by then
+    assert told == [1]
+
+
+@pytest.mark.parametrize("options", [{"slot_bytes": 0}, {"num_slots": 0}, {"slot_bytes": MAX_SLOT_BYTES + 1}])
+def test_ring_options_have_bounds(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError):
+        RingOptions(**options)
+
+
+def test_a_slot_holds_at_least_one_token() -> None:
+    with pytest.raises(ValueError, match="a token has 64 bytes"):
+        KvReceiver(arena(), FORMAT, "target", "127.0.0.1", ring=RingOptions(slot_bytes=32), transport="grpc")
