@@ -14,7 +14,7 @@ from sps2_service.errors import FailedPrecondition, InvalidArgument, ServiceErro
 from sps2_service.ranks.failures import attempt_failure
 from sps2_service.ranks.group import GroupLeader, GroupState
 
-from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row
+from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row, RowState
 
 BLOCK_TOKENS = 64
 RESERVE_TIMEOUT_S = 30.0
@@ -71,8 +71,8 @@ class DecodeCoordinator:
 
     def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
         """Adds what waits for its KV and what decodes."""
-        load.num_requests_running = self._scheduler.num_active
-        load.num_requests_waiting = len(self._rows) - self._scheduler.num_active
+        load.num_requests_running = self._scheduler.num_rows(RowState.ACTIVE)
+        load.num_requests_waiting = self._scheduler.num_rows(RowState.RESERVED)
 
     async def drain(self) -> None:
         """Takes no more attempts and waits until the last one ends."""

@@ -138,10 +138,9 @@ class DecodeScheduler:
             self._count_tokens(active)
         return plan
 
-    @property
-    def num_active(self) -> int:
-        """Rows that decode."""
-        return sum(row.state is RowState.ACTIVE for row in self.rows.values())
+    def num_rows(self, state: RowState) -> int:
+        """Rows in that state."""
+        return sum(row.state is state for row in self.rows.values())
 
     def _count_tokens(self, active: Sequence[Row]) -> None:
         """A row whose last token is planned leaves with the next plan, without waiting for that token."""
