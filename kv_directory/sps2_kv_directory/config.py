@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from redis.asyncio.connection import parse_url
+
 from sps2_service.config import ServiceConfig, setting
 
 
@@ -53,6 +55,7 @@ class DirectoryConfig(ServiceConfig):
     """Longest wait for Redis; then renewals are answered DEGRADED and other calls UNAVAILABLE."""
 
     def __post_init__(self) -> None:
+        parse_url(self.redis)  # raises ValueError
         # A lease must survive a lost renewal, and a slow look for leases must not pass for an outage.
         if self.renew_interval_s > 0.4 * self.lease_ttl_s:
             raise ValueError("renew_interval_s must be at most 0.4 of lease_ttl_s")

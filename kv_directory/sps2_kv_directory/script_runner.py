@@ -59,6 +59,7 @@ class ScriptRunner:
             for name in SCRIPT_NAMES
         }
         self._paused_until = 0.0
+        self._answered_at = 0.0
         self._away = False
 
     @classmethod
@@ -97,16 +98,13 @@ class ScriptRunner:
             round(self._config.lease_ttl_s * 1e6),
             round(self._config.max_clock_step_s * 1e6),
         )
-        reply = await self._bounded(self._scripts[name](keys=self._keys, args=[*head, *args]))
-        if self._away:
-            self._away = False
-            log.info("the store is back")
-        return reply
+        return await self._bounded(self._scripts[name](keys=self._keys, args=[*head, *args]))
 
     async def _bounded(self, call: Awaitable[T]) -> T:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._config.timeout_s):
-                return await call
+                reply = await call
         except (TimeoutError, redis.exceptions.TimeoutError):
             reason = f"the store did not answer within {self._config.timeout_s:g} s"
         except (redis.exceptions.ConnectionError, OSError) as error:
@@ -115,11 +113,25 @@ class ScriptRunner:
             if not _says_away(error):
                 raise
             reason = f"the store cannot do this now ({str(error)[:80]})"
+        else:
+            self._note_answer()
+            return reply
+        self._note_failure(began, reason)
+        raise away(reason)
+
+    def _note_answer(self) -> None:
+        self._answered_at = time.monotonic()
+        if self._away:
+            self._away = False
+            log.info("the store is back")
+
+    def _note_failure(self, began: float, reason: str) -> None:
+        if self._answered_at > began:
+            return  # late news: the store has answered another call since
         self._paused_until = time.monotonic() + self._config.pause_s
         if not self._away:
             self._away = True
             log.warning("the store is away", reason=reason)
-        raise away(reason)
 
     async def close(self) -> None:
         """Closes the connections."""

@@ -18,3 +18,8 @@ def test_what_would_end_the_leases_of_the_living_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="of lease_ttl_s"):
         DirectoryConfig(renew_interval_s=renew, expire_interval_s=expire, store_timeout_s=timeout)
+
+
+def test_a_url_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="redis://"):
+        DirectoryConfig(redis="localhost:6379")
