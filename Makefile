@@ -5,6 +5,8 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 EXTRAS ?= dev
 SUITE  ?=
+# A suite is a folder or a file of tests/acceptance.
+SUITE_PATH = $(if $(SUITE),$(firstword $(wildcard tests/acceptance/$(SUITE) tests/acceptance/test_$(SUITE).py)))
 STAMP  := $(VENV)/.sps2-setup-$(EXTRAS)
 ROOTS  := service kernels engine router prefill_worker decode_worker kv_directory client cli $(wildcard bench gateway) scripts tests
 
@@ -21,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup_venv.sh
 	@touch $@
 
 demo: setup  ## serve the demo model and answer one long real prompt
-	$(PY) -P scripts/demo.py
+	$(VENV)/bin/sps2 demo
 
 test: setup  ## run the tests (at most 12 minutes on two cores)
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
@@ -48,8 +50,8 @@ proto-check: setup  ## fail when the committed stubs differ from the protos
 	$(PY) scripts/generate_protos.py --check
 
 acceptance: setup  ## run an issue's "Must show" at full size: make acceptance SUITE=name
-	@test -n "$(SUITE)" || { echo "usage: make acceptance SUITE=name; there are:"; ls tests/acceptance; exit 2; }
-	$(VENV)/bin/pytest -m acceptance -o timeout=3600 -s -q tests/acceptance/test_$(SUITE).py
+	@test -n "$(SUITE_PATH)" || { echo "usage: make acceptance SUITE=name; there are:"; ls tests/acceptance; exit 2; }
+	$(VENV)/bin/pytest -m acceptance -o timeout=3600 -q $(SUITE_PATH)
 
 audit: setup  ## look the installed dependencies up in the vulnerability database
 	$(VENV)/bin/pip-audit --local --skip-editable

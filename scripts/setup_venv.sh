@@ -32,6 +32,6 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
 fi
 
 echo "setup: installing sps2[$extras]"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
     -c constraints.txt -e ".[$extras]" </dev/null
 echo "setup: done"
