@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from sps2.internal.v1 import decode_service_pb2, engine_pb2, kv_directory_service_pb2, placement_pb2
 from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_service.directory_client import DirectoryClient
-from sps2_service.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable
+from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure
 from sps2_service.ranks.group import GroupLeader, GroupState
 
@@ -240,6 +240,12 @@ class DecodeCoordinator:
         if request.model_hash != self._model_hash:
             raise FailedPrecondition(
                 "MODEL_HASH_MISMATCH", f"decode group {group.name} serves another model than prefill"
+            )
+        if any(live.request.attempt == request.attempt for live in self._rows.values()):
+            raise Aborted(
+                "DUPLICATE_ATTEMPT",
+                f"attempt {request.attempt.number} of request {request.attempt.request_id!r} is served already: "
+                "two live requests may not share an id",
             )
         if request.num_prompt_tokens < 1 or request.choice.max_tokens < 1:
             raise InvalidArgument("EMPTY_REQUEST", "num_prompt_tokens and max_tokens must be at least 1")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.attention.prefill_plan import split_tokens
-from sps2_service.errors import FailedPrecondition, InvalidArgument, ServiceError, Unavailable
+from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure
 from sps2_service.ranks.group import GroupLeader, GroupState
 
@@ -117,7 +117,7 @@ class PrefillCoordinator:
         attempt = Attempt(request)
         self._check(request)
         if attempt.key in self._attempts:
-            raise InvalidArgument("DUPLICATE_ATTEMPT", f"attempt {attempt.key} is being prefilled already")
+            raise Aborted("DUPLICATE_ATTEMPT", f"attempt {attempt.key} is being prefilled already")
         self._attempts[attempt.key] = attempt
         self._idle.clear()
         self._scheduler.submit(Job(attempt.key, len(request.token_ids)))

@@ -36,7 +36,7 @@ class EngineWatch:
 
     silence_s: float = 5.0
     """Heartbeats (twice a second) missing for this long: stopped or wedged; it is killed."""
-    stuck_s: float = 120.0
+    stuck_s: float = 600.0
     """Busy without a step or layer done for this long: stuck; it is killed."""
     restart_pause_s: float = 0.5
     """Pause before it is started again."""

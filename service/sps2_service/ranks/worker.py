@@ -16,7 +16,7 @@ from sps2.v1 import cluster_pb2
 from sps2_service.config import ServiceConfig, setting
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.model_folder import ModelFolder, ModelFolderError
-from sps2_service.ranks.engine_process import EngineProcess
+from sps2_service.ranks.engine_process import EngineProcess, EngineWatch
 from sps2_service.ranks.follower import Follower
 from sps2_service.ranks.group import Coordinator, GroupLeader, GroupState, Member
 from sps2_service.ranks.group_servicer import GroupServicer
@@ -56,8 +56,10 @@ class WorkerConfig(ServiceConfig):
     """Tokens whose KV the rank can hold."""
     kv_transport: Literal["auto", "nixl", "grpc"] = "auto"
     """How KV travels from prefill to decode; auto takes NIXL where both sides have it."""
-    collective_timeout_s: float = setting(60.0, minimum=1)
-    """Longest wait for a peer inside a collective."""
+    collective_timeout_s: float = setting(120.0, minimum=1)
+    """Longest wait for a peer inside a collective; a dead or stopped engine is noticed long before."""
+    engine_stuck_s: float = setting(600.0, minimum=1)
+    """An engine that is busy for so long without a step or a layer done is killed and started again."""
 
     def __post_init__(self) -> None:
         if self.rank >= self.group_size:
@@ -137,6 +139,7 @@ class RankSupervisor:
             lambda fd: engine_arguments(config, fd, self._model_hash),
             self._on_event,
             self._on_lost,
+            EngineWatch(stuck_s=config.engine_stuck_s),
         )
         self._loaded: engine_pb2.EngineLoaded | None = None
         self._load_fraction = 0.0
