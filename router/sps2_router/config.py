@@ -15,7 +15,7 @@ from sps2_service.config import ServiceConfig, setting
 class RouterConfig(ServiceConfig):
     """The router of SPS2: the public gRPC service."""
 
-    model: Path = setting()  # noqa: RUF009 - makes a field
+    model: Path = setting()
     """Folder of the served model; its tokenizer and config are read, never its weights."""
     directory: str = setting()
     """HOST:PORT of the KV directory."""

@@ -15,7 +15,7 @@ from sps2_router.dispatch import Dispatcher, Send
 from sps2_router.scope import CallScope
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.types import ServedModel
-from sps2_router.validation import check_fields, resolve
+from sps2_router.validation import check_fields, check_text_length, resolve
 from sps2_service.telemetry import bound_request
 
 
@@ -73,5 +73,6 @@ class FrontDoor:
 
     async def _prompt_ids(self, spec: generation_pb2.GenerationSpec) -> Sequence[int]:
         if spec.HasField("text"):
+            check_text_length(spec.text, self._tokenizer.longest_token, self._model)
             return await self._tokenizer.encode(spec.text)
         return spec.token_ids.ids

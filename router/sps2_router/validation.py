@@ -23,6 +23,7 @@ def check_fields(spec: generation_pb2.GenerationSpec, model: ServedModel) -> Non
     Raises:
         NotFound: the model is not served.
         InvalidArgument: a field is wrong; names it.
+        OutOfRange: more token ids than the context takes.
     """
     check_request_id(spec.request_id, "spec.request_id", may_be_empty=True)
     if len(spec.nonce) > MAX_NONCE_BYTES:
@@ -67,6 +68,7 @@ def _check_prompt(spec: generation_pb2.GenerationSpec, model: ServedModel) -> No
             ids = spec.token_ids.ids
             if not ids:
                 raise InvalidArgument.of_field("spec.token_ids.ids", "is empty; send at least one token id")
+            _check_room(len(ids), model)  # before millions of them are looked at
             check_token_ids(ids, "spec.token_ids.ids", model)
         case _:
             raise InvalidArgument.of_field("spec.prompt", "is missing; set one of text and token_ids")
@@ -107,6 +109,22 @@ def _check_stop(stop: generation_pb2.StopSpec, model: ServedModel) -> None:
     check_token_ids(stop.stop_token_ids, "spec.stop.stop_token_ids", model)
 
 
+def check_text_length(text: str, longest_token: int, model: ServedModel, field: str = "spec.text") -> None:
+    """Refuses what cannot fit the context before time and memory are spent on tokenizing it.
+
+    Raises:
+        OutOfRange: more characters than `context_length` tokens of `longest_token` characters have.
+    """
+    limit = model.context_length * longest_token
+    if len(text) > limit:
+        raise _too_long(
+            field,
+            f"is {len(text)} characters long; no text of more than {limit} fits the context of "
+            f"{model.context_length} tokens: shorten it",
+            model.context_length,
+        )
+
+
 def resolve(
     spec: generation_pb2.GenerationSpec,
     request_id: str,
@@ -129,7 +147,7 @@ def resolve(
     """
     if not prompt_ids:
         raise InvalidArgument.of_field("spec.text", "has no tokens; send text that is not empty")
-    max_tokens = _fit(spec.stop, len(prompt_ids), model.context_length)
+    max_tokens = _fit(spec.stop, len(prompt_ids), model)
     eos = () if spec.stop.ignore_eos else model.eos_token_ids
     sampling = spec.sampling
     choice = TokenChoice(
@@ -143,16 +161,10 @@ def resolve(
     return Request(request_id, prompt_ids, choice)
 
 
-def _fit(stop: generation_pb2.StopSpec, num_prompt_tokens: int, context_length: int) -> int:
+def _fit(stop: generation_pb2.StopSpec, num_prompt_tokens: int, model: ServedModel) -> int:
     """The number of tokens to generate at most."""
-    room = context_length - num_prompt_tokens
-    if room < 1:
-        raise _too_long(
-            "spec.prompt",
-            f"has {num_prompt_tokens} tokens; the context of {context_length} takes at most "
-            f"{context_length - 1} and one of output: shorten it",
-            context_length,
-        )
+    context_length = model.context_length
+    room = _check_room(num_prompt_tokens, model)
     if not stop.HasField("max_tokens"):
         return min(DEFAULT_MAX_TOKENS, room)
     if stop.max_tokens > room:
@@ -163,6 +175,19 @@ def _fit(stop: generation_pb2.StopSpec, num_prompt_tokens: int, context_length: 
             context_length,
         )
     return stop.max_tokens
+
+
+def _check_room(num_prompt_tokens: int, model: ServedModel) -> int:
+    """Tokens that the context has left for the answer, at least one."""
+    context_length = model.context_length
+    if num_prompt_tokens >= context_length:
+        raise _too_long(
+            "spec.prompt",
+            f"has {num_prompt_tokens} tokens; the context of {context_length} takes at most "
+            f"{context_length - 1} and one of output: shorten it",
+            context_length,
+        )
+    return context_length - num_prompt_tokens
 
 
 def _too_long(field: str, description: str, context_length: int) -> OutOfRange:

@@ -1,0 +1,121 @@
+"""The router over real gRPC. What a client gets when all goes well."""
+
+import asyncio
+import hashlib
+import struct
+
+import pytest
+
+from sps2.v1 import (
+    generation_pb2,
+)
+from support.router_deployment import (
+    Code,
+    Deployment,
+    failure,
+    fields,
+    prompt,
+    until,
+)
+from support.tiny_model import BOS, EOS, VOCABULARY_SIZE, byte_ids
+
+pytestmark = pytest.mark.service
+
+
+async def test_streams_an_answer(up: Deployment) -> None:
+    events = [event async for event in up.stream(prompt(request_id="r-1"))]
+    ids = byte_ids(b"abcd")
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.request_id for event in events] == ["r-1", *[""] * (len(events) - 1)]
+    deltas = [event.delta for event in events if event.HasField("delta")]
+    assert "".join(delta.text for delta in deltas) == "abcd"
+    assert [(delta.first_index, *delta.token_ids) for delta in deltas] == list(enumerate(ids))
+    assert [event.WhichOneof("event") for event in events[-2:]] == ["finish", "usage"]
+    finish, usage = events[-2].finish, events[-1].usage
+    assert finish.reason == generation_pb2.FINISH_REASON_LENGTH
+    assert finish.token_count == 4
+    assert finish.digest == hashlib.sha256(struct.pack("<4i", *ids)).digest()
+    assert (usage.output_tokens, usage.attention_profile) == (4, "exact")
+    assert (usage.bytes.collective, usage.bytes.q_exchange, usage.bytes.kv_transfer) == (100, 200, 300)
+    timings = usage.timings
+    assert 0 <= timings.queue <= timings.ttft <= timings.e2e
+    assert timings.ttft >= timings.queue + timings.prefill + timings.transfer
+    assert timings.tpot > 0
+
+
+async def test_workers_get_the_resolved_request(up: Deployment) -> None:
+    await up.generate(
+        prompt(
+            "hello",
+            sampling=generation_pb2.SamplingSpec(temperature=0.5, top_p=0.5, top_k=0, seed=7),
+            stop=generation_pb2.StopSpec(max_tokens=9, stop_token_ids=[20, EOS]),
+        )
+    )
+    prefill, reserve = up.prefill.requests[0], up.decode.reserved[0]
+    assert list(prefill.token_ids) == [BOS, VOCABULARY_SIZE - 3]
+    assert prefill.choice == reserve.choice
+    assert prefill.attempt == reserve.attempt
+    assert (prefill.attempt.number, len(prefill.attempt.request_id)) == (1, 32)
+    assert prefill.placement.group == "decode-0"
+    assert (reserve.num_prompt_tokens, reserve.prefill_group, reserve.model_hash) == (2, "prefill-0", "hash")
+    assert up.decode.started == [up.prefill.first_token]
+    choice = prefill.choice
+    assert (choice.max_tokens, list(choice.stop_token_ids)) == (9, [EOS, 20])
+    assert choice.sampling == generation_pb2.SamplingSpec(temperature=0.5, top_p=0.5, top_k=-1, seed=7)
+
+
+async def test_generates_a_whole_answer(up: Deployment) -> None:
+    ids = generation_pb2.TokenIds(ids=[5, 6, 7])
+    answer = await up.generate(generation_pb2.GenerationSpec(token_ids=ids, model="tiny"))
+    assert (answer.text, list(answer.token_ids)) == ("abcd", byte_ids(b"abcd"))
+    assert (answer.finish.token_count, answer.usage.prompt_tokens) == (4, 3)
+    assert answer.request_id
+
+
+async def test_characters_that_span_tokens_come_whole(up: Deployment) -> None:
+    up.decode.tokens = byte_ids("€🎉".encode())
+    texts = [event.delta.text async for event in up.stream() if event.HasField("delta")]
+    assert texts == ["a", "", "", "€", "", "", "", "🎉"]
+
+
+async def test_a_stream_cut_inside_a_character_gives_the_rest_with_the_end(up: Deployment) -> None:
+    up.decode.tokens = byte_ids("€".encode())[:2]
+    answer = await up.generate(prompt())
+    assert (answer.text, answer.finish.token_count) == ("a�", 3)
+
+
+async def test_stop_tokens_count_but_are_no_text(up: Deployment) -> None:
+    up.decode.tokens = byte_ids(b"bZ")
+    up.decode.reason = generation_pb2.FINISH_REASON_STOP
+    answer = await up.generate(prompt(stop=generation_pb2.StopSpec(stop_token_ids=byte_ids(b"Z"))))
+    assert (answer.text, answer.usage.output_tokens) == ("ab", 3)
+    assert answer.finish.reason == generation_pb2.FINISH_REASON_STOP
+
+
+async def test_a_first_token_that_finishes_does_not_wait_for_decode(up: Deployment) -> None:
+    up.prefill.finish_reason = generation_pb2.FINISH_REASON_LENGTH
+    events = [event async for event in up.stream()]
+    assert [event.WhichOneof("event") for event in events] == ["delta", "finish", "usage"]
+    assert events[-1].usage.bytes.collective == 100
+    assert events[-1].usage.timings.transfer == 0
+    await up.assert_all_freed()
+    assert up.decode.started == []
+
+
+async def test_nothing_is_sent_before_the_commit(up: Deployment) -> None:
+    up.decode.may_commit.clear()
+    call = up.stream()
+    await until(lambda: up.decode.started)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await asyncio.shield(asyncio.ensure_future(call.initial_metadata()))
+    up.decode.may_commit.set()
+    assert len([event async for event in call]) == 6
+
+
+async def test_a_prompt_near_the_message_limit(up: Deployment) -> None:
+    error = await failure(up.stream(prompt("x" * (31 * 1024 * 1024))))
+    assert (error.code(), fields(error)) == (Code.OUT_OF_RANGE, ["spec.text"])
+    ids = generation_pb2.TokenIds(ids=[200] * 3_000_000)
+    error = await failure(up.stream(generation_pb2.GenerationSpec(token_ids=ids)))
+    assert (error.code(), fields(error)) == (Code.OUT_OF_RANGE, ["spec.prompt"])

@@ -1,0 +1,67 @@
+"""The router over real gRPC. ModelService, TokenizerService, ClusterService."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from sps2.v1 import (
+    cluster_service_pb2,
+    cluster_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+    tokenizer_service_pb2,
+    tokenizer_service_pb2_grpc,
+)
+from support.router_deployment import (
+    Code,
+    Deployment,
+    failure,
+    fields,
+    prompt,
+    until,
+)
+from support.tiny_model import BOS, CONTEXT_LENGTH, EOS, VOCABULARY_SIZE
+
+pytestmark = pytest.mark.service
+
+
+async def test_model_service(up: Deployment) -> None:
+    models: Any = model_service_pb2_grpc.ModelServiceStub(up.channel)
+    listed = (await models.ListModels(model_service_pb2.ListModelsRequest())).models
+    got = (await models.GetModel(model_service_pb2.GetModelRequest(name="tiny"))).model
+    assert list(listed) == [got]
+    assert (got.name, got.model_hash, got.context_length) == ("tiny", "hash", CONTEXT_LENGTH)
+    assert (got.vocabulary_size, list(got.eos_token_ids)) == (VOCABULARY_SIZE, [EOS])
+    error = await failure(models.GetModel(model_service_pb2.GetModelRequest(name="other")))
+    assert error.code() == Code.NOT_FOUND
+    error = await failure(models.GetModel(model_service_pb2.GetModelRequest()))
+    assert (error.code(), fields(error)) == (Code.INVALID_ARGUMENT, ["name"])
+
+
+async def test_tokenizer_service(up: Deployment) -> None:
+    pb = tokenizer_service_pb2
+    stub: Any = tokenizer_service_pb2_grpc.TokenizerServiceStub(up.channel)
+    ids = (await stub.TokenizeText(pb.TokenizeTextRequest(text="hello €"))).token_ids
+    assert ids[0] == BOS
+    assert (await stub.DetokenizeTokens(pb.DetokenizeTokensRequest(token_ids=ids))).text == "hello €"
+    for call, field in (
+        (stub.TokenizeText(pb.TokenizeTextRequest()), "text"),
+        (stub.DetokenizeTokens(pb.DetokenizeTokensRequest(token_ids=[-1])), "token_ids[0]"),
+    ):
+        error = await failure(call)
+        assert (error.code(), fields(error)) == (Code.INVALID_ARGUMENT, [field])
+
+
+async def test_cluster_service(up: Deployment) -> None:
+    stub: Any = cluster_service_pb2_grpc.ClusterServiceStub(up.channel)
+    up.prefill.may_sample.clear()
+    call = asyncio.ensure_future(up.generate(prompt()))
+    await until(lambda: up.prefill.num_live)
+    state = await stub.GetClusterState(cluster_service_pb2.GetClusterStateRequest())
+    assert [worker.worker_id for worker in state.workers] == ["decode-0/0", "prefill-0/0"]
+    assert state.directory_connected
+    assert state.num_requests_live == 1
+    assert dict(state.num_requests_by_group) == {"prefill-0": 1, "decode-0": 1}
+    up.prefill.may_sample.set()
+    await call

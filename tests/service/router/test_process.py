@@ -1,0 +1,97 @@
+"""The router as a process: flags, health while groups load, SIGTERM, refusals to start."""
+
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sps2.v1 import cluster_pb2, inference_service_pb2, inference_service_pb2_grpc
+from sps2_service.channel import open_channel
+from sps2_service.model_folder import ModelFolder
+from support.fake_workers import FakeDecode, FakeDirectory, FakePrefill
+from support.ports import free_port
+from support.process import ManagedProcess
+from support.router_deployment import Code, failure, prompt, reason, status_of, until
+from support.tiny_model import write_tiny_model
+
+pytestmark = pytest.mark.service
+Start = Callable[..., ManagedProcess]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "tiny")
+
+
+@pytest.fixture
+async def leaders(model: Path) -> AsyncIterator[tuple[FakeDirectory, FakePrefill, FakeDecode]]:
+    directory, prefill, decode = FakeDirectory(), FakePrefill(), FakeDecode()
+    for server in (prefill, decode, directory):
+        await server.start()
+    able = cluster_pb2.WorkerCapabilities(model_hash=ModelFolder(model).model_hash, dtype="fp32")
+    directory.workers = [prefill.info(capabilities=able), decode.info(capabilities=able)]
+    yield directory, prefill, decode
+    for server in (prefill, decode, directory):
+        await server.stop()
+
+
+@pytest.fixture
+def free_address() -> str:
+    return f"127.0.0.1:{free_port()}"
+
+
+def router_command(model: Path, directory: str, address: str, *flags: str) -> list[str | Path]:
+    command: list[str | Path] = [sys.executable, "-P", "-m", "sps2_router", "--listen", address]
+    return [*command, "--directory", directory, "--model", model, *flags]
+
+
+async def test_sigterm_finishes_streams_and_exits_with_0(
+    processes: Start, model: Path, leaders: tuple[FakeDirectory, FakePrefill, FakeDecode], free_address: str
+) -> None:
+    directory, _, decode = leaders
+    decode.tokens, decode.pause_s = [60] * 20, 0.05
+    router = processes(router_command(model, directory.address, free_address))
+    await until(lambda: '"serving"' in router.output and "following the directory" in router.output, 20)
+    async with open_channel(free_address) as channel:
+        stub: Any = inference_service_pb2_grpc.InferenceServiceStub(channel)
+        request = inference_service_pb2.StreamGenerateTextRequest(spec=prompt(model="tiny"))
+        call = stub.StreamGenerateText(request, timeout=20)
+        stream = aiter(call)
+        events = [await anext(stream)]
+        router.send(signal.SIGTERM)
+        await until(lambda: "finishing live requests" in router.output)
+        error = await failure(stub.StreamGenerateText(request, timeout=5))
+        assert error.code() == Code.UNAVAILABLE
+        events += [event async for event in stream]
+    assert events[-1].HasField("usage")
+    assert events[-2].finish.token_count == 21
+    await until(lambda: not router.running, 10)
+    assert router.wait() == 0
+    assert "hello" not in router.output  # no prompts in logs
+
+
+async def test_without_a_directory_calls_are_refused(
+    processes: Start, model: Path, free_address: str
+) -> None:
+    router = processes(router_command(model, "127.0.0.1:1", free_address, "--model-name", "other"))
+    await until(lambda: '"serving"' in router.output, 20)
+    async with open_channel(free_address) as channel:
+        stub: Any = inference_service_pb2_grpc.InferenceServiceStub(channel)
+        request = inference_service_pb2.GenerateTextRequest(spec=prompt(model="other"))
+        error = await failure(stub.GenerateText(request, timeout=5))
+    assert (error.code(), reason(error)) == (Code.UNAVAILABLE, "DIRECTORY_AWAY")
+    assert "directory" in status_of(error).message
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "config.json"])
+async def test_a_bad_model_folder_stops_it_with_one_line(
+    processes: Start, model: Path, free_address: str, missing: str
+) -> None:
+    (model / missing).unlink()
+    router = processes(router_command(model, "127.0.0.1:1", free_address))
+    assert router.wait() == 1
+    assert len(router.lines) == 1
+    assert missing in router.output

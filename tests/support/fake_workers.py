@@ -1,0 +1,305 @@
+"""Scripted prefill and decode leaders, and a directory that lists them: for tests of the router only.
+
+They speak the real protocol over real gRPC and do what their attributes say. `python fake_workers.py` runs a
+decode leader in a process of its own, to be killed; it prints "listening on HOST:PORT".
+"""
+
+import asyncio
+import itertools
+import sys
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from sps2.internal.v1 import decode_service_pb2 as decode_pb
+from sps2.internal.v1 import decode_service_pb2_grpc as decode_grpc
+from sps2.internal.v1 import kv_directory_service_pb2 as directory_pb
+from sps2.internal.v1 import kv_directory_service_pb2_grpc as directory_grpc
+from sps2.internal.v1 import placement_pb2
+from sps2.internal.v1 import prefill_service_pb2 as prefill_pb
+from sps2.internal.v1 import prefill_service_pb2_grpc as prefill_grpc
+from sps2.v1 import cluster_pb2, generation_pb2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A typed error that a worker answers with."""
+
+    code: grpc.StatusCode
+    reason: str
+    message: str = "scripted"
+    retry_after: float | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    async def abort(self, context: Any) -> NoReturn:
+        """Ends the call with it."""
+        number: int = self.code.value[0]
+        status = status_pb2.Status(code=number, message=self.message)
+        status.details.add().Pack(
+            error_details_pb2.ErrorInfo(reason=self.reason, domain="sps2", metadata=self.metadata)
+        )
+        if self.retry_after is not None:
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromNanoseconds(round(self.retry_after * 1e9))
+            status.details.add().Pack(retry)
+        await context.abort_with_status(rpc_status.to_status(status))
+        raise AssertionError("unreachable")
+
+
+NO_KV = Refusal(grpc.StatusCode.UNAVAILABLE, "NO_KV", "no KV now", retry_after=0.02)
+
+
+def rank_died(component: str) -> Refusal:
+    """What a leader says when one of its ranks is gone."""
+    return Refusal(
+        grpc.StatusCode.UNAVAILABLE, "RANK_DIED", f"{component} died", metadata={"component": component}
+    )
+
+
+class FakeLeader:
+    """A gRPC server with a worker's entry in the directory."""
+
+    role: cluster_pb2.WorkerRole.ValueType
+
+    def __init__(self, worker_id: str) -> None:
+        self.worker_id = worker_id
+        self.address = ""
+        self.num_live = 0
+        """Calls that are being served."""
+        self.num_cancelled = 0
+        """Calls that ended by cancellation."""
+        # Otherwise a router that looks after a silent connection is sent away.
+        self._server = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", 500)])
+
+    async def start(self) -> None:
+        """Listens on a free port."""
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Ends every call and the connections."""
+        await self._server.stop(None)
+
+    def info(self, **changes: Any) -> cluster_pb2.WorkerInfo:
+        """Its entry; a READY leader of a group of one, unless `changes` say otherwise."""
+        group, _, rank = self.worker_id.partition("/")
+        fields: dict[str, Any] = {
+            "worker_id": self.worker_id,
+            "role": self.role,
+            "group": group,
+            "rank": int(rank),
+            "group_size": 1,
+            "grpc_address": self.address,
+            "state": cluster_pb2.WORKER_STATE_READY,
+            "capabilities": cluster_pb2.WorkerCapabilities(model_hash="hash", dtype="fp32"),
+        }
+        return cluster_pb2.WorkerInfo(**fields | changes)
+
+    async def _watched(self, events: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Counts a call while it lives."""
+        self.num_live += 1
+        try:
+            async for event in events:
+                yield event
+        except (asyncio.CancelledError, GeneratorExit):
+            self.num_cancelled += 1
+            raise
+        finally:
+            self.num_live -= 1
+
+
+class FakePrefill(FakeLeader):
+    """A prefill leader."""
+
+    role = cluster_pb2.WORKER_ROLE_PREFILL
+
+    def __init__(self, worker_id: str = "prefill-0/0") -> None:
+        super().__init__(worker_id)
+        self.first_token = ord("a") + 2
+        self.finish_reason: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_UNSPECIFIED
+        self.refusals: list[Refusal] = []
+        """Answers of the next calls, before anything else."""
+        self.dies_before_delivery = False
+        """Fail after the first token instead of delivering."""
+        self.may_sample = asyncio.Event()
+        self.may_sample.set()
+        """Cleared: it computes forever."""
+        self.progress_interval_s = 0.02
+        self.reports_progress = True
+        self.requests: list[prefill_pb.PrefillRequest] = []
+        prefill_grpc.add_PrefillServiceServicer_to_server(self, self._server)  # type: ignore[arg-type]
+
+    async def Prefill(  # noqa: N802
+        self, request: prefill_pb.PrefillRequest, context: Context
+    ) -> AsyncIterator[prefill_pb.PrefillResponse]:
+        """See prefill_service.proto."""
+        self.requests.append(request)
+        async for event in self._watched(self._events(context)):
+            yield event
+
+    async def _events(self, context: Context) -> AsyncIterator[prefill_pb.PrefillResponse]:
+        if self.refusals:
+            await self.refusals.pop(0).abort(context)
+        yield prefill_pb.PrefillResponse(started=prefill_pb.PrefillStarted())
+        while not self.may_sample.is_set():
+            await asyncio.sleep(self.progress_interval_s)
+            if self.reports_progress:
+                yield prefill_pb.PrefillResponse(progress=prefill_pb.PrefillProgress(fraction=0.5))
+        first = prefill_pb.FirstToken(token_id=self.first_token, finish_reason=self.finish_reason)
+        yield prefill_pb.PrefillResponse(first_token=first)
+        if self.dies_before_delivery:
+            await rank_died("prefill-0/1").abort(context)
+        delivered = prefill_pb.PrefillDelivered(collective_bytes=100, kv_transfer_bytes=300)
+        yield prefill_pb.PrefillResponse(delivered=delivered)
+
+
+class FakeDecode(FakeLeader):
+    """A decode leader."""
+
+    role = cluster_pb2.WORKER_ROLE_DECODE
+
+    def __init__(self, worker_id: str = "decode-0/0") -> None:
+        super().__init__(worker_id)
+        self.tokens: Sequence[int] = [ord(one) + 2 for one in "bcd"]
+        """What follows the first token."""
+        self.reason: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_LENGTH
+        self.refusals: list[Refusal] = []
+        """Answers to the next reservations."""
+        self.refuse_commit: list[Refusal] = []
+        """Answers to the next starts, instead of the commit."""
+        self.fail_after: tuple[int, Refusal] | None = None
+        """Tokens to send, then how to fail."""
+        self.index_shift = 0
+        """Added to the indices of all tokens but the first two."""
+        self.ends_without_finish = False
+        self.rounds: int | None = None
+        """All tokens go in one message, this many times."""
+        self.pause_s = 0.0
+        """Between tokens."""
+        self.may_commit = asyncio.Event()
+        self.may_commit.set()
+        """Cleared: it waits for KV forever."""
+        self.num_sent = 0
+        self.reserved: list[decode_pb.ReserveKv] = []
+        self.started: list[int] = []
+        decode_grpc.add_DecodeServiceServicer_to_server(self, self._server)  # type: ignore[arg-type]
+
+    async def Decode(  # noqa: N802
+        self, requests: AsyncIterator[decode_pb.DecodeRequest], context: Context
+    ) -> AsyncIterator[decode_pb.DecodeResponse]:
+        """See decode_service.proto."""
+        async for event in self._watched(self._events(requests, context)):
+            yield event
+
+    async def _events(
+        self, requests: AsyncIterator[decode_pb.DecodeRequest], context: Context
+    ) -> AsyncIterator[decode_pb.DecodeResponse]:
+        first = await anext(requests, None)
+        assert first is not None
+        reserve = first.reserve
+        self.reserved.append(reserve)
+        if self.refusals:
+            await self.refusals.pop(0).abort(context)
+        shard = placement_pb2.ShardPlacement(token_end=reserve.num_prompt_tokens)
+        placement = placement_pb2.Placement(group=self.worker_id.partition("/")[0], shards=[shard])
+        yield decode_pb.DecodeResponse(placement=placement)
+        start = await anext(requests, None)
+        if start is None:
+            raise asyncio.CancelledError  # the router ended the call before it had a first token
+        self.started.append(start.start.first_token_id)
+        await self.may_commit.wait()
+        if self.refuse_commit:
+            await self.refuse_commit.pop(0).abort(context)
+        yield decode_pb.DecodeResponse(committed=decode_pb.DecodeCommitted())
+        async for event in self._tokens(context):
+            yield event
+
+    def _messages(self) -> Iterable[Sequence[int]]:
+        if self.rounds is None:
+            return ([one] for one in self.tokens)
+        return itertools.repeat(self.tokens, self.rounds)
+
+    async def _tokens(self, context: Context) -> AsyncIterator[decode_pb.DecodeResponse]:
+        index = 1
+        for token_ids in self._messages():
+            if self.fail_after is not None and index > self.fail_after[0]:
+                await self.fail_after[1].abort(context)
+            if self.pause_s:
+                await asyncio.sleep(self.pause_s)
+            shift = self.index_shift if index > 1 else 0
+            tokens = decode_pb.DecodedTokens(first_index=index + shift, token_ids=token_ids)
+            yield decode_pb.DecodeResponse(tokens=tokens)
+            self.num_sent += 1
+            index += len(token_ids)
+        if not self.ends_without_finish:
+            finished = decode_pb.DecodeFinished(reason=self.reason, q_exchange_bytes=200, num_holders=1)
+            yield decode_pb.DecodeResponse(finished=finished)
+
+
+class FakeView:
+    """A membership view that a test fills by hand."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, cluster_pb2.WorkerInfo] = {}
+        self.connected = True
+        self.changed = asyncio.Condition()
+
+    async def put(self, *workers: cluster_pb2.WorkerInfo) -> None:
+        """Adds or replaces workers."""
+        async with self.changed:
+            self.workers.update({worker.worker_id: worker for worker in workers})
+            self.changed.notify_all()
+
+    async def run(self) -> None:
+        """As Membership: until cancelled."""
+        await asyncio.Event().wait()
+
+
+class FakeDirectory(directory_grpc.KvDirectoryServiceServicer):
+    """A directory whose watch sends one snapshot."""
+
+    def __init__(self) -> None:
+        self.workers: list[cluster_pb2.WorkerInfo] = []
+        self.address = ""
+        self._server = grpc.aio.server()
+        directory_grpc.add_KvDirectoryServiceServicer_to_server(self, self._server)
+
+    async def WatchWorkers(  # noqa: N802
+        self, request: directory_pb.WatchWorkersRequest, context: Any
+    ) -> AsyncIterator[directory_pb.WatchWorkersResponse]:
+        """See kv_directory_service.proto."""
+        yield directory_pb.WatchWorkersResponse(
+            revision=1, snapshot=directory_pb.WorkerSnapshot(workers=self.workers)
+        )
+        await asyncio.Event().wait()
+
+    async def start(self) -> None:
+        """Listens on a free port."""
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Ends the watches."""
+        await self._server.stop(None)
+
+
+async def _main() -> None:
+    leader = FakeDecode()
+    leader.tokens = [ord("b") + 2] * 400
+    leader.pause_s = 0.02
+    await leader.start()
+    sys.stdout.write(f"listening on {leader.address}\n")
+    sys.stdout.flush()
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())
