@@ -1,0 +1,1 @@
+"""A whole deployment on this machine: which processes, in which order, and how they end."""

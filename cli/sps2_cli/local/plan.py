@@ -1,0 +1,229 @@
+"""Which processes a local deployment has and how each is called. Pure: it starts nothing."""
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, Self, TypeAlias
+from urllib.parse import urlsplit, urlunsplit
+
+Role: TypeAlias = Literal["prefill", "decode"]
+Kind: TypeAlias = Literal["redis", "directory", "router", "worker"]
+
+ANY_PORT = "127.0.0.1:0"
+REDIS_PASSWORD_VARIABLE = "SPS2_REDIS_PASSWORD"  # noqa: S105 - its name; flags show in `ps`, so no flag
+MAX_RANKS = 256
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Groups of equal size, as "GxR" on the command line."""
+
+    groups: int
+    """Number of groups."""
+    ranks: int
+    """Ranks in each."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A pool from "GxR", for example "1x2".
+
+        Raises:
+            ValueError: not of that form, or out of bounds.
+        """
+        match = re.fullmatch(r"(\d{1,4})[xX](\d{1,4})", text.strip())
+        if match is None:
+            raise ValueError(f"{text!r} is not GxR (groups x ranks), for example 1x2")
+        pool = cls(int(match[1]), int(match[2]))
+        if not (pool.groups >= 1 and pool.ranks >= 1 and pool.total <= MAX_RANKS):
+            raise ValueError(f"{text!r}: at least 1x1, at most {MAX_RANKS} ranks")
+        return pool
+
+    @property
+    def total(self) -> int:
+        """Ranks in all."""
+        return self.groups * self.ranks
+
+    def __str__(self) -> str:
+        return f"{self.groups}x{self.ranks}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpOptions:
+    """What `sps2 up` was asked for."""
+
+    model: Path
+    """Checkpoint folder."""
+    prefill: Pool = Pool(1, 2)
+    """The prefill pool."""
+    decode: Pool = Pool(1, 2)
+    """The decode pool."""
+    listen: str = "127.0.0.1:50051"
+    """HOST:PORT of the router; port 0 picks a free one."""
+    redis: str | None = None
+    """URL of a running Redis; None starts one."""
+    device: str = "auto"
+    """ "auto", "cpu" or "cuda"."""
+    dtype: str = "fp32"
+    """Element type of weights and KV."""
+    kv_transport: str = "auto"
+    """ "auto", "nixl" or "grpc"."""
+    kv_tokens: int = 65_536
+    """Tokens of KV that each rank can hold."""
+    threads: int = 1
+    """CPU threads of each rank."""
+    log_dir: Path | None = None
+    """Where each process's log goes; None: stderr."""
+    quiet: bool = False
+    """Keep logs in memory and show them only when a process fails."""
+    restart: bool = True
+    """Start again what dies."""
+    ready_timeout: float = 120.0
+    """Seconds until every group must be ready."""
+    drain_timeout: float = 40.0
+    """Seconds that each kind of process gets to finish its work."""
+
+    @property
+    def model_name(self) -> str:
+        """Name that requests use: that of the folder."""
+        return self.model.resolve().name
+
+    @property
+    def worker_ids(self) -> tuple[str, ...]:
+        """Every rank, as it registers itself."""
+        pools: tuple[tuple[Role, Pool], ...] = (("prefill", self.prefill), ("decode", self.decode))
+        return tuple(
+            f"{role}-{group}/{rank}"
+            for role, pool in pools
+            for group in range(pool.groups)
+            for rank in range(pool.ranks)
+        )
+
+
+def default_threads(cores: int, prefill: Pool, decode: Pool) -> int:
+    """Threads of each rank when all ranks share `cores`."""
+    return max(1, cores // (prefill.total + decode.total))
+
+
+@dataclass(frozen=True)
+class Commands:
+    """How each service is started; tests put stand-ins here."""
+
+    directory: tuple[str, ...] = (sys.executable, "-m", "sps2_kv_directory")
+    router: tuple[str, ...] = (sys.executable, "-m", "sps2_router")
+    prefill: tuple[str, ...] = (sys.executable, "-m", "sps2_prefill_worker")
+    decode: tuple[str, ...] = (sys.executable, "-m", "sps2_decode_worker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSpec:
+    """One process: what it is called and how it is started."""
+
+    name: str
+    """Its name in logs, unique in the deployment."""
+    kind: Kind
+    """What it is; decides the order of the shutdown."""
+    command: tuple[str, ...]
+    """Program and arguments, without `--listen` and `--announce-fd`."""
+    listen: str | None = None
+    """Value of `--listen`; the process then announces where it listens. None for redis."""
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Variables beside those of this process; may hold secrets."""
+    stdin: str = field(default="", repr=False)
+    """What it reads on stdin; may hold secrets."""
+
+    def at(self, address: str) -> "ProcessSpec":
+        """The same process on a fixed address, for its restart: others know it by that address."""
+        return replace(self, listen=address)
+
+
+def directory_spec(commands: Commands, redis_url: str) -> ProcessSpec:
+    """The KV directory, with the password of `redis_url` moved from the flags to the environment."""
+    url, password = split_password(redis_url)
+    return ProcessSpec(
+        name="directory",
+        kind="directory",
+        command=(*commands.directory, "--redis", url),
+        listen=ANY_PORT,
+        env={REDIS_PASSWORD_VARIABLE: password} if password else {},
+    )
+
+
+def split_password(url: str) -> tuple[str, str | None]:
+    """A URL without its password, and the password."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url, None
+    user = f"{parts.username}@" if parts.username else ""
+    place = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{user}{place}")), parts.password
+
+
+def router_spec(options: UpOptions, commands: Commands, directory: str) -> ProcessSpec:
+    """The router."""
+    model = ("--model", str(options.model), "--model-name", options.model_name)
+    return ProcessSpec(
+        name="router",
+        kind="router",
+        command=(*commands.router, "--directory", directory, *model),
+        listen=options.listen,
+    )
+
+
+def leader_specs(options: UpOptions, commands: Commands, directory: str) -> list[ProcessSpec]:
+    """Rank 0 of every group."""
+    return [
+        _worker_spec(options, commands, role, group, 0, directory)
+        for role, pool in _pools(options)
+        for group in range(pool.groups)
+    ]
+
+
+def follower_specs(
+    options: UpOptions, commands: Commands, directory: str, leaders: Mapping[str, str]
+) -> list[ProcessSpec]:
+    """All other ranks; `leaders` maps the name of each rank 0 to its address."""
+    return [
+        _worker_spec(options, commands, role, group, rank, directory, leaders[f"{role}-{group}/0"])
+        for role, pool in _pools(options)
+        for group in range(pool.groups)
+        for rank in range(1, pool.ranks)
+    ]
+
+
+def _pools(options: UpOptions) -> tuple[tuple[Role, Pool], ...]:
+    return (("prefill", options.prefill), ("decode", options.decode))
+
+
+def _worker_spec(
+    options: UpOptions,
+    commands: Commands,
+    role: Role,
+    group: int,
+    rank: int,
+    directory: str,
+    leader: str | None = None,
+) -> ProcessSpec:
+    program, pool = (
+        (commands.prefill, options.prefill) if role == "prefill" else (commands.decode, options.decode)
+    )
+    flags: dict[str, str | int | Path] = {
+        "--group": f"{role}-{group}",
+        "--rank": rank,
+        "--group-size": pool.ranks,
+        "--model": options.model,
+        "--model-name": options.model_name,
+        "--directory": directory,
+        "--device": options.device,
+        "--dtype": options.dtype,
+        "--kv-tokens": options.kv_tokens,
+        "--threads": options.threads,
+        "--kv-transport": options.kv_transport,
+    }
+    if leader is not None:
+        flags["--leader"] = leader
+    arguments = [str(part) for pair in flags.items() for part in pair]
+    return ProcessSpec(
+        name=f"{role}-{group}/{rank}", kind="worker", command=(*program, *arguments), listen=ANY_PORT
+    )

@@ -1,0 +1,34 @@
+"""The `sps2` command: one module for each subcommand, put together here."""
+
+import typer
+
+from sps2_cli.demo import demo
+from sps2_cli.generate import generate
+from sps2_cli.status import status
+from sps2_cli.up import up
+
+HELP = """LLM serving with sequence-parallel prefill and decode.
+
+Exit codes: 0 done; 1 failed; 2 usage; 3 the service refused; 4 cannot connect; 130 interrupted.
+
+For example:
+
+```
+sps2 up
+sps2 generate --prompt "Once upon a time" --max-tokens 64
+sps2 status --watch
+```
+"""
+
+app = typer.Typer(
+    name="sps2",
+    help=HELP,
+    rich_markup_mode="markdown",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(up)
+app.command()(generate)
+app.command()(status)
+app.command()(demo)

@@ -1,0 +1,24 @@
+"""Options that several commands share."""
+
+from typing import Annotated, TypeAlias
+
+import typer
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+Server: TypeAlias = Annotated[
+    str, typer.Option(help="HOST:PORT of the router.", envvar="SPS2_SERVER", metavar="HOST:PORT")
+]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def parse_token_ids(text: str) -> list[int]:
+    """Token ids separated by commas or spaces.
+
+    Raises:
+        ValueError: not whole numbers, or none at all.
+    """
+    parts = text.replace(",", " ").split()
+    if not parts:
+        raise ValueError("no token ids")
+    return [int(part) for part in parts]
