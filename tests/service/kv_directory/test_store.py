@@ -383,3 +383,16 @@ async def answers(store: Store) -> None:
                 await asyncio.sleep(0.05)
             else:
                 return
+
+
+async def test_a_password_opens_redis_and_without_it_the_store_is_away(redis_server: RedisServer) -> None:
+    client = Redis.from_url(redis_server.url)
+    await client.config_set("requirepass", "open")
+    await client.aclose()
+    shut = Store(ScriptRunner.connect(redis_server.url, StoreConfig()))
+    with pytest.raises(Unavailable):
+        await shut.state()
+    opened = Store(ScriptRunner.connect(redis_server.url, StoreConfig(), password="open"))
+    assert (await opened.state()).workers == []
+    for store in (shut, opened):
+        await store.close()
