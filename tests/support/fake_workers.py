@@ -18,7 +18,6 @@ from grpc_status import rpc_status
 from sps2.internal.v1 import decode_service_pb2 as decode_pb
 from sps2.internal.v1 import decode_service_pb2_grpc as decode_grpc
 from sps2.internal.v1 import kv_directory_service_pb2 as directory_pb
-from sps2.internal.v1 import kv_directory_service_pb2_grpc as directory_grpc
 from sps2.internal.v1 import placement_pb2
 from sps2.internal.v1 import prefill_service_pb2 as prefill_pb
 from sps2.internal.v1 import prefill_service_pb2_grpc as prefill_grpc
@@ -262,19 +261,25 @@ class FakeView:
         await asyncio.Event().wait()
 
 
-class FakeDirectory(directory_grpc.KvDirectoryServiceServicer):
+class FakeDirectory:
     """A directory whose watch sends one snapshot."""
 
     def __init__(self) -> None:
         self.workers: list[cluster_pb2.WorkerInfo] = []
         self.address = ""
         self._server = grpc.aio.server()
-        directory_grpc.add_KvDirectoryServiceServicer_to_server(self, self._server)
+        watch = grpc.unary_stream_rpc_method_handler(
+            self._watch_workers,
+            request_deserializer=directory_pb.WatchWorkersRequest.FromString,
+            response_serializer=directory_pb.WatchWorkersResponse.SerializeToString,
+        )
+        service = "sps2.internal.v1.KvDirectoryService"
+        handler = grpc.method_handlers_generic_handler(service, {"WatchWorkers": watch})
+        self._server.add_generic_rpc_handlers((handler,))
 
-    async def WatchWorkers(  # noqa: N802
+    async def _watch_workers(
         self, request: directory_pb.WatchWorkersRequest, context: Any
     ) -> AsyncIterator[directory_pb.WatchWorkersResponse]:
-        """See kv_directory_service.proto."""
         yield directory_pb.WatchWorkersResponse(
             revision=1, snapshot=directory_pb.WorkerSnapshot(workers=self.workers)
         )

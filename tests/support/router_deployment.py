@@ -95,6 +95,7 @@ class Deployment:
         await until(lambda: self.router._admission.num_live == 0)
         assert self.router._admission.num_queued_tokens == 0
         assert self.router._scheduler.num_requests_by_group == {}
+        await until(lambda: not any("Attempt." in repr(task.get_coro()) for task in asyncio.all_tasks()))
 
 
 async def until(predicate: Any, timeout: float = 3.0) -> None:

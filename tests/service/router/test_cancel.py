@@ -50,6 +50,29 @@ async def test_the_end_of_a_request_reaches_both_leaders(up: Deployment, how: st
     assert up.decode.num_cancelled == 1
 
 
+async def test_a_client_that_gives_a_whole_answer_up(up: Deployment) -> None:
+    up.decode.tokens, up.decode.pause_s = [9] * 500, 0.01
+    call = up.whole(prompt())
+    await until(lambda: up.decode.num_sent > 2)
+    call.cancel()
+    await up.assert_all_freed()
+    assert up.decode.num_cancelled == 1
+
+
+async def test_a_waiting_request_leaves_the_queue_when_its_client_does() -> None:
+    async with Deployment(prefills_per_group=1) as up:
+        up.prefill.may_sample.clear()
+        first, second = up.stream(), up.stream()
+        reading = asyncio.ensure_future(_drained(first))
+        await until(lambda: up.router._admission.num_live == 2 and up.prefill.num_live == 1)
+        second.cancel()
+        await until(lambda: up.router._admission.num_live == 1)
+        assert up.router._admission.num_queued_tokens == 0
+        first.cancel()
+        await reading
+        await up.assert_all_freed()
+
+
 async def _drained(call: Any) -> Any:
     with pytest.raises(asyncio.CancelledError):
         async for _ in call:

@@ -1,0 +1,111 @@
+"""Admission: ids, nonces, the bounded queue, draining."""
+
+import asyncio
+
+import pytest
+
+from sps2_router.admission import Admission, AdmissionLimits
+from sps2_router.scope import CallScope
+from sps2_service.errors import Aborted, AlreadyExists, Cancelled, NotFound, ServiceError, Unavailable
+
+
+def scope() -> CallScope:
+    return CallScope(total_s=10, silence_s=10)
+
+
+async def hold(admission: Admission, request_id: str, nonce: bytes, attempts: list[int]) -> None:
+    """A request that lives until it is ended."""
+    with scope() as own, admission.register(request_id, nonce, own) as live:
+        attempts.append(live.next_attempt())
+        await asyncio.Event().wait()
+
+
+async def start(admission: Admission, request_id: str = "r", nonce: bytes = b"") -> asyncio.Task[None]:
+    task = asyncio.create_task(hold(admission, request_id, nonce, []))
+    await asyncio.sleep(0)
+    return task
+
+
+async def ended(task: asyncio.Task[None]) -> ServiceError:
+    with pytest.raises(ServiceError) as caught:
+        await asyncio.wait_for(task, 1)
+    return caught.value
+
+
+async def test_an_id_is_free_again_after_its_request() -> None:
+    admission = Admission(AdmissionLimits())
+    for _ in range(2):
+        with scope() as own, admission.register("r", b"", own):
+            assert admission.num_live == 1
+        assert admission.num_live == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [(b"", b""), (b"1", b""), (b"", b"1"), (b"1", b"2")])
+async def test_a_live_id_is_refused_without_the_same_nonce(first: bytes, second: bytes) -> None:
+    admission = Admission(AdmissionLimits())
+    task = await start(admission, nonce=first)
+    with pytest.raises(AlreadyExists), scope() as own, admission.register("r", second, own):
+        pass
+    assert not task.done()
+    admission.cancel("r")
+    assert isinstance(await ended(task), Cancelled)
+
+
+async def test_a_retry_supersedes_and_counts_on() -> None:
+    admission = Admission(AdmissionLimits())
+    attempts: list[int] = []
+    tasks = []
+    for _ in range(3):
+        tasks.append(asyncio.create_task(hold(admission, "r", b"1", attempts)))
+        await asyncio.sleep(0)
+    assert [isinstance(await ended(task), Aborted) for task in tasks[:2]] == [True, True]
+    assert attempts == [1, 2, 3]
+    assert admission.num_live == 1
+    admission.cancel("r")
+    await ended(tasks[2])
+    assert admission.num_live == 0
+
+
+async def test_cancel_of_an_unknown_id() -> None:
+    with pytest.raises(NotFound):
+        Admission(AdmissionLimits()).cancel("r")
+
+
+async def test_live_requests_are_bounded() -> None:
+    admission = Admission(AdmissionLimits(max_live_requests=1))
+    task = await start(admission, "a", b"1")
+    with pytest.raises(Unavailable) as caught, scope() as own, admission.register("b", b"", own):
+        pass
+    assert caught.value.retry_after is not None
+    # A retry takes no second place.
+    retry = await start(admission, "a", b"1")
+    await ended(task)
+    admission.cancel("a")
+    await ended(retry)
+
+
+async def test_the_queue_is_bounded_in_tokens() -> None:
+    admission = Admission(AdmissionLimits(max_queued_tokens=100))
+    with admission.queue(60), admission.queue(40):
+        with pytest.raises(Unavailable) as caught, admission.queue(1):
+            pass
+        assert caught.value.reason == "QUEUE_FULL"
+        assert caught.value.retry_after is not None
+    assert admission.num_queued_tokens == 0
+    with admission.queue(5000):  # one request alone always fits
+        assert admission.num_queued_tokens == 5000
+
+
+async def test_draining_takes_nothing_and_waits_for_the_rest() -> None:
+    admission = Admission(AdmissionLimits())
+    task = await start(admission)
+    admission.drain()
+    with pytest.raises(Unavailable) as caught, scope() as own, admission.register("b", b"", own):
+        pass
+    assert caught.value.reason == "DRAINING"
+    waiting = asyncio.create_task(admission.wait_empty())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    admission.cancel("r")
+    await ended(task)
+    await asyncio.wait_for(waiting, 1)

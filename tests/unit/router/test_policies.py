@@ -1,0 +1,60 @@
+"""Routing policies and the groups that they choose from."""
+
+from typing import Any
+
+from sps2.v1 import cluster_pb2
+from sps2_router.policies.base import GroupLoad
+from sps2_router.policies.least_loaded import LeastLoaded
+from sps2_router.types import Group, group_workers
+from support.router_groups import group, worker
+
+PREFILL = [group("prefill-0"), group("prefill-1")]
+DECODE = [group("decode-0"), group("decode-1")]
+
+
+def names(prefill: list[Group], decode: list[Group], loads: dict[str, GroupLoad]) -> tuple[str, str] | None:
+    picked = LeastLoaded().pick(prefill, decode, loads)
+    return None if picked is None else (picked.prefill.name, picked.decode.name)
+
+
+def busy(name: str, **load: Any) -> Group:
+    return group(name, load=cluster_pb2.WorkerLoad(**load))
+
+
+def test_without_load_the_first_names() -> None:
+    assert names(PREFILL[::-1], DECODE[::-1], {}) == ("prefill-0", "decode-0")
+
+
+def test_own_counts_decide_at_once() -> None:
+    loads = {"prefill-0": GroupLoad(1, 10), "decode-1": GroupLoad(2, 0), "decode-0": GroupLoad(3, 0)}
+    assert names(PREFILL, DECODE, loads) == ("prefill-1", "decode-1")
+
+
+def test_reports_of_leaders_count_when_they_are_larger() -> None:
+    decode = [busy("decode-0", num_requests_running=2, num_requests_waiting=1), DECODE[1]]
+    assert names(PREFILL, decode, {"decode-1": GroupLoad(2, 0)}) == ("prefill-0", "decode-1")
+
+
+def test_ties_go_to_fewer_tokens() -> None:
+    loads = {"prefill-0": GroupLoad(1, 5000), "prefill-1": GroupLoad(1, 10)}
+    decode = [busy("decode-0", kv_blocks_used=9), busy("decode-1", kv_blocks_used=3)]
+    assert names(PREFILL, decode, loads) == ("prefill-1", "decode-1")
+
+
+def test_only_matching_groups_are_paired() -> None:
+    bf16, other = group("decode-0", dtype="bf16"), group("decode-1", model_hash="other")
+    assert names(PREFILL, [bf16, other], {}) is None
+    assert names(PREFILL, [bf16, other, group("decode-2")], {}) == ("prefill-0", "decode-2")
+    assert names([], DECODE, {}) is None
+
+
+def test_a_group_is_ready_with_its_leader() -> None:
+    starting = cluster_pb2.WORKER_STATE_STARTING
+    leader, follower = worker("decode-0/0", 2), worker("decode-0/1", 2, state=starting)
+    both = group_workers([follower, leader])["decode-0"]
+    assert both.ready
+    assert both.leader is leader
+    assert (both.size, both.num_ready) == (2, 1)
+    headless = group_workers([worker("decode-0/1", 2)])["decode-0"]
+    assert not headless.ready
+    assert headless.leader is None

@@ -1,0 +1,68 @@
+"""Which failure is followed by another attempt, when, and on which groups."""
+
+import pytest
+
+from sps2_router.handshake import Phase
+from sps2_router.retries import Retries, RetryLimits
+from sps2_service.errors import Aborted, DataLoss, FailedPrecondition, Internal, ServiceError, Unavailable
+from support.router_groups import pair
+
+PAIR = pair("prefill-0", "decode-0")
+DIED = Unavailable("RANK_DIED", "decode-0/1 died", metadata={"component": "decode-0/1"})
+NO_KV = Unavailable("NO_KV", "no room", retry_after=0.5)
+
+
+def test_failures_are_counted_and_the_last_one_is_told() -> None:
+    retries = Retries(RetryLimits(max_attempts=3))
+    pauses = [retries.after(DIED, Phase.PREFILLING, PAIR, now) for now in (0, 1)]
+    assert 0 < pauses[0] < pauses[1]
+    with pytest.raises(Unavailable) as caught:
+        retries.after(DIED, Phase.TRANSFERRING, PAIR, 2)
+    assert (caught.value.reason, caught.value.metadata) == ("RANK_DIED", DIED.metadata)
+    assert caught.value.retry_after
+
+
+def test_the_group_that_failed_is_avoided() -> None:
+    retries = Retries(RetryLimits())
+    assert not retries.avoid
+    retries.after(DIED, Phase.PREFILLING, PAIR, 0)
+    assert retries.avoid == {"decode-0"}
+    retries.after(Aborted("STALE", "nobody named"), Phase.PREFILLING, PAIR, 0)
+    assert retries.avoid == {"decode-0", "prefill-0"}
+
+
+def test_aborted_attempts_end_as_unavailable_for_the_client() -> None:
+    with pytest.raises(Unavailable):
+        Retries(RetryLimits(max_attempts=1)).after(Aborted("STALE", "x"), Phase.PREFILLING, PAIR, 0)
+
+
+@pytest.mark.parametrize("kind", [Internal, FailedPrecondition, DataLoss])
+def test_other_errors_are_final(kind: type[ServiceError]) -> None:
+    error = kind("X", "x")
+    with pytest.raises(kind) as caught:
+        Retries(RetryLimits()).after(error, Phase.PREFILLING, PAIR, 0)
+    assert caught.value is error
+
+
+def test_waiting_for_room_is_no_failure_but_ends() -> None:
+    retries = Retries(RetryLimits(admission_wait_s=10))
+    for now in range(9):
+        assert retries.after(NO_KV, Phase.RESERVING, PAIR, now) == 0.5
+    assert retries.num_failures == 0
+    assert retries.avoid == {"decode-0"}
+    with pytest.raises(Unavailable) as caught:
+        retries.after(NO_KV, Phase.RESERVING, PAIR, 9.6)
+    assert (caught.value.reason, caught.value.retry_after) == ("NO_KV", 0.5)
+    assert "waited 9.6 s" in caught.value.message
+
+
+def test_not_now_after_the_reservation_is_a_failure() -> None:
+    retries = Retries(RetryLimits())
+    retries.after(NO_KV, Phase.PREFILLING, PAIR, 0)
+    assert retries.num_failures == 1
+
+
+def test_pauses_are_bounded_whatever_a_worker_says() -> None:
+    for told in (0.0, 1000.0):
+        error = Unavailable("NO_KV", "no room", retry_after=told)
+        assert 0 < Retries(RetryLimits()).after(error, Phase.RESERVING, PAIR, 0) <= 1

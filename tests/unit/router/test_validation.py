@@ -1,0 +1,121 @@
+"""Validation without gRPC: defaults, limits at their edges, and what each message says."""
+
+import pytest
+
+from sps2.v1 import generation_pb2
+from sps2_router.types import Request, ServedModel, TokenChoice
+from sps2_router.validation import (
+    DEFAULT_MAX_TOKENS,
+    check_fields,
+    check_model,
+    check_request_id,
+    check_text_length,
+    resolve,
+)
+from sps2_service.errors import InvalidArgument, NotFound, OutOfRange, ServiceError
+
+MODEL = ServedModel("tiny", "hash", 1000, 300, (1, 2))
+Spec, Sampling, Stop = generation_pb2.GenerationSpec, generation_pb2.SamplingSpec, generation_pb2.StopSpec
+
+
+def resolved(spec: generation_pb2.GenerationSpec, num_prompt_tokens: int = 3) -> Request:
+    return resolve(spec, "r", [5] * num_prompt_tokens, MODEL, drawn_seed=99)
+
+
+def test_what_is_unset_gets_its_default() -> None:
+    assert resolved(Spec(text="x")).choice == TokenChoice(
+        temperature=0.0,
+        top_p=1.0,
+        top_k=-1,
+        seed=99,
+        stop_token_ids=(1, 2),
+        max_tokens=DEFAULT_MAX_TOKENS,
+    )
+
+
+def test_what_is_set_stays() -> None:
+    spec = Spec(
+        text="x",
+        sampling=Sampling(temperature=0.5, top_p=0.25, top_k=40, seed=0),
+        stop=Stop(max_tokens=7, stop_token_ids=[2, 9, 9], ignore_eos=True),
+    )
+    assert resolved(spec).choice == TokenChoice(0.5, 0.25, 40, 0, (2, 9), 7)
+
+
+@pytest.mark.parametrize(("num_prompt_tokens", "max_tokens"), [(1, 256), (744, 256), (745, 255), (999, 1)])
+def test_unset_max_tokens_is_cut_to_the_context(num_prompt_tokens: int, max_tokens: int) -> None:
+    assert resolved(Spec(text="x"), num_prompt_tokens).choice.max_tokens == max_tokens
+
+
+def test_the_context_may_be_filled_to_the_last_token() -> None:
+    spec = Spec(text="x", stop=Stop(max_tokens=100))
+    assert resolved(spec, 900).choice.max_tokens == 100
+    with pytest.raises(OutOfRange, match="has room for 99"):
+        resolved(spec, 901)
+    with pytest.raises(OutOfRange, match="shorten it"):
+        resolved(Spec(text="x"), 1000)
+
+
+def test_a_text_without_tokens() -> None:
+    with pytest.raises(InvalidArgument, match="has no tokens"):
+        resolve(Spec(text="x"), "r", [], MODEL, 0)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(text="x", request_id="x" * 64, nonce=b"n" * 32, model="tiny"),
+        Spec(text="x", request_id="a b~!"),
+        Spec(token_ids=generation_pb2.TokenIds(ids=[0, 299])),
+        Spec(text="x", sampling=Sampling(temperature=0, top_p=1, top_k=-1)),
+        Spec(text="x", sampling=Sampling(temperature=1e6, top_p=1e-6, top_k=0)),
+        Spec(text="x", stop=Stop(max_tokens=1, stop_token_ids=[299] * 64)),
+    ],
+)
+def test_values_at_the_edge_are_fine(spec: generation_pb2.GenerationSpec) -> None:
+    check_fields(spec, MODEL)
+
+
+def test_one_wrong_id_among_many_is_found() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        check_fields(Spec(token_ids=generation_pb2.TokenIds(ids=[*range(300), 300])), MODEL)
+    assert caught.value.violations[0].field == "spec.token_ids.ids[300]"
+    assert "from 0 to 299" in caught.value.message
+
+
+def test_more_ids_than_the_context_are_counted_only() -> None:
+    with pytest.raises(OutOfRange):
+        check_fields(Spec(token_ids=generation_pb2.TokenIds(ids=[-1] * 1000)), MODEL)
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
+    check_text_length("x" * 8000, 8, MODEL)
+    with pytest.raises(OutOfRange, match="8001 characters"):
+        check_text_length("x" * 8001, 8, MODEL)
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 65, "tab\t", "\x00", "\x7f", "ü", "a\u2028b"])
+def test_request_ids_that_are_none(request_id: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        check_request_id(request_id, "request_id")
+    assert caught.value.violations[0].field == "request_id"
+
+
+def test_unknown_models_are_echoed_safely() -> None:
+    check_model("", MODEL)
+    with pytest.raises(NotFound) as caught:
+        check_model("é" * 5000, MODEL)
+    assert len(caught.value.message) < 300
+    assert caught.value.message.isascii()
+
+
+def test_errors_carry_no_prompt() -> None:
+    canary = "canary-prompt"
+    for spec in (
+        Spec(text=canary, request_id="x" * 65),
+        Spec(text=canary, sampling=Sampling(top_p=2)),
+        Spec(text=canary, model="other"),
+    ):
+        with pytest.raises(ServiceError) as caught:
+            check_fields(spec, MODEL)
+        assert canary not in str(caught.value)
