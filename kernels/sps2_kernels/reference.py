@@ -49,3 +49,33 @@ def merge_states(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.logsumexp(lse.double(), dim=0)
     weights = torch.exp(lse.double() - total.masked_fill(total.isneginf(), 0.0))
     return (weights[..., None] * o.double()).sum(dim=0), total
+
+
+def csa_mask(
+    num_tokens: int,
+    shard_tokens: int,
+    levels: list[tuple[int, int]],
+    kv_head: int,
+    layer: int,
+    *,
+    dense_queries: bool,
+    sinks: int,
+    tail: int,
+) -> Tensor:
+    """The definition of CSA (`attention.md`), pair by pair: bool [queries, keys] for one KV head of one layer.
+
+    `levels` are (group in shards, stride), the first (1, 1).
+    """
+    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    for i in range(num_tokens):
+        for j in range(i + 1):
+            a, b = i // shard_tokens, j // shard_tokens
+            visible = a == b or j < sinks or i >= num_tokens - tail
+            if not visible:
+                level = next((n for n, (group, _) in enumerate(levels) if a // group == b // group), None)
+                if level is not None:
+                    stride = levels[level][1]
+                    offset = (kv_head + layer) % stride
+                    visible = j % stride == offset and (dense_queries or i % stride == offset)
+            mask[i, j] = visible
+    return mask
