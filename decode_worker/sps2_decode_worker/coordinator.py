@@ -19,6 +19,8 @@ from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoom
 BLOCK_TOKENS = 64
 RESERVE_TIMEOUT_S = 30.0
 """Longest wait for the ranks to take a reservation up (a step may be computing)."""
+RECORD_LEASE_S = 60.0
+"""How long the directory keeps a record of shards that is not renewed."""
 RECEIVE_TIMEOUT_S = 60.0
 """Longest wait, from the first token on, for the rest of a prompt's KV."""
 
@@ -40,7 +42,8 @@ class LiveRow:
     failed: asyncio.Event = field(default_factory=asyncio.Event)
     error: ServiceError | None = None
     """Set with `failed`."""
-    recorded: bool = False
+    record_timer: asyncio.TimerHandle | None = None
+    """Records its shards again before the directory's lease on them ends; None before the commit."""
 
 
 class DecodeCoordinator:
@@ -128,7 +131,8 @@ class DecodeCoordinator:
         del self._rows[live.row.row_id]
         self._scheduler.release(live.row.row_id)
         self._pump()
-        if live.recorded:
+        if live.record_timer is not None:
+            live.record_timer.cancel()
             self._directory.release(live.request.attempt)
         if not self._rows:
             self._idle.set()
@@ -146,8 +150,7 @@ class DecodeCoordinator:
         """See `Coordinator.on_broken`."""
         for live in list(self._rows.values()):
             self._fail(live, error)
-        self._rows.clear()
-        self._idle.set()
+            self.release(live)
 
     def on_event(self, rank: int, event: engine_pb2.EngineEvent) -> None:
         """See `Coordinator.on_event`."""
@@ -292,7 +295,7 @@ class DecodeCoordinator:
             ) from None
 
     def _record(self, live: LiveRow) -> None:
-        """Tells the directory where the KV lies; in the background."""
+        """Tells the directory where the KV lies, in the background, for as long as the row lives."""
         record = kv_directory_service_pb2.RequestRecord(
             attempt=live.request.attempt,
             prefill_group=live.request.prefill_group,
@@ -308,5 +311,6 @@ class DecodeCoordinator:
                 token_end=shard.token_end,
                 num_blocks=live.row.blocks[shard.rank],
             )
-        live.recorded = True
-        self._directory.record_shards(record)
+        self._directory.record_shards(record, RECORD_LEASE_S)
+        loop = asyncio.get_running_loop()
+        live.record_timer = loop.call_later(RECORD_LEASE_S / 3, self._record, live)
