@@ -48,9 +48,12 @@ class Attempt:
         decode_channel: grpc.aio.Channel,
         scope: CallScope,
         on_prefill_started: Callable[[], None],
-        on_prefill_ended: Callable[[], None],
+        on_prefill_computed: Callable[[], None],
     ) -> None:
-        """`on_prefill_started` is called when the prompt leaves the queue (perhaps more than once)."""
+        """`on_prefill_started` is called when the prompt leaves the queue (perhaps more than once).
+
+        `on_prefill_computed` is called when the prefill group may compute something else.
+        """
         self.handshake = Handshake(request.num_prompt_tokens)
         self._request = request
         self._pair = pair
@@ -58,7 +61,7 @@ class Attempt:
         self._prefill_channel = prefill_channel
         self._scope = scope
         self._on_prefill_started = on_prefill_started
-        self._on_prefill_ended = on_prefill_ended
+        self._on_prefill_computed = on_prefill_computed
         self._now = asyncio.get_running_loop().time
         self._answerable = asyncio.Event()
         # Any: the stubs are typed for synchronous channels.
@@ -144,8 +147,6 @@ class Attempt:
             if not self._answerable.is_set():
                 raise
             log.info("prefill failed after the commit point", reason=error.reason, code=error.code.name)
-        finally:
-            self._on_prefill_ended()
 
     async def _read_prefill(self) -> None:
         stub: Any = prefill_service_pb2_grpc.PrefillServiceStub(self._prefill_channel)
@@ -169,6 +170,8 @@ class Attempt:
     async def _take_prefill(self, response: prefill_service_pb2.PrefillResponse) -> None:
         step = self.handshake.on_prefill(response, self._now())
         self._on_prefill_started()
+        if response.HasField("first_token"):
+            self._on_prefill_computed()
         if step is Step.START:
             await self._write(wire.pack_start(response.first_token.token_id))
         elif step is Step.ANSWER:

@@ -96,7 +96,7 @@ class Dispatcher:
                 decode_channel=decode_channel,
                 scope=live.scope,
                 on_prefill_started=on_prefill_started,
-                on_prefill_ended=lambda: self._scheduler.leave_prefill(seat),
+                on_prefill_computed=lambda: self._scheduler.leave_prefill(seat),
             ) as attempt,
         ):
             yield attempt

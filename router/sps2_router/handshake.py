@@ -75,7 +75,10 @@ class Handshake:
         raise self._out_of_order("decode", event)
 
     def on_prefill(self, response: prefill_service_pb2.PrefillResponse, now: float) -> Step:
-        """Takes an event of the prefill leader; `delivered` may come before or after the commit.
+        """Takes an event of the prefill leader.
+
+        Its ranks report over different connections: `started` and `progress` of one may come after the first
+        token of another and then mean nothing; `delivered` may come before or after the commit.
 
         Raises:
             Internal: it came out of order.
@@ -84,10 +87,17 @@ class Handshake:
         if event == "delivered" and self.first_token is not None:
             self.delivered = response.delivered
             return Step.NOTHING
-        if self.phase is Phase.PREFILLING and event in {"started", "progress", "first_token"}:
-            self.prefill_started_at = self.prefill_started_at or now
-            return self._on_first_token(response.first_token, now) if event == "first_token" else Step.NOTHING
+        if self.placement is not None and event in {"started", "progress"}:
+            self._note_start(now)
+            return Step.NOTHING
+        if self.phase is Phase.PREFILLING and event == "first_token":
+            self._note_start(now)
+            return self._on_first_token(response.first_token, now)
         raise self._out_of_order("prefill", event)
+
+    def _note_start(self, now: float) -> None:
+        if self.prefill_started_at is None:
+            self.prefill_started_at = now
 
     def _on_first_token(self, token: prefill_service_pb2.FirstToken, now: float) -> Step:
         self.first_token = token
@@ -101,7 +111,7 @@ class Handshake:
     def _check_placement(self, placement: placement_pb2.Placement) -> None:
         position = 0
         for shard in placement.shards:
-            if shard.token_begin != position or shard.token_end <= position:
+            if shard.token_begin != position or shard.token_end < position:
                 break
             position = shard.token_end
         else:

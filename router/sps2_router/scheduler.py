@@ -119,7 +119,7 @@ class Scheduler:
             self.wake()
 
     def leave_prefill(self, seat: Seat) -> None:
-        """The prefill group is through with it; another attempt may have its place there."""
+        """The prefill group has computed it; another attempt may have its place there."""
         seat.in_prefill = False
         self.wake()
 

@@ -61,6 +61,12 @@ def test_delivery_may_be_told_after_the_commit() -> None:
     )
 
 
+def test_late_progress_of_another_rank_means_nothing() -> None:
+    handshake, steps = feed(PLACED, FIRST, STARTED, PROGRESS, COMMITTED, PROGRESS)
+    assert steps[2:] == [Step.NOTHING, Step.NOTHING, Step.ANSWER, Step.NOTHING]
+    assert handshake.prefill_started_at == handshake.first_token_at == 1
+
+
 def test_a_first_token_that_is_the_last() -> None:
     handshake, steps = feed(PLACED, STARTED, LAST)
     assert (steps[-1], handshake.phase) == (Step.ANSWER, Phase.FINISHED)
@@ -80,7 +86,7 @@ def test_a_first_token_that_is_the_last() -> None:
         [PLACED, DELIVERED],
         [PLACED, STARTED, COMMITTED],
         [PLACED, FIRST, FIRST],
-        [PLACED, FIRST, PROGRESS],
+        [STARTED],
         [PLACED, FIRST, TOKENS],
         [PLACED, FIRST, COMMITTED, COMMITTED],
         [PLACED, LAST, COMMITTED],
@@ -95,7 +101,15 @@ def test_out_of_order_is_a_bug(events: list[DecodeResponse | PrefillResponse]) -
 
 @pytest.mark.parametrize(
     "ranges",
-    [[], [(0, 99)], [(0, 101)], [(1, 100)], [(0, 64), (65, 100)], [(0, 64), (60, 100)], [(0, 0), (0, 100)]],
+    [
+        [],
+        [(0, 99)],
+        [(0, 101)],
+        [(1, 100)],
+        [(0, 64), (65, 100)],
+        [(0, 64), (60, 100)],
+        [(0, 64), (64, 60), (60, 100)],
+    ],
 )
 def test_a_placement_covers_the_prompt_exactly(ranges: list[tuple[int, int]]) -> None:
     with pytest.raises(Internal, match="BAD_PLACEMENT"):
