@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from sps2_client import ClusterState
 
@@ -35,7 +36,7 @@ class Reporter:
 
     def log_line(self, line: str) -> None:
         """One line of a child."""
-        self._err.print(line, markup=False, style="dim" if self._err.is_terminal else None)
+        self._err.print(Text(line, style="dim"))  # as a style of `print` it would dim the bars too
 
     def note(self, text: str) -> None:
         """Something that people want to know; no program does."""

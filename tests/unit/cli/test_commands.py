@@ -8,7 +8,9 @@ import grpc
 import pytest
 from typer.testing import CliRunner, Result
 
+from sps2_cli.demo import excerpt
 from sps2_cli.main import app
+from sps2_client import Client
 from support.fake_router import (
     FakeRouter,
     Script,
@@ -192,3 +194,10 @@ def test_help_has_examples(command: tuple[str, ...]) -> None:
 )
 def test_usage_errors_of_up(arguments: tuple[str, ...]) -> None:
     assert run("up", *arguments).exit_code == 2
+
+
+def test_the_demo_cuts_its_text_at_a_word_and_repeats_what_is_too_short() -> None:
+    with FakeRouter() as router, Client(router.address) as client:  # one token for each byte
+        text = excerpt(client, "seven words make up this short text ", 300)
+    assert 300 <= len(text) <= 364
+    assert text.split(" ")[-1] in {"seven", "words", "make", "up", "this", "short", "text"}
