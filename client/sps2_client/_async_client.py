@@ -92,6 +92,7 @@ class AsyncClient:
         return AsyncStream(
             stub.StreamGenerateText,
             stream_request(prompt, **options),
+            address=self._address,
             timeouts=Timeouts.of(timeout),
             max_retries=self._max_retries,
         )
@@ -171,7 +172,8 @@ class AsyncClient:
             try:
                 return await call(deadline.left)
             except grpc.RpcError as error:
-                failure = from_rpc_error(error, CallContext(started=False, time_left=deadline.left))
+                context = CallContext(started=False, time_left=deadline.left, address=self._address)
+                failure = from_rpc_error(error, context)
                 delay = retry_delay(attempt)
                 final = attempt == retries or deadline.left <= delay
                 if final or not isinstance(failure, ConnectionFailed):

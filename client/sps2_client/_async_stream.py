@@ -36,10 +36,11 @@ class AsyncStream(StreamCore, AsyncIterator[Event]):
         open_stream: OpenAsyncStream,
         request: inference_service_pb2.StreamGenerateTextRequest,
         *,
+        address: str,
         timeouts: Timeouts,
         max_retries: int,
     ) -> None:
-        super().__init__(request, timeouts, max_retries)
+        super().__init__(request, address, timeouts, max_retries)
         self._open_stream = open_stream
         self._closed = False
         self._call = open_stream(request, timeout=self._deadline.left)

@@ -19,10 +19,12 @@ class StreamCore:
     def __init__(
         self,
         request: inference_service_pb2.StreamGenerateTextRequest,
+        address: str,
         timeouts: Timeouts,
         max_retries: int,
     ) -> None:
         self._request = request
+        self._address = address
         self._timeouts = timeouts
         self._retries_left = max_retries
         self._retries_made = 0
@@ -85,6 +87,7 @@ class StreamCore:
         context = CallContext(
             started=self._assembly.started,
             time_left=self._deadline.left,
+            address=self._address,
             request_id=self.request_id,
             received=self._assembly.received,
         )

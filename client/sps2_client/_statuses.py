@@ -47,6 +47,8 @@ class CallContext:
     """Whether an event had come."""
     time_left: float
     """Seconds to the call's own deadline."""
+    address: str
+    """Whom it was made to; a broken connection says nothing of it."""
     request_id: str = ""
     """Id of the request."""
     received: errors.Received = NOTHING
@@ -65,7 +67,14 @@ def from_rpc_error(error: grpc.RpcError, context: CallContext) -> errors.SPS2Err
     status = _rich_status(call)
     if code is grpc.StatusCode.UNAVAILABLE and status is None:
         kind = errors.ConnectionLost if context.started else errors.ConnectionFailed
-        return kind(text, code=code, request_id=context.request_id, received=context.received)
+        verb = "lost the connection to" if context.started else "no connection to"
+        return kind(
+            f"{verb} the router at {context.address}: {text}",
+            code=code,
+            metadata={"component": "router", "address": context.address},
+            request_id=context.request_id,
+            received=context.received,
+        )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and context.time_left <= DEADLINE_SLACK_S:
         message = "the total timeout passed"
         return errors.TotalTimeout(

@@ -43,11 +43,12 @@ class Stream(StreamCore, Iterator[Event]):
         open_stream: OpenStream,
         request: inference_service_pb2.StreamGenerateTextRequest,
         *,
+        address: str,
         timeouts: Timeouts,
         max_retries: int,
         alarm: Alarm,
     ) -> None:
-        super().__init__(request, timeouts, max_retries)
+        super().__init__(request, address, timeouts, max_retries)
         self._open_stream = open_stream
         self._alarm = alarm
         self._closed = False
