@@ -56,8 +56,11 @@ class AlarmClock:
                 self._push(alarm, due)
                 self._changed.notify()
             if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="sps2-client-alarms", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="sps2-client-alarms", daemon=True)
+                thread.start()
+                self._thread = (
+                    thread  # only now: Ctrl-C may strike in between, and `close` joins what it finds
+                )
 
     def disarm(self, alarm: Alarm) -> None:
         """Takes an alarm back."""
