@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,15 @@ class Shape:
 class Peer:
     """One process and the socket by which it is told what to do."""
 
-    def __init__(self, role: str, transport: str, shape: Shape, name: str, **options: Any) -> None:
+    def __init__(
+        self,
+        role: str,
+        transport: str,
+        shape: Shape,
+        name: str,
+        env: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
         self.incarnation = uuid.uuid4().hex[:12]
         self.name = name
         config = {
@@ -60,7 +68,10 @@ class Peer:
         self._listener.settimeout(50)
         port = self._listener.getsockname()[1]
         self.process = ManagedProcess(
-            [sys.executable, "-P", PEER, str(port), json.dumps(config)], name=name, stop_timeout=0.0
+            [sys.executable, "-P", PEER, str(port), json.dumps(config)],
+            name=name,
+            env=env,
+            stop_timeout=0.0,
         )
         self.address = ""
 
@@ -143,17 +154,18 @@ def cluster(
     shape: Shape | None = None,
     *,
     target_transport: str = "",
+    env: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Iterator[Cluster]:
     """Starts them all at once; ends them all, whatever happens. `options` go to the sources."""
     chosen = shape or Shape()
     with ExitStack() as stack:
         targets = [
-            stack.enter_context(Peer("target", target_transport or transport, chosen, f"decode-0/{i}"))
+            stack.enter_context(Peer("target", target_transport or transport, chosen, f"decode-0/{i}", env))
             for i in range(num_targets)
         ]
         sources = [
-            stack.enter_context(Peer("source", transport, chosen, f"prefill-0/{i}", **options))
+            stack.enter_context(Peer("source", transport, chosen, f"prefill-0/{i}", env, **options))
             for i in range(num_sources)
         ]
         for peer in (*targets, *sources):
@@ -283,13 +295,16 @@ class StoppedWriterFigures:
     """How the late transfer ended at the writer."""
 
 
-def stopped_writer(transport: str, shape: Shape | None = None) -> StoppedWriterFigures:
+def stopped_writer(
+    transport: str, shape: Shape | None = None, env: Mapping[str, str] | None = None
+) -> StoppedWriterFigures:
     """Stops a writer, forgets its attempt, gives its blocks to another request, and lets the writer go on.
 
     The writer is stopped between two layers with the order to send the rest already in its hands; so what it
-    writes afterwards is written under a fence that no longer holds.
+    writes afterwards is written under a fence that no longer holds. `env` may choose how UCX moves bytes
+    (UCX_TLS).
     """
-    with cluster(transport, num_sources=2, shape=shape) as both:
+    with cluster(transport, num_sources=2, shape=shape, env=env) as both:
         target, (late, other) = both.targets[0], both.sources
         first = Request(both, 1, 4 * BLOCK_TOKENS, 1, 1, {}).expect().begin().ready([0])
         per_layer = first.num_tokens * both.shape.token_bytes

@@ -21,6 +21,7 @@ from typing import Final, Literal
 from sps2.internal.v1.kv_transfer_service_pb2 import OpenRingRequest, OpenRingResponse, SlabAck, SlabHeader
 
 TransportName = Literal["nixl", "grpc"]
+TransportChoice = Literal["auto", "nixl", "grpc"]
 
 Reason = Literal[
     "ABORTED",  # given up by this side

@@ -119,7 +119,7 @@ class SlabIntake:
         with self._lock:
             self.num_verdicts[verdict] += 1
         if completed is not None:
-            _tell(completed)
+            tell_complete(completed.on_complete, completed.fence)
         return SlabAck(sequence=header.sequence, slot=header.slot, verdict=verdict, detail=detail)
 
     def _judge(
@@ -171,9 +171,10 @@ def _key(fence: Fence) -> AttemptKey:
     return (fence.attempt.request_id, fence.attempt.number)
 
 
-def _tell(completed: Expectation) -> None:
+def tell_complete(on_complete: Callable[[], None], fence: Fence) -> None:
+    """Calls it; an error of the engine's is logged and goes no further."""
     try:
-        completed.on_complete()
+        on_complete()
     except Exception:
         # The slab is in its block whatever the engine makes of the news, and other attempts need this thread.
-        logger.exception("on_complete of attempt %s failed", _key(completed.fence))
+        logger.exception("on_complete of attempt %s failed", _key(fence))

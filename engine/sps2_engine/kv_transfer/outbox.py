@@ -76,8 +76,12 @@ class Outbox:
             return
         if not self._is_silence_counted():
             self._last_progress = now
-        for tokens in cut(share.part, self._arena.token_bytes, self._ring.slot_bytes):
-            self._queue.append(Slab(share.transfer, tokens, share.layer))
+        try:
+            slabs = cut(share.part, self._arena.token_bytes, self._ring.slot_bytes)
+        except ValueError as error:
+            share.transfer.fail(TransferError("REFUSED", f"{self._address}: {error}"))
+            return
+        self._queue.extend(Slab(share.transfer, tokens, share.layer) for tokens in slabs)
 
     def pump(self, now: float, count_bytes: Callable[[int], None]) -> int:
         """Takes answers and posts what credits allow; how many of both.

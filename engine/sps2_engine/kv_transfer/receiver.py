@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Final, Literal, TypeVar
+from typing import Final, TypeVar
 
 from sps2.internal.v1.kv_transfer_service_pb2 import (
     KvFormat,
@@ -20,9 +20,9 @@ from sps2.internal.v1.kv_transfer_service_pb2 import (
 )
 from sps2.internal.v1.placement_pb2 import Fence
 from sps2_engine.kv_pool import KvArena
-from sps2_engine.kv_transfer.base import RingOptions, Rings, TransportName
+from sps2_engine.kv_transfer.base import RingOptions, Rings, TransportChoice, TransportName
 from sps2_engine.kv_transfer.grpc_server import serve
-from sps2_engine.kv_transfer.intake import SlabIntake
+from sps2_engine.kv_transfer.intake import SlabIntake, tell_complete
 from sps2_engine.kv_transfer.nixl import NixlUnavailableError
 from sps2_engine.kv_transfer.nixl_rings import NixlRings
 from sps2_engine.kv_transfer.slab import ArenaBytes
@@ -61,7 +61,7 @@ class KvReceiver:
         listen_host: str,
         *,
         ring: RingOptions | None = None,
-        transport: Literal["auto", "nixl", "grpc"] = "auto",
+        transport: TransportChoice = "auto",
     ) -> None:
         self._bytes = ArenaBytes(arena, kv_format)
         self._options = ring or RingOptions()
@@ -109,7 +109,7 @@ class KvReceiver:
                 too few.
         """
         if token_begin == token_end:
-            self._commands.put(on_complete)
+            self._commands.put(lambda: tell_complete(on_complete, fence))
         else:
             self.intake.expect(fence, token_begin, token_end, blocks, on_complete)
         self._wake.set()
@@ -211,9 +211,7 @@ class KvReceiver:
             count += 1
 
 
-def _make_rings(
-    transport: Literal["auto", "nixl", "grpc"], incarnation: str, options: RingOptions
-) -> Rings | None:
+def _make_rings(transport: TransportChoice, incarnation: str, options: RingOptions) -> Rings | None:
     if transport == "grpc":
         return None
     try:

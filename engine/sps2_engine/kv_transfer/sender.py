@@ -11,12 +11,12 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Final, Literal
+from typing import Final
 
 from sps2.internal.v1.kv_transfer_service_pb2 import KvFormat, OpenRingRequest, OpenRingResponse
 from sps2.internal.v1.placement_pb2 import Attempt, Placement
 from sps2_engine.kv_pool import KvArena, slot_runs
-from sps2_engine.kv_transfer.base import Link, TransferError
+from sps2_engine.kv_transfer.base import Link, TransferError, TransportChoice
 from sps2_engine.kv_transfer.nixl import NixlSource, NixlUnavailableError
 from sps2_engine.kv_transfer.outbox import Outbox
 from sps2_engine.kv_transfer.relayout import shares, transfer_bytes
@@ -59,7 +59,7 @@ class KvSender:
         kv_format: KvFormat,
         source_name: str,
         source_incarnation: str,
-        transport: Literal["auto", "nixl", "grpc"] = "auto",
+        transport: TransportChoice = "auto",
         *,
         open_timeout_s: float = 5.0,
         ack_timeout_s: float = 10.0,
@@ -125,7 +125,14 @@ class KvSender:
         return transfer
 
     def layer_ready(self, transfer: Transfer, layer: int) -> None:
-        """K and V of that layer are in the arena for good: it leaves. Once per layer; never waits."""
+        """K and V of that layer are in the arena for good: it leaves. Never waits.
+
+        Raises:
+            ValueError: there is no such layer, or it was ready before.
+        """
+        if layer in transfer.layers or not 0 <= layer < self._bytes.num_layers:
+            raise ValueError(f"layer {layer} of {self._bytes.num_layers} is ready already, or there is none")
+        transfer.layers.add(layer)
         self._order(lambda: self._send_layer(transfer, layer))
 
     def abort(self, transfer: Transfer) -> Future[None]:
@@ -280,12 +287,9 @@ class KvSender:
             logger.warning("a write to %s is still under way; its target is stopped or cut off", address)
 
 
-def _make_nixl(
-    transport: Literal["auto", "nixl", "grpc"], incarnation: str, arena: KvArena
-) -> NixlLinks | None:
+def _make_nixl(transport: TransportChoice, incarnation: str, arena: KvArena) -> NixlLinks | None:
     if transport == "grpc":
         return None
-
     try:
         return NixlSource(incarnation, arena)
     except NixlUnavailableError as error:

@@ -21,7 +21,7 @@ class TransferSummary:
 
 @dataclass(eq=False)
 class Transfer:
-    """Handle of one transfer; only `done` is for the engine, the rest belongs to the sender's thread."""
+    """Handle of one transfer; only `done` is for the engine."""
 
     attempt: Attempt
     placement: Placement
@@ -33,6 +33,8 @@ class Transfer:
     """The summary when every target has accepted every slab, or a TransferError."""
     parts: list[TokenRange] = field(default_factory=list)
     """What each target takes."""
+    layers: set[int] = field(default_factory=set)
+    """Layers that were said to be ready; the calling thread's."""
     num_missing: int = 0
     """(layer, token) pairs not accepted yet."""
     bytes_sent: int = 0

@@ -88,6 +88,14 @@ def test_close_ends_what_goes_on_and_what_comes_later(sender: KvSender, receiver
         sender.abort(transfer).result(0)
 
 
+def test_a_layer_is_ready_once(sender: KvSender, receiver: KvReceiver) -> None:
+    transfer = sender.begin(ATTEMPT, placement(receiver.address), 0, 100, [0, 1])
+    sender.layer_ready(transfer, 0)
+    for layer in (0, 1, -1):
+        with pytest.raises(ValueError, match=f"layer {layer}"):
+            sender.layer_ready(transfer, layer)
+
+
 def test_an_empty_part_is_complete_at_once(receiver: KvReceiver) -> None:
     told: list[int] = []
     receiver.expect(placement("").shards[0].fence, 10, 10, [], lambda: told.append(1))
