@@ -183,6 +183,8 @@ class Scheduler:
             return f"no ready {pool} group: none has registered"
         if foreign := [group.name for group in mine if group.ready]:
             return f"no ready {pool} group: {foreign[0]} serves a model with another hash"
+        if all(group.draining for group in mine):
+            return f"no ready {pool} group: {mine[0].name} is draining"
         num_ranks = sum(group.size for group in mine)
         num_loading = num_ranks - sum(group.num_ready for group in mine)
         return f"no ready {pool} group: {num_loading} of {num_ranks} ranks loading"

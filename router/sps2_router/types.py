@@ -94,6 +94,11 @@ class Group:
         return leader is not None and leader.state == cluster_pb2.WORKER_STATE_READY
 
     @property
+    def draining(self) -> bool:
+        """Whether it finishes what it has and takes no more."""
+        return self.leader is not None and self.leader.state == cluster_pb2.WORKER_STATE_DRAINING
+
+    @property
     def num_ready(self) -> int:
         """Ranks that are READY."""
         return sum(worker.state == cluster_pb2.WORKER_STATE_READY for worker in self.workers)

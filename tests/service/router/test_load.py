@@ -60,7 +60,7 @@ async def test_a_full_queue_sheds_and_says_when_to_come_back() -> None:
         up.prefill.may_sample.clear()
         ids = generation_pb2.GenerationSpec(token_ids=generation_pb2.TokenIds(ids=[5] * 15))
         running = asyncio.ensure_future(up.generate(ids))
-        await until(lambda: up.prefill.num_live)
+        await until(lambda: up.prefill.num_live and up.router._admission.num_queued_tokens == 0)
         queued = asyncio.ensure_future(up.generate(ids))
         await until(lambda: up.router._admission.num_queued_tokens)
         error = await failure(up.generate(ids))
