@@ -51,7 +51,9 @@ class DecodeRole:
 
     def load(self, progress: Callable[[float], None]) -> engine_pb2.EngineLoaded:
         """See `Role.load`."""
-        self._model = load_model(self._options, self._device, self._dtype, progress)
+        self._model = load_model(
+            self._options, self._device, self._dtype, progress, self._device
+        )
         self._caches = [LayerCache(k, v) for k, v in zip(self._model.arena.k, self._model.arena.v, strict=True)]
         self._receiver = Receiver(self._model, self._options.host)
         self._warm_up()

@@ -1,1 +1,1 @@
-"""What the two workers share: models, attention, paged KV, transfers. Knows nothing about gRPC."""
+"""What the two workers share: models, attention, paged KV, transfers, the engine process."""

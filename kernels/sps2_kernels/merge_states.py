@@ -24,9 +24,14 @@ def merge_states(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_pair(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """`merge_states` of two parts without stacking them: o [tokens, heads, head_dim], lse [tokens, heads]."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    base = lse.masked_fill(lse.isneginf(), 0.0)
-    weight_a = torch.exp(lse_a - base).unsqueeze(-1)
-    weight_b = torch.exp(lse_b - base).unsqueeze(-1)
-    return (o_a.float().mul(weight_a)).addcmul_(o_b.float(), weight_b).to(o_a.dtype), lse
+    """`merge_states` of two parts without stacking them: o [tokens, heads, head_dim], lse [tokens, heads].
+
+    Weights are divided by their sum: taken from the merged log-sum-exp they would miss 1 by its rounding, which is
+    1e-3 where scores are 1e4.
+    """
+    top = torch.maximum(lse_a, lse_b)
+    base = top.masked_fill(top.isneginf(), 0.0)
+    weight_a, weight_b = torch.exp(lse_a - base), torch.exp(lse_b - base)
+    total = weight_a + weight_b
+    share = (weight_b / total.masked_fill(total == 0, 1.0)).unsqueeze(-1)
+    return torch.lerp(o_a.float(), o_b.float(), share).to(o_a.dtype), base + torch.log(total)

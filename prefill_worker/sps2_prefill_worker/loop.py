@@ -58,7 +58,9 @@ class PrefillRole:
 
     def load(self, progress: Callable[[float], None]) -> engine_pb2.EngineLoaded:
         """See `Role.load`."""
-        self._model = load_model(self._options, self._device, self._dtype, progress)
+        self._model = load_model(
+            self._options, self._device, self._dtype, progress, torch.device("cpu")
+        )
         sender = KvSender(
             self._model.arena,
             self._model.kv_format(),

@@ -51,7 +51,7 @@ def check_parent(parent_pid: int | None = None) -> None:
 
 def tied_command(command: list[str]) -> list[str]:
     """The same command, as a child of this process that SIGKILL takes with it."""
-    return [sys.executable, "-m", "sps2_service.process", str(os.getpid()), *command]
+    return [sys.executable, "-P", "-m", "sps2_service.process", str(os.getpid()), *command]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ Threads are enough for what collectives and schedules compute; tests of death an
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -21,11 +22,13 @@ def run_ranks(num_ranks: int, work: Callable[[Communicator], Result]) -> list[Re
     """Calls `work` once on each rank with its communicator and returns the results by rank."""
     if num_ranks == 1:
         return [work(SoloCommunicator())]
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined,unused-ignore] # the stubs do not export it
+    formed = Barrier(num_ranks, timeout=TIMEOUT.total_seconds())
 
     def on_rank(rank: int) -> Result:
         device = torch.device("cpu")
         group = form_group(store, 1, rank, num_ranks, device, "127.0.0.1", TIMEOUT)
+        formed.wait()  # a rank with nothing to exchange may not leave while others still connect to it
         communicator = TorchCommunicator(group, device)
         try:
             return work(communicator)

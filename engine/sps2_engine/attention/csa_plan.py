@@ -12,10 +12,13 @@ tail go to every rank that holds keys, and partial outputs come back, as in deco
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, TypeAlias
 
 from sps2_engine.attention.layout import Layout, Sample, Span
 
 LSE_BYTES = 4
+
+PlaneKey: TypeAlias = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,16 @@ class LocalWork:
 class Plane:
     """One dense array [rows, heads, head_dim] inside a packed buffer."""
 
-    tensor: str
-    """ "q", "k" or "v"."""
+    tensor: Literal["q", "k", "v"]
+    level: int
+    """Level that it serves; 0 for what every head has alike: the tail's Q, the sinks' K and V."""
     heads: Span
     rows: Sample
+
+    @property
+    def key(self) -> PlaneKey:
+        """What tells it from the other planes of one rank in one layer."""
+        return self.tensor, self.level, self.heads.begin
 
 
 def split_heads(num_q_heads: int, num_ranks: int) -> tuple[Span, ...]:
@@ -215,15 +224,15 @@ class CsaPlan:
                 kept = (rectangle.level, rectangle.run.kv_heads.begin)
                 if key_rank == source and kept not in sent:
                     sent.add(kept)
-                    yield Plane("k", rectangle.run.kv_heads, sample)
-                    yield Plane("v", rectangle.run.kv_heads, sample)
+                    yield Plane("k", rectangle.level, rectangle.run.kv_heads, sample)
+                    yield Plane("v", rectangle.level, rectangle.run.kv_heads, sample)
             if rectangle.query_rank == source:
-                yield Plane("q", rectangle.run.q_heads, rectangle.queries)
+                yield Plane("q", rectangle.level, rectangle.run.q_heads, rectangle.queries)
         if source in self.tail_ranks(peer):
-            yield Plane("q", self.all_heads.q_heads, self.tail_queries(source))
+            yield Plane("q", 0, self.all_heads.q_heads, self.tail_queries(source))
         if self.takes_sinks(peer, source):
-            yield Plane("k", self.all_heads.kv_heads, self.sink_keys(source))
-            yield Plane("v", self.all_heads.kv_heads, self.sink_keys(source))
+            yield Plane("k", 0, self.all_heads.kv_heads, self.sink_keys(source))
+            yield Plane("v", 0, self.all_heads.kv_heads, self.sink_keys(source))
 
     def out_planes(self, source: int, peer: int, layer: int) -> Iterator[Plane]:
         """The queries of `peer` for which `source` returns [O | LSE], in order."""

@@ -65,6 +65,8 @@ class KvSender:
         ack_timeout_s: float = 10.0,
     ) -> None:
         self._bytes = ArenaBytes(arena, kv_format)
+        if not self._bytes.in_host_memory:
+            raise ValueError(f"KV leaves from host memory, the arena lies on {arena.k.device}")
         self._nixl = _make_nixl(transport, source_incarnation, arena)
         self._demand_nixl = transport == "nixl"
         self._open_timeout_s = open_timeout_s

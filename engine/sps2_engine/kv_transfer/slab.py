@@ -18,15 +18,13 @@ _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ArenaBytes:
-    """An arena in host memory, as bytes; slices are views, nothing is copied.
+    """An arena as bytes. Slabs leave an arena in host memory, as views; they can be scattered into any arena.
 
     Raises:
-        ValueError: the arena lies on a device, or does not have the format that will be announced for it.
+        ValueError: the arena does not have the format that will be announced for it.
     """
 
     def __init__(self, arena: KvArena, kv_format: KvFormat) -> None:
-        if arena.k.device.type != "cpu":
-            raise ValueError(f"KV transfers read and write host memory, the arena lies on {arena.k.device}")
         if difference := format_mismatch(kv_format, _format_of(arena, kv_format)):
             raise ValueError(f"the KV format does not describe the arena: {difference}")
         self.arena = arena
@@ -34,7 +32,10 @@ class ArenaBytes:
         self.num_kv_heads = arena.num_kv_heads
         self.token_bytes = 2 * arena.side_token_bytes
         """Bytes of one token in one layer, K and V."""
-        self._sides = tuple(side.view(torch.uint8).numpy().data.cast("B") for side in (arena.k, arena.v))
+        self.in_host_memory = arena.k.device.type == "cpu"
+        self._sides: tuple[memoryview, ...] = ()
+        if self.in_host_memory:
+            self._sides = tuple(side.view(torch.uint8).numpy().data.cast("B") for side in (arena.k, arena.v))
 
     def spans(self, layer: int, runs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
         """(side, byte begin, byte end) of the pieces of a slab, in slab order; side 0 is K, 1 is V."""
@@ -52,10 +53,24 @@ class ArenaBytes:
 
     def scatter(self, payload: memoryview, layer: int, runs: Sequence[tuple[int, int]]) -> None:
         """Copies a verified slab into the arena; `payload` holds exactly the tokens of `runs`."""
+        if not self.in_host_memory:
+            copy_to_device(payload, self.arena, layer, runs)
+            return
         position = 0
         for piece in self.pieces(layer, runs):
             piece[:] = payload[position : position + len(piece)]
             position += len(piece)
+
+
+def copy_to_device(payload: memoryview, arena: KvArena, layer: int, runs: Sequence[tuple[int, int]]) -> None:
+    """Copies a slab's bytes into an arena that has no addresses of ours: one copy for each run of K and of V."""
+    slab = torch.frombuffer(bytearray(payload), dtype=arena.k.dtype)
+    heads, position = (arena.num_kv_heads, arena.head_dim), 0
+    for side in (arena.k, arena.v):
+        for begin, end in runs:
+            count = (end - begin) * heads[0] * heads[1]
+            side[layer, begin:end].copy_(slab[position : position + count].view(end - begin, *heads))
+            position += count
 
 
 def checksum(pieces: Iterable[memoryview]) -> int:

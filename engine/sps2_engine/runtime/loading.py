@@ -63,9 +63,17 @@ class LoadedModel:
 
 
 def load_model(
-    options: EngineOptions, device: torch.device, dtype: torch.dtype, progress: Callable[[float], None]
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[float], None],
+    arena_device: torch.device,
 ) -> LoadedModel:
     """Loads the weights and allocates the KV arena, once in the life of the process.
+
+    Args:
+        arena_device: where KV lies; prefill keeps it in host memory, from which it leaves, since its attention
+            reads each layer's keys while they are still at hand.
 
     Raises:
         CheckpointError: in one line, what is wrong with the model folder.
@@ -73,5 +81,5 @@ def load_model(
     decoder = load_decoder(Path(options.model), dtype, device, progress)
     config = decoder.config
     num_blocks = -(-options.kv_tokens // BLOCK_TOKENS)
-    arena = KvArena(config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, dtype, device)
+    arena = KvArena(config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, dtype, arena_device)
     return LoadedModel(options, device, dtype, decoder, arena, BlockPool(num_blocks), uuid.uuid4().hex)

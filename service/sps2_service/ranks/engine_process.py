@@ -109,7 +109,7 @@ class EngineProcess:
         self._steps_done, self.heartbeat = -1, engine_pb2.Heartbeat()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                *tied_command([sys.executable, "-m", self._module, *self._arguments(theirs.fileno())]),
+                *tied_command([sys.executable, "-P", "-m", self._module, *self._arguments(theirs.fileno())]),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
             )

@@ -17,6 +17,7 @@ from sps2_service.errors import Unavailable
 
 FORM_TIMEOUT_S = 40.0
 REFORM_PAUSE_S = 0.2
+BLAME_PAUSE_S = 0.5
 
 log = structlog.get_logger(__name__)
 
@@ -75,6 +76,7 @@ class GroupLeader:
     epoch: int = 0
     members: dict[int, Member] = field(default_factory=dict)
     _forming: asyncio.Task[None] | None = None
+    _failing: asyncio.TimerHandle | None = None
 
     def join(self, rank: int, send: SendCommand) -> Member:
         """A rank's supervisor is there; in place of an earlier one of the same rank."""
@@ -122,12 +124,14 @@ class GroupLeader:
         elif kind == "group_formed":
             self._note_formed(member)
         elif kind == "group_failed":
-            self._break(rank, f"the group of {self.name} failed at rank {rank}: {event.group_failed.reason}")
+            self._suspect(rank, f"the group of {self.name} failed at rank {rank}: {event.group_failed.reason}")
         elif self.state is GroupState.FORMED:
             self.coordinator.on_event(rank, event)
 
     def close(self) -> None:
-        """Stops forming."""
+        """Stops forming and breaking."""
+        if self._failing is not None:
+            self._failing.cancel()
         if self._forming is not None:
             self._forming.cancel()
 
@@ -173,8 +177,18 @@ class GroupLeader:
             if self._forming is not None:
                 self._forming.cancel()
 
+    def _suspect(self, rank: int, reason: str) -> None:
+        """A collective failed. Most often another rank has died, and the survivor's report overtook the news of it;
+        the epoch is over either way, but its requests are to learn what died, so the news gets a moment."""
+        if self._failing is None:
+            loop = asyncio.get_running_loop()
+            self._failing = loop.call_later(BLAME_PAUSE_S, self._break, rank, reason)
+
     def _break(self, rank: int, reason: str) -> None:
         """Ends the epoch; survivors keep their weights and wait for the next."""
+        if self._failing is not None:
+            self._failing.cancel()
+            self._failing = None
         was = self.state
         self.state = GroupState.WAITING
         if was is not GroupState.WAITING:

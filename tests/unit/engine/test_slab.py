@@ -11,7 +11,7 @@ from sps2.internal.v1.kv_transfer_service_pb2 import KvFormat, SlabHeader, SlabV
 from sps2.internal.v1.placement_pb2 import Attempt, Fence
 from sps2_engine.kv_pool import BLOCK_TOKENS, KvArena
 from sps2_engine.kv_transfer.intake import SlabIntake
-from sps2_engine.kv_transfer.slab import ArenaBytes, checksum, format_mismatch
+from sps2_engine.kv_transfer.slab import ArenaBytes, checksum, copy_to_device, format_mismatch
 
 FORMAT = KvFormat(model_hash="m", dtype="bf16", layout_version=1, num_layers=2, num_kv_heads=2, head_dim=4)
 FENCE = Fence(process_incarnation="target", epoch=3, attempt=Attempt(request_id="r", number=1))
@@ -218,3 +218,17 @@ def test_a_format_that_does_not_describe_the_arena_is_refused() -> None:
         ArenaBytes(KvArena(2, 4, 2, 8, torch.bfloat16), FORMAT)
     with pytest.raises(ValueError, match="dtype"):
         ArenaBytes(KvArena(2, 4, 2, 4, torch.float32), FORMAT)
+
+
+def test_a_device_arena_gets_the_same_elements() -> None:
+    """What a GPU's arena is filled by, on one in host memory, beside the copy of bytes."""
+    source, by_bytes, by_copy = arena_bytes(), arena_bytes(), arena_bytes()
+    runs = [(3, 40), (64, 97)]
+    payload = memoryview(b"".join(source.pieces(1, [(0, 37), (100, 133)])))
+    by_copy.arena.k.copy_(by_bytes.arena.k)
+    by_copy.arena.v.copy_(by_bytes.arena.v)
+    by_bytes.scatter(payload, 1, runs)
+    copy_to_device(payload, by_copy.arena, 1, runs)
+    assert torch.equal(by_bytes.arena.k, by_copy.arena.k)
+    assert torch.equal(by_bytes.arena.v, by_copy.arena.v)
+    assert torch.equal(by_bytes.arena.k[1, 3:40], source.arena.k[1, 0:37])
