@@ -51,7 +51,7 @@ proto-check: setup  ## fail when the committed stubs differ from the protos
 
 acceptance: setup  ## run an issue's "Must show" at full size: make acceptance SUITE=name
 	@test -n "$(SUITE_PATH)" || { echo "usage: make acceptance SUITE=name; there are:"; ls tests/acceptance; exit 2; }
-	$(VENV)/bin/pytest -m acceptance -o timeout=3600 -q $(SUITE_PATH)
+	$(VENV)/bin/pytest -m acceptance -o timeout=3600 -o faulthandler_timeout=0 -q $(SUITE_PATH)
 
 audit: setup  ## look the installed dependencies up in the vulnerability database
 	$(VENV)/bin/pip-audit --local --skip-editable

@@ -1,16 +1,16 @@
 """One line for each "Must show" of an issue: its name, ok or FAIL, and the figure that shows it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-MustShow = Callable[[str], AbstractContextManager[list[str]]]
+from support.must_show import MustShow
 
 
 @pytest.fixture
 def must_show(capfd: pytest.CaptureFixture[str]) -> MustShow:
-    """A context manager `must_show(name)`: append figures to the list it gives; the line is printed at its end."""
+    """A context manager `must_show(name)`: append figures to its list; it prints the line at its end."""
 
     @contextmanager
     def shown(name: str) -> Iterator[list[str]]:

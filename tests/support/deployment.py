@@ -1,19 +1,20 @@
-"""A whole local deployment for tests: `sps2 up` as a user starts it, with real processes, Redis, sockets, weights."""
+"""A whole local deployment for tests: `sps2 up` as a user starts it, with real processes and weights."""
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from sps2_client import Client
-
 from support.process import ManagedProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "models" / "demo"
 READY_S = 120.0
+SPS2 = (sys.executable, "-P", "-m", "sps2_cli")
+"""The `sps2` program as this environment has it."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,21 @@ class LocalDeployment:
 
 @contextmanager
 def deployment(
-    model: Path = DEMO_MODEL, prefill: str = "1x2", decode: str = "1x2", arguments: Sequence[str] = ()
+    model: Path = DEMO_MODEL,
+    prefill: str = "1x2",
+    decode: str = "1x2",
+    arguments: Sequence[str] = (),
+    program: Sequence[str] = SPS2,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> Iterator[LocalDeployment]:
     """Starts `sps2 up` on free ports, yields it when it is ready, and ends it whatever happens."""
     command = [
-        *(sys.executable, "-P", "-m", "sps2_cli", "up", "--json", "--listen", "127.0.0.1:0"),
+        *(*program, "up", "--json", "--listen", "127.0.0.1:0"),
         *("--model", str(model), "--prefill", prefill, "--decode", decode, *arguments),
     ]
-    with ManagedProcess(command, name=f"sps2 up {prefill} {decode}", stop_timeout=30.0) as process:
+    name = f"sps2 up {prefill} {decode}"
+    with ManagedProcess(command, name=name, env=env, cwd=cwd, stop_timeout=30.0) as process:
         line = process.wait_for_line(r'^\{.*"event": ?"(ready|failed)".*\}$', READY_S).group(0)
         event = json.loads(line)
         assert event["event"] == "ready", event

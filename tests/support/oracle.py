@@ -26,7 +26,8 @@ def oracle_model(folder: Path) -> Any:
     """The model in transformers, fp32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 def oracle_tokens(folder: Path, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], list[float]]:
