@@ -6,7 +6,7 @@ in `retries`, what the client gets in `relay`.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from typing import TypeAlias
 
 import structlog
@@ -22,7 +22,7 @@ from sps2_router.retries import Retries, RetryLimits
 from sps2_router.scheduler import Scheduler, Seat
 from sps2_router.timings import Milestones, timings
 from sps2_router.types import Request
-from sps2_service.errors import Internal, ServiceError
+from sps2_service.errors import Internal, ServiceError, Unavailable
 
 Send: TypeAlias = Callable[[Event], Awaitable[None]]
 """Takes one event to the client; waits while the client does not read, so nothing piles up here."""
@@ -60,10 +60,14 @@ class Dispatcher:
         with ExitStack() as queue:
             queue.enter_context(self._admission.queue(request.num_prompt_tokens))
             while True:
-                seat = self._scheduler.seat(
-                    request.num_prompt_tokens, retries.avoid, patient=bool(retries.avoid)
-                )
-                async with seat as taken, self._attempt(request, live, taken, queue.close) as attempt:
+                async with AsyncExitStack() as stack:
+                    try:
+                        taken = await stack.enter_async_context(self._seat(request, retries))
+                    except Unavailable as error:
+                        raise retries.no_group(error) from None
+                    attempt = await stack.enter_async_context(
+                        self._attempt(request, live, taken, queue.close)
+                    )
                     try:
                         await attempt.commit()
                     except ServiceError as error:
@@ -79,6 +83,10 @@ class Dispatcher:
                     else:
                         return await self._answer(request, attempt, arrived_at, send)
                 await asyncio.sleep(pause)
+
+    def _seat(self, request: Request, retries: Retries) -> AbstractAsyncContextManager[Seat]:
+        # A request that lost its group waits for one; a new one is told at once that there is none.
+        return self._scheduler.seat(request.num_prompt_tokens, retries.avoid, patient=bool(retries.avoid))
 
     @asynccontextmanager
     async def _attempt(

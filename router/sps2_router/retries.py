@@ -34,6 +34,8 @@ class Retries:
         self._failed_groups: frozenset[str] = frozenset()
         self._full_groups: frozenset[str] = frozenset()
         self._waiting_since: float | None = None
+        self._cause: ServiceError | None = None
+        """The first failure that names what died; later ones may be its echoes."""
         self.num_failures = 0
 
     @property
@@ -58,6 +60,8 @@ class Retries:
         if not isinstance(error, Unavailable | Aborted):
             raise error
         self.num_failures += 1
+        if self._cause is None and "component" in error.metadata:
+            self._cause = error
         self._failed_groups |= _to_blame(error, pair)
         if self.num_failures >= self._limits.max_attempts:
             raise self._given_up(error, f"{error.message} (attempt {self.num_failures}, the last)")
@@ -73,12 +77,19 @@ class Retries:
             raise self._given_up(error, f"{error.message} (waited {waited:.1f} s for room)")
         return delay
 
+    def no_group(self, error: Unavailable) -> Unavailable:
+        """What goes to the client when no groups are left to try."""
+        return self._given_up(error, error.message) if self.num_failures else error
+
     def _given_up(self, error: ServiceError, message: str) -> Unavailable:
+        cause = self._cause or error
+        if cause is not error:
+            message = f"{message}; it began with: {cause.message}"
         return Unavailable(
             error.reason,
             message,
             retry_after=error.retry_after or self._limits.retry_after_s,
-            metadata=error.metadata,
+            metadata={**cause.metadata, **error.metadata},
         )
 
 

@@ -38,7 +38,7 @@ class SchedulerLimits:
 
     prefills_per_group: int = 2
     """Attempts that one prefill group holds at once; the rest waits in the router."""
-    regroup_wait_s: float = 10.0
+    regroup_wait_s: float = 30.0
     """Seconds that a request which lost its group waits for a ready one; a new request does not wait."""
     directory_away_s: float = 3.0
     """Seconds that the last view is trusted while no directory answers; then workers fence themselves."""

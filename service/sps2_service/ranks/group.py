@@ -124,7 +124,9 @@ class GroupLeader:
         elif kind == "group_formed":
             self._note_formed(member)
         elif kind == "group_failed":
-            self._suspect(rank, f"the group of {self.name} failed at rank {rank}: {event.group_failed.reason}")
+            self._suspect(
+                rank, f"the group of {self.name} failed at rank {rank}: {event.group_failed.reason}"
+            )
         elif self.state is GroupState.FORMED:
             self.coordinator.on_event(rank, event)
 
@@ -178,8 +180,11 @@ class GroupLeader:
                 self._forming.cancel()
 
     def _suspect(self, rank: int, reason: str) -> None:
-        """A collective failed. Most often another rank has died, and the survivor's report overtook the news of it;
-        the epoch is over either way, but its requests are to learn what died, so the news gets a moment."""
+        """A collective failed: the epoch is over, but what ended it may not be known yet.
+
+        Most often another rank has died, and the survivor's report overtook the news of it. The requests are to
+        learn what died, so the news gets a moment.
+        """
         if self._failing is None:
             loop = asyncio.get_running_loop()
             self._failing = loop.call_later(BLAME_PAUSE_S, self._break, rank, reason)

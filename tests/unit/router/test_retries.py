@@ -22,6 +22,19 @@ def test_failures_are_counted_and_the_last_one_is_told() -> None:
     assert caught.value.retry_after
 
 
+def test_what_began_it_is_named_when_its_echoes_end_it() -> None:
+    retries = Retries(RetryLimits(max_attempts=2))
+    retries.after(DIED, Phase.PREFILLING, PAIR, 0)
+    echo = Unavailable("GROUP_NOT_READY", "rank 1 loading", retry_after=0.5)
+    with pytest.raises(Unavailable) as caught:
+        retries.after(echo, Phase.PREFILLING, PAIR, 0)
+    for error in (caught.value, retries.no_group(Unavailable("NO_READY_GROUP", "none"))):
+        assert error.metadata == DIED.metadata
+        assert DIED.message in error.message
+    fresh = Unavailable("NO_READY_GROUP", "none")
+    assert Retries(RetryLimits()).no_group(fresh) is fresh
+
+
 def test_the_group_that_failed_is_avoided() -> None:
     retries = Retries(RetryLimits())
     assert not retries.avoid

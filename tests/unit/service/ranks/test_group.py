@@ -79,6 +79,7 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 async def formed(monkeypatch: pytest.MonkeyPatch) -> Group:
     monkeypatch.setattr(group_module, "REFORM_PAUSE_S", 0.0)
+    monkeypatch.setattr(group_module, "BLAME_PAUSE_S", 0.01)
     group = Group(2)
     for rank in (0, 1):
         group.join(rank)
@@ -141,9 +142,23 @@ async def test_a_failed_collective_breaks_once(formed: Group) -> None:
     failed = Event(epoch=10, group_failed=engine_pb2.GroupFailed(reason="peer closed"))
     formed.report(0, failed)
     formed.report(1, failed)
-    assert len(formed.recorder.broken) == 1
+    await until(lambda: bool(formed.recorder.broken))
+    assert formed.recorder.broken[0].metadata["component"] == "decode-0/0"
     await formed.form()
     assert formed.recorder.formed == [10, 20]
+
+
+async def test_a_survivor_that_reports_first_is_not_blamed(formed: Group) -> None:
+    formed.report(0, Event(epoch=10, group_failed=engine_pb2.GroupFailed(reason="peer closed")))
+    assert formed.recorder.broken == []
+    formed.leader.lose(1, "the engine of decode-0/1 was killed by signal SIGKILL", formed.members[1])
+    (error,) = formed.recorder.broken
+    assert error.metadata["component"] == "decode-0/1"
+    formed.load(1)
+    await formed.form()
+    await asyncio.sleep(0.02)  # the suspicion of epoch 10 must not end epoch 20
+    assert formed.leader.state is GroupState.FORMED
+    assert len(formed.recorder.broken) == 1
 
 
 async def test_events_of_an_older_epoch_are_dropped(formed: Group) -> None:
