@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2.v1 import cluster_pb2
-from sps2_engine.attention.prefill_plan import split_tokens
+from sps2_engine.attention.layout import exact_layout
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure
 from sps2_service.ranks.group import GroupLeader, GroupState
@@ -137,7 +137,7 @@ class PrefillCoordinator:
         begins = [shard.token_begin for shard in request.placement.shards]
         if begins != edges[:-1] or edges[-1] != len(request.token_ids):
             raise InvalidArgument.of_field("placement", "shards must cover the prompt in order, without gaps")
-        slice_tokens = len(split_tokens(len(request.token_ids), group.size)[0])
+        slice_tokens = exact_layout(len(request.token_ids), group.size).shard_tokens
         if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
             raise FailedPrecondition(
                 "PROMPT_TOO_LARGE",
@@ -152,7 +152,9 @@ class PrefillCoordinator:
         attempt = self._attempts[job.key]
         attempt.dispatched = True
         request = attempt.request
-        for rank, span in enumerate(split_tokens(job.num_tokens, self._group.size)):
+        layout = exact_layout(job.num_tokens, self._group.size)
+        for rank in range(self._group.size):
+            span = layout.shard(rank)
             run = engine_pb2.RunPrefill(
                 attempt=request.attempt,
                 num_prompt_tokens=job.num_tokens,

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
-from sps2_engine.attention.heads_schedule import KIND, HeadsSchedule
-from sps2_engine.attention.prefill_plan import PrefillPlan
+from sps2_engine.attention.csa_plan import CsaPlan
+from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
+from sps2_engine.attention.layout import exact_layout
 from sps2_engine.choice import finish_reason, sampling_params
 from sps2_engine.collectives import Communicator, SoloCommunicator
 from sps2_engine.kv_pool import slot_runs
@@ -118,7 +119,7 @@ class PrefillRole:
     def _compute(self, run: engine_pb2.RunPrefill, delivery: Delivery) -> None:
         started, communicator = time.perf_counter(), self._communicator
         plan = self._plan(run.num_prompt_tokens, communicator.size)
-        schedule = HeadsSchedule(plan, communicator, self._model.scale)
+        schedule = CsaSchedule(plan, communicator, self._model.scale)
         runs = slot_runs(delivery.blocks, len(run.token_ids))
         key, posted_before = attempt_key(run.attempt), self.bytes_posted[KIND]
 
@@ -127,7 +128,7 @@ class PrefillRole:
                 raise AttemptCancelledError
             self._store(layer, runs, k, v)
             self._loaded_publisher.layer_ready(delivery, layer)
-            o = schedule.attend(q, k, v)
+            o = schedule.attend(layer, q, k, v)
             self.steps_done += 1
             fraction = (layer + 1) / self._model.decoder.config.num_layers
             self._report(run.attempt, progress=prefill_service_pb2.PrefillProgress(fraction=fraction))
@@ -172,14 +173,14 @@ class PrefillRole:
 
     def _warm_up(self) -> None:
         """One tiny forward, so that the first prompt does not pay for what initialises itself lazily."""
-        schedule = HeadsSchedule(self._plan(WARM_UP_TOKENS, 1), SoloCommunicator(), self._model.scale)
-        hidden = self._forward([0] * WARM_UP_TOKENS, 0, lambda _layer, q, k, v: schedule.attend(q, k, v))
+        schedule = CsaSchedule(self._plan(WARM_UP_TOKENS, 1), SoloCommunicator(), self._model.scale)
+        hidden = self._forward([0] * WARM_UP_TOKENS, 0, schedule.attend)
         self._model.decoder.logits(hidden[-1:])
 
-    def _plan(self, num_tokens: int, num_ranks: int) -> PrefillPlan:
+    def _plan(self, num_tokens: int, num_ranks: int) -> CsaPlan:
         config = self._model.decoder.config
-        return PrefillPlan(
-            num_tokens,
+        return CsaPlan(
+            exact_layout(num_tokens, num_ranks),
             num_ranks,
             config.num_q_heads,
             config.num_kv_heads,

@@ -67,8 +67,8 @@ def oracle(layout: Layout, layer: int, inputs: Inputs) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", PROFILES)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
-@pytest.mark.parametrize("heads", [(8, 2), (3, 1), (14, 2)])
-@pytest.mark.parametrize("num_tokens", [1, 7, 61, 150])
+@pytest.mark.parametrize("heads", [(3, 1), (14, 2)])
+@pytest.mark.parametrize("num_tokens", [7, 150])
 def test_equals_the_mask(name: str, num_ranks: int, heads: tuple[int, int], num_tokens: int) -> None:
     layout, layer = PROFILES[name].resolve(num_tokens), num_tokens % 3
     inputs = draw(layout, *heads)
@@ -80,8 +80,8 @@ def test_equals_the_mask(name: str, num_ranks: int, heads: tuple[int, int], num_
     assert posted == plan.bytes_per_layer(layer)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
-@pytest.mark.parametrize("num_tokens", [1, 4, 130])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 130])
 def test_exact_slices_at_any_degree(num_ranks: int, num_tokens: int) -> None:
     layout = exact_layout(num_tokens, num_ranks)
     inputs = draw(layout, 14, 2)

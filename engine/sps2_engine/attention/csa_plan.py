@@ -166,6 +166,10 @@ class CsaPlan:
 
     # --- across ranks ----------------------------------------------------------------------------------------
 
+    def phase(self, layer: int) -> int:
+        """Layers of equal phase sample alike: their exchange is the same."""
+        return layer % self.layout.levels[-1].stride
+
     def rectangles(self, rank: int, layer: int) -> Iterator[Rectangle]:
         """What `rank` computes for its group at each level: its share of the heads of every later query."""
         for level in range(1, len(self.layout.levels)):

@@ -5,14 +5,15 @@ exchanges hide behind compute. What is computed and what travels is the plan's; 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from sps2_kernels.merge_states import merge_pair
 from sps2_kernels.segment_attention import UNMASKED, segment_attention
 from torch import Tensor
 
-from sps2_engine.attention.csa_plan import CsaPlan, LocalWork, Plane, PlaneKey, Rectangle
+from sps2_engine.attention.csa_plan import LSE_BYTES, CsaPlan, LocalWork, Plane, PlaneKey, Rectangle
 from sps2_engine.attention.layout import Sample, Span
 from sps2_engine.collectives import Communicator, PendingExchange
 
@@ -31,7 +32,8 @@ class CsaSchedule:
         self._communicator = communicator
         self._scale = scale
         self._rank = communicator.rank
-        self._own = plan.tokens(self._rank)
+        self._routes: dict[int, _Routes] = {}
+        """What travels, by phase of the layer."""
         self.exposed_s = 0.0
         """Seconds spent waiting for exchanges with nothing left to compute."""
 
@@ -49,30 +51,26 @@ class CsaSchedule:
         Raises:
             GroupError: an exchange failed.
         """
-        step = _LayerStep(self._plan, self._rank, layer, q, k, v, self._scale)
+        routes = self._routes_of(layer)
+        step = _LayerStep(self._plan, routes, self._rank, layer, (q, k, v), self._scale)
         if not self._plan.exchanges:
             state = step.own_shards()
             step.local(state)
             return state[0]
-        ranks = range(self._plan.num_ranks)
-        pending = self._communicator.all_to_all(
-            step.pack_in(),
-            [self._plan.in_bytes(self._rank, peer, layer) for peer in ranks],
-            [self._plan.in_bytes(peer, self._rank, layer) for peer in ranks],
-            KIND,
-        )
+        pending = self._communicator.all_to_all(step.pack_in(), routes.in_sent, routes.in_received, KIND)
         state = step.own_shards()
         step.take_in(self._wait(pending))
         step.rectangles()
-        pending = self._communicator.all_to_all(
-            step.pack_out(),
-            [self._plan.out_bytes(self._rank, peer, layer) for peer in ranks],
-            [self._plan.out_bytes(peer, self._rank, layer) for peer in ranks],
-            KIND,
-        )
+        pending = self._communicator.all_to_all(step.pack_out(), routes.out_sent, routes.out_received, KIND)
         step.local(state)
         step.take_out(state, self._wait(pending))
         return state[0]
+
+    def _routes_of(self, layer: int) -> "_Routes":
+        phase = self._plan.phase(layer)
+        if phase not in self._routes:
+            self._routes[phase] = _Routes(self._plan, self._rank, layer)
+        return self._routes[phase]
 
     def _wait(self, pending: PendingExchange) -> Tensor:
         started = time.perf_counter()
@@ -81,16 +79,40 @@ class CsaSchedule:
         return received
 
 
+class _Routes:
+    """What one rank exchanges in layers of one phase: planes and bytes by peer."""
+
+    def __init__(self, plan: CsaPlan, rank: int, layer: int) -> None:
+        peers = range(plan.num_ranks)
+        self.in_planes_sent = [tuple(plan.in_planes(rank, peer, layer)) for peer in peers]
+        self.in_planes_received = [tuple(plan.in_planes(peer, rank, layer)) for peer in peers]
+        self.out_planes_sent = [tuple(plan.out_planes(rank, peer, layer)) for peer in peers]
+        self.out_planes_received = [tuple(plan.out_planes(peer, rank, layer)) for peer in peers]
+        self.in_sent = [plan.in_bytes(rank, peer, layer) for peer in peers]
+        self.in_received = [plan.in_bytes(peer, rank, layer) for peer in peers]
+        self.out_sent = [plan.out_bytes(rank, peer, layer) for peer in peers]
+        self.out_received = [plan.out_bytes(peer, rank, layer) for peer in peers]
+        self.rectangles = tuple(plan.rectangles(rank, layer))
+        self.tail_ranks = plan.tail_ranks(rank)
+
+
 class _LayerStep:
     """One layer's tensors on their way through the schedule; its methods are called in the order they stand."""
 
     def __init__(
-        self, plan: CsaPlan, rank: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self,
+        plan: CsaPlan,
+        routes: _Routes,
+        rank: int,
+        layer: int,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        scale: float,
     ) -> None:
         self._plan = plan
+        self._routes = routes
         self._rank = rank
         self._layer = layer
-        self._tensors = {"q": q, "k": k, "v": v}
+        self._tensors = dict(zip("qkv", qkv, strict=True))
         self._scale = scale
         self._own = plan.tokens(rank)
         self._received: dict[tuple[PlaneKey, int], Tensor] = {}
@@ -100,13 +122,10 @@ class _LayerStep:
 
     def pack_in(self) -> Tensor:
         """All planes for the peers, in the plan's order, as bytes."""
-        plan, q = self._plan, self._tensors["q"]
-        peers = range(plan.num_ranks)
-        planes = [plane for peer in peers for plane in plan.in_planes(self._rank, peer, self._layer)]
-        count = sum(len(plane.rows) * len(plane.heads) for plane in planes) * plan.head_dim
-        packed = q.new_empty(count)
+        q = self._tensors["q"]
+        packed = q.new_empty(sum(self._routes.in_sent) // q.element_size())
         offset = 0
-        for plane in planes:
+        for plane in chain.from_iterable(self._routes.in_planes_sent):
             offset = _put(packed, offset, self._own_plane(plane))
         return packed.view(torch.uint8)
 
@@ -125,8 +144,8 @@ class _LayerStep:
     def take_in(self, received: Tensor) -> None:
         """Finds the planes in the received bytes; nothing is copied."""
         elements, offset = received.view(self._tensors["q"].dtype), 0
-        for source in range(self._plan.num_ranks):
-            for plane in self._plan.in_planes(source, self._rank, self._layer):
+        for source, planes in enumerate(self._routes.in_planes_received):
+            for plane in planes:
                 shape = (len(plane.rows), len(plane.heads), self._plan.head_dim)
                 end = offset + shape[0] * shape[1] * shape[2]
                 self._received[plane.key, source] = elements[offset:end].view(shape)
@@ -134,8 +153,7 @@ class _LayerStep:
 
     def rectangles(self) -> None:
         """This rank's share of what the ranks of its groups see of each other, and of the tails."""
-        plan = self._plan
-        for group in _by_run(plan.rectangles(self._rank, self._layer)):
+        for group in _by_run(self._routes.rectangles):
             # Each rank sees all that the one before it sees: the last one's keys hold everybody's.
             keys, values = (self._gather(tensor, group[-1]) for tensor in ("k", "v"))
             for rectangle in group:
@@ -145,19 +163,18 @@ class _LayerStep:
                 )
                 place = (rectangle.level, rectangle.run.q_heads.begin, rectangle.query_rank)
                 self._results[place] = result
-        for tail_rank in plan.tail_ranks(self._rank):
+        for tail_rank in self._routes.tail_ranks:
             q = self._received[("q", 0, 0), tail_rank]
             k, v = self._tensors["k"], self._tensors["v"]
             self._results[0, 0, tail_rank] = segment_attention(q, k, v, UNMASKED, self._scale)
 
     def pack_out(self) -> Tensor:
         """[O | LSE] of every plane of queries that came, in the plan's order, as bytes."""
-        plan = self._plan
-        total = sum(plan.out_bytes(self._rank, peer, self._layer) for peer in range(plan.num_ranks))
-        packed = torch.empty(total, dtype=torch.uint8, device=self._tensors["q"].device)
+        device = self._tensors["q"].device
+        packed = torch.empty(sum(self._routes.out_sent), dtype=torch.uint8, device=device)
         offset = 0
-        for peer in range(plan.num_ranks):
-            for plane in plan.out_planes(self._rank, peer, self._layer):
+        for peer, planes in enumerate(self._routes.out_planes_sent):
+            for plane in planes:
                 for part in self._results.pop((plane.level, plane.heads.begin, peer)):
                     offset = _put(packed, offset, part.contiguous().view(torch.uint8))
         return packed
@@ -169,21 +186,20 @@ class _LayerStep:
 
     def take_out(self, state: State, returned: Tensor) -> None:
         """Merges into `state` this rank's own rectangles and those that the peers return."""
-        plan, dtype = self._plan, self._tensors["q"].dtype
-        for rectangle in plan.rectangles(self._rank, self._layer):
+        head_dim, dtype = self._plan.head_dim, self._tensors["q"].dtype
+        for rectangle in self._routes.rectangles:
             if rectangle.query_rank == self._rank:
                 result = self._results.pop((rectangle.level, rectangle.run.q_heads.begin, self._rank))
                 _merge(state, self._rows(rectangle.queries), rectangle.run.q_heads, result)
         offset = 0
-        for peer in range(plan.num_ranks):
-            for plane in plan.out_planes(peer, self._rank, self._layer):
-                rows, heads = len(plane.rows), len(plane.heads)
-                middle = offset + rows * heads * plan.head_dim * dtype.itemsize
-                end = middle + rows * heads * 4
-                o = returned[offset:middle].view(dtype).view(rows, heads, plan.head_dim)
-                lse = _as_fp32(returned[middle:end]).view(rows, heads)
-                _merge(state, self._rows(plane.rows), plane.heads, (o, lse))
-                offset = end
+        for plane in chain.from_iterable(self._routes.out_planes_received):
+            rows, heads = len(plane.rows), len(plane.heads)
+            middle = offset + rows * heads * head_dim * dtype.itemsize
+            end = middle + rows * heads * LSE_BYTES
+            o = returned[offset:middle].view(dtype).view(rows, heads, head_dim)
+            lse = _as_fp32(returned[middle:end]).view(rows, heads)
+            _merge(state, self._rows(plane.rows), plane.heads, (o, lse))
+            offset = end
 
     def _attend(self, work: LocalWork) -> State:
         q = self._tensors["q"][self._rows(work.queries), work.run.q_heads.slice]
@@ -226,7 +242,7 @@ class _LayerStep:
         return slice(sample.first - self._own.begin, sample.span.end - self._own.begin, sample.stride)
 
 
-def _by_run(rectangles: Iterator[Rectangle]) -> Iterator[list[Rectangle]]:
+def _by_run(rectangles: Iterable[Rectangle]) -> Iterator[list[Rectangle]]:
     """Rectangles of the same level and heads together; the plan yields them in that order."""
     group: list[Rectangle] = []
     for rectangle in rectangles:

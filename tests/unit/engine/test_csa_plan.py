@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sps2_engine.attention.csa_plan import CsaPlan
+from sps2_engine.attention.csa_plan import CsaPlan, head_runs, split_heads
 from sps2_engine.attention.layout import Layout, Level, Profile, Sample, Span, exact_layout, paper_profile
 from sps2_kernels import reference
 
@@ -103,6 +103,25 @@ def test_exact_slices_are_even(num_tokens: int, num_ranks: int) -> None:
     assert layout.is_exact
     assert sum(len(plan.tokens(rank)) for rank in range(num_ranks)) == num_tokens
     assert len(plan.tokens(0)) == -(-num_tokens // num_ranks)
+
+
+@given(st.sampled_from([(8, 2), (14, 2), (28, 4), (32, 8), (6, 6), (5, 1)]), st.integers(1, 9), st.booleans())
+def test_head_runs_cover_each_share_once(heads: tuple[int, int], num_ranks: int, single: bool) -> None:
+    fold = heads[0] // heads[1]
+    for share in split_heads(heads[0], num_ranks):
+        runs = head_runs(share, fold, single=single)
+        covered = [head for run in runs for head in range(run.q_heads.begin, run.q_heads.end)]
+        assert covered == list(range(share.begin, share.end))
+        for run in runs:
+            assert {head // fold for head in range(run.q_heads.begin, run.q_heads.end)} == set(
+                range(run.kv_heads.begin, run.kv_heads.end)
+            )
+            assert len(run.q_heads) % len(run.kv_heads) == 0
+            assert not single or len(run.kv_heads) == 1
+
+
+def test_uneven_shares_of_fourteen_heads() -> None:
+    assert [len(share) for share in split_heads(14, 4)] == [3, 4, 3, 4]
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 9), st.integers(0, 8))
