@@ -8,8 +8,9 @@ from typing import Self
 
 from sps2_client import BytesMoved, Client
 from sps2_decode_worker.__main__ import DecodeWorkerConfig
+from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.decode_plan import DecodePlan, DecodeRow, place_tokens
-from sps2_engine.attention.prefill_plan import PrefillPlan
+from sps2_engine.attention.layout import exact_layout
 from sps2_engine.kv_pool import BLOCK_TOKENS
 from support.identity import GENERATE_TIMEOUT_S, Prompt
 from support.waiting import wait_until
@@ -44,8 +45,13 @@ class Shape:
 
         The first output token is prefill's, so there is one decode step less than there are tokens.
         """
-        prefill = PrefillPlan(
-            num_prompt, num_ranks[0], self.num_q_heads, self.num_kv_heads, self.head_dim, ELEMENT_BYTES
+        prefill = CsaPlan(
+            exact_layout(num_prompt, num_ranks[0]),
+            num_ranks[0],
+            self.num_q_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            ELEMENT_BYTES,
         )
         shards = place_tokens(
             num_prompt, BLOCK_TOKENS, num_ranks[1], min_tokens=DecodeWorkerConfig.min_holder_tokens
