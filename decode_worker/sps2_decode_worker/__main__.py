@@ -6,19 +6,18 @@ from dataclasses import dataclass
 
 from sps2.internal.v1 import decode_service_pb2
 from sps2.v1 import cluster_pb2
+from sps2_decode_worker.coordinator import DecodeCoordinator
+from sps2_decode_worker.servicer import DecodeServicer
 from sps2_engine.runtime.options import EngineOptions
 from sps2_service.config import load_config, setting
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.ranks.worker import LeaderService, WorkerConfig, run_worker
 from sps2_service.run import prepare_process
 
-from sps2_decode_worker.coordinator import DecodeCoordinator
-from sps2_decode_worker.servicer import DecodeServicer
-
+_MODEL = "--model models/demo --directory 127.0.0.1:50060"
 EXAMPLES = [
-    "--group decode-0 --rank 0 --group-size 2 --model models/demo --directory 127.0.0.1:50060",
-    "--group decode-0 --rank 1 --group-size 2 --model models/demo --directory 127.0.0.1:50060 "
-    "--leader 127.0.0.1:50080",
+    f"--group decode-0 --rank 0 --group-size 2 {_MODEL}",
+    f"--group decode-0 --rank 1 --group-size 2 {_MODEL} --leader 127.0.0.1:50080",
 ]
 
 
@@ -31,7 +30,7 @@ class DecodeWorkerConfig(WorkerConfig):
 
 
 def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
-    return EngineOptions.of(config, model_hash).arguments(socket_fd)
+    return EngineOptions(**config.engine_settings(model_hash)).arguments(socket_fd)
 
 
 def _lead(config: WorkerConfig, directory: DirectoryClient, model_hash: str) -> LeaderService:

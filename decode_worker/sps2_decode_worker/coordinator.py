@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 
 from sps2.internal.v1 import decode_service_pb2, engine_pb2, kv_directory_service_pb2, placement_pb2
 from sps2.v1 import cluster_pb2, generation_pb2
+from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row, RowState
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure
 from sps2_service.ranks.group import GroupLeader, GroupState
-
-from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row, RowState
 
 BLOCK_TOKENS = 64
 RESERVE_TIMEOUT_S = 30.0
@@ -92,7 +91,9 @@ class DecodeCoordinator:
         """
         live = self._place(request)
         try:
-            await self._wait(live, lambda: live.reserved >= set(live.row.shards), RESERVE_TIMEOUT_S, "RESERVE")
+            await self._wait(
+                live, lambda: live.reserved >= set(live.row.shards), RESERVE_TIMEOUT_S, "RESERVE"
+            )
         except BaseException:
             self.release(live)
             raise
@@ -104,7 +105,9 @@ class DecodeCoordinator:
         Raises:
             ServiceError: the KV did not come in time, or the group broke.
         """
-        await self._wait(live, lambda: live.received >= set(live.row.shards), RECEIVE_TIMEOUT_S, "KV_NOT_DELIVERED")
+        await self._wait(
+            live, lambda: live.received >= set(live.row.shards), RECEIVE_TIMEOUT_S, "KV_NOT_DELIVERED"
+        )
         live.first_token_id = first_token_id
         self._scheduler.admit(live.row.row_id)
         self._pump()

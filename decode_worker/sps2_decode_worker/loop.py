@@ -8,8 +8,12 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from sps2.internal.v1 import engine_pb2
 from sps2.v1 import generation_pb2
+from sps2_decode_worker.receive import Receiver
+from sps2_decode_worker.rows import RowState
 from sps2_engine.attention.decode_plan import DecodePlan
 from sps2_engine.attention.q_exchange import KIND, LayerCache, QExchange
 from sps2_engine.choice import finish_reason
@@ -19,10 +23,6 @@ from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.loading import load_model
 from sps2_engine.runtime.options import EngineOptions
 from sps2_engine.sampler import NonFiniteLogitsError, sample_rows
-from torch import Tensor
-
-from sps2_decode_worker.receive import Receiver
-from sps2_decode_worker.rows import RowState
 
 
 class DecodeRole:
@@ -51,10 +51,10 @@ class DecodeRole:
 
     def load(self, progress: Callable[[float], None]) -> engine_pb2.EngineLoaded:
         """See `Role.load`."""
-        self._model = load_model(
-            self._options, self._device, self._dtype, progress, self._device
-        )
-        self._caches = [LayerCache(k, v) for k, v in zip(self._model.arena.k, self._model.arena.v, strict=True)]
+        self._model = load_model(self._options, self._device, self._dtype, progress, self._device)
+        self._caches = [
+            LayerCache(k, v) for k, v in zip(self._model.arena.k, self._model.arena.v, strict=True)
+        ]
         self._receiver = Receiver(self._model, self._options.host)
         self._warm_up()
         return self._model.event(self._receiver.address)
@@ -141,9 +141,7 @@ class DecodeRole:
         self._exchange.begin_step({row.reserve.row: row.runs() for row in held}, new_slots)
         return self._exchange
 
-    def _forward(
-        self, token_ids: list[int], positions: list[int], attend: Attend
-    ) -> Tensor:
+    def _forward(self, token_ids: list[int], positions: list[int], attend: Attend) -> Tensor:
         ids, places = torch.tensor([token_ids, positions], dtype=torch.int64, device=self._device)
         return self._model.decoder.forward(ids, places, attend)
 

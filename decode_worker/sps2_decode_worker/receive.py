@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 from sps2.internal.v1 import engine_pb2
+from sps2_decode_worker.rows import RowState, shard_of
 from sps2_engine.kv_pool import BLOCK_TOKENS
 from sps2_engine.kv_transfer.receiver import KvReceiver
 from sps2_engine.runtime.loading import LoadedModel
-
-from sps2_decode_worker.rows import RowState, shard_of
 
 
 class Receiver:
@@ -29,9 +28,7 @@ class Receiver:
         """Blocks that rows hold."""
         return self._pool.num_used
 
-    def reserve(
-        self, reserve: engine_pb2.ReserveRow, rank: int, on_complete: Callable[[], None]
-    ) -> RowState:
+    def reserve(self, reserve: engine_pb2.ReserveRow, rank: int, on_complete: Callable[[], None]) -> RowState:
         """Takes blocks for a row (the leader has counted that they are free) and expects its KV.
 
         Args:

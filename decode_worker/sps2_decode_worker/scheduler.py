@@ -125,9 +125,7 @@ class DecodeScheduler:
         if not (run or self._reserve or self._admit or self._release):
             return None
         self._sequence += 1
-        plan = Plan(
-            self._sequence, tuple(self._release), tuple(self._reserve), tuple(self._admit), run
-        )
+        plan = Plan(self._sequence, tuple(self._release), tuple(self._reserve), tuple(self._admit), run)
         # Commands are executed in order, so what a plan releases may be reserved again by the next.
         for row_id in self._release:
             for rank, count in self.rows.pop(row_id).blocks.items():
@@ -164,7 +162,7 @@ class DecodeScheduler:
 
     def _choose_home(self, holders: Sequence[int]) -> int:
         """The holder at which fewest rows live."""
-        load = {rank: 0 for rank in holders}
+        load = dict.fromkeys(holders, 0)
         for row in self.rows.values():
             if row.home in load:
                 load[row.home] += 1

@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import grpc
+
 from sps2.internal.v1 import decode_service_pb2, engine_pb2
 from sps2.v1 import generation_pb2
-from sps2_service.errors import InvalidArgument
-
 from sps2_decode_worker.coordinator import DecodeCoordinator, LiveRow
+from sps2_service.errors import InvalidArgument
 
 
 class DecodeServicer:

@@ -2,7 +2,6 @@
 
 from sps2.internal.v1 import prefill_service_pb2
 from sps2.v1 import generation_pb2
-
 from sps2_engine.sampler import SamplingParams
 
 

@@ -5,8 +5,9 @@ never a global. It knows nothing of attention: callers say how many bytes go to 
 """
 
 import socket
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
+
+
+MEET_POLL_S = 0.005
 
 
 class GroupError(RuntimeError):
@@ -186,6 +190,33 @@ def connect_store(address: str, timeout: timedelta) -> TCPStore:
         return TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
         raise GroupError(f"rendezvous store {address} cannot be reached: {error}") from error
+
+
+def meet(
+    store: Store, epoch: int, rank: int, size: int, timeout: timedelta, given_up: Callable[[], bool]
+) -> None:
+    """Waits until every rank has come to the store, so that forming the group takes milliseconds after it.
+
+    Forming itself cannot be called off; this can, when a rank dies before it has come.
+
+    Raises:
+        GroupError: not all came within `timeout`, `given_up` says so, or the store is gone.
+    """
+    prefixed = PrefixStore(f"meet-{epoch}", store)
+    deadline = time.monotonic() + timeout.total_seconds()
+    everybody = [str(one) for one in range(size)]
+    try:
+        prefixed.set(str(rank), "here")
+        while not prefixed.check(everybody):
+            if given_up():
+                raise GroupError(f"epoch {epoch} ended before all ranks had come")
+            if time.monotonic() > deadline:
+                raise GroupError(f"not all {size} ranks came within {timeout.total_seconds():g} s")
+            time.sleep(MEET_POLL_S)
+    except GroupError:
+        raise
+    except RuntimeError as error:
+        raise GroupError(f"rendezvous store of epoch {epoch} is gone: {error}") from error
 
 
 def form_group(

@@ -1,5 +1,7 @@
-"""Plain fp64 twins of every kernel: slow, obvious, and the oracle of the tests. They build full score matrices,
-so they are for short inputs only and are never imported by the engine."""
+"""Plain fp64 twins of every kernel: slow, obvious, and the oracle of the tests.
+
+They build full score matrices, so they are for short inputs only and are never imported by the engine.
+"""
 
 import torch
 from torch import Tensor

@@ -6,23 +6,22 @@ import sys
 from sps2.internal.v1 import prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.runtime.options import EngineOptions
+from sps2_prefill_worker.coordinator import PrefillCoordinator
+from sps2_prefill_worker.servicer import PrefillServicer
 from sps2_service.config import load_config
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.ranks.worker import LeaderService, WorkerConfig, run_worker
 from sps2_service.run import prepare_process
 
-from sps2_prefill_worker.coordinator import PrefillCoordinator
-from sps2_prefill_worker.servicer import PrefillServicer
-
+_MODEL = "--model models/demo --directory 127.0.0.1:50060"
 EXAMPLES = [
-    "--group prefill-0 --rank 0 --group-size 2 --model models/demo --directory 127.0.0.1:50060",
-    "--group prefill-0 --rank 1 --group-size 2 --model models/demo --directory 127.0.0.1:50060 "
-    "--leader 127.0.0.1:50070",
+    f"--group prefill-0 --rank 0 --group-size 2 {_MODEL}",
+    f"--group prefill-0 --rank 1 --group-size 2 {_MODEL} --leader 127.0.0.1:50070",
 ]
 
 
 def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
-    return EngineOptions.of(config, model_hash).arguments(socket_fd)
+    return EngineOptions(**config.engine_settings(model_hash)).arguments(socket_fd)
 
 
 def _lead(_config: WorkerConfig, _directory: DirectoryClient, _model_hash: str) -> LeaderService:

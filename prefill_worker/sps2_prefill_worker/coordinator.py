@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.attention.layout import exact_layout
+from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure
 from sps2_service.ranks.group import GroupLeader, GroupState
-
-from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler
 
 BLOCK_TOKENS = 64
 MAX_WAITING = 1024

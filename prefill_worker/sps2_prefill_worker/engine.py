@@ -1,7 +1,6 @@
 """`python -m sps2_prefill_worker.engine`: the engine process of one prefill rank."""
 
 from sps2_engine.runtime.main import run_engine
-
 from sps2_prefill_worker.loop import PrefillRole
 
 if __name__ == "__main__":

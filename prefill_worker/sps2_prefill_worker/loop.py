@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+
 from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
@@ -22,8 +24,6 @@ from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.loading import load_model
 from sps2_engine.runtime.options import EngineOptions
 from sps2_engine.sampler import NonFiniteLogitsError, sample
-from torch import Tensor
-
 from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt_key
 
 _log = logging.getLogger(__name__)
@@ -59,9 +59,7 @@ class PrefillRole:
 
     def load(self, progress: Callable[[float], None]) -> engine_pb2.EngineLoaded:
         """See `Role.load`."""
-        self._model = load_model(
-            self._options, self._device, self._dtype, progress, torch.device("cpu")
-        )
+        self._model = load_model(self._options, self._device, self._dtype, progress, torch.device("cpu"))
         sender = KvSender(
             self._model.arena,
             self._model.kv_format(),
@@ -145,7 +143,9 @@ class PrefillRole:
             token = sample(logits, sampling_params(run.choice), 0, run.num_prompt_tokens)
         except NonFiniteLogitsError as error:
             message = f"{self._options.name}: first token: {error}"
-            failed = engine_pb2.AttemptFailed(attempt=run.attempt, reason="NON_FINITE_LOGITS", message=message)
+            failed = engine_pb2.AttemptFailed(
+                attempt=run.attempt, reason="NON_FINITE_LOGITS", message=message
+            )
             self._send(engine_pb2.EngineEvent(attempt_failed=failed))
             return
         first = prefill_service_pb2.FirstToken(
@@ -164,9 +164,7 @@ class PrefillRole:
             self._model.arena.v[layer, begin:end] = v[rows]
             taken = rows.stop
 
-    def _forward(
-        self, token_ids: Sequence[int], first_position: int, attend: Attend
-    ) -> Tensor:
+    def _forward(self, token_ids: Sequence[int], first_position: int, attend: Attend) -> Tensor:
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
         positions = torch.arange(len(ids), dtype=torch.int64, device=self._device) + first_position
         return self._model.decoder.forward(ids, positions, attend)

@@ -5,8 +5,8 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
-from sps2.internal.v1 import prefill_service_pb2
 
+from sps2.internal.v1 import prefill_service_pb2
 from sps2_prefill_worker.coordinator import PrefillCoordinator
 
 

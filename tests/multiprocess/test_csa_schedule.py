@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.csa_schedule import CsaSchedule
 from sps2_engine.attention.layout import Layout, Profile, exact_layout, paper_profile

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sps2_engine.attention.decode_plan import DecodePlan, DecodeRow
 from sps2_engine.attention.q_exchange import LayerCache, QExchange
 from sps2_engine.collectives import Communicator
@@ -32,7 +33,11 @@ def test_equals_attention_over_all_keys(num_ranks: int) -> None:
         return torch.randn(*shape, generator=generator)
 
     # Row i holds 5 + i old keys on each of its holders, at slots 40 * i on.
-    old = {(row.row_id, rank): draw(2, 5 + i, NUM_KV_HEADS, HEAD_DIM) for i, row in enumerate(rows) for rank in row.holders}
+    old = {
+        (row.row_id, rank): draw(2, 5 + i, NUM_KV_HEADS, HEAD_DIM)
+        for i, row in enumerate(rows)
+        for rank in row.holders
+    }
     q = {row.row_id: draw(NUM_STEPS, NUM_Q_HEADS, HEAD_DIM) for row in rows}
     new = {row.row_id: draw(NUM_STEPS, 2, NUM_KV_HEADS, HEAD_DIM) for row in rows}
 
@@ -71,7 +76,9 @@ def test_equals_attention_over_all_keys(num_ranks: int) -> None:
             seen = torch.cat([old[row.row_id, rank] for rank in row.holders], dim=1)
             grown = torch.cat([seen, new[row.row_id][: step + 1].transpose(0, 1)], dim=1)
             everything = torch.ones(1, grown.shape[1], dtype=torch.bool)
-            expected, _ = reference.masked_attention(q[row.row_id][step : step + 1], *grown, everything, SCALE)
+            expected, _ = reference.masked_attention(
+                q[row.row_id][step : step + 1], grown[0], grown[1], everything, SCALE
+            )
             actual = results[row.home][0][step][row.row_id]
             torch.testing.assert_close(actual.double(), expected[0], atol=1e-6, rtol=1e-5)
     assert sum(posted for _, posted in results) == NUM_STEPS * plan.bytes_per_layer()

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
 from sps2_engine.collectives import Communicator, SoloCommunicator, TorchCommunicator, form_group
 
 Result = TypeVar("Result")

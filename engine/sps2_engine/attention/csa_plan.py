@@ -76,7 +76,8 @@ class Plane:
 def split_heads(num_q_heads: int, num_ranks: int) -> tuple[Span, ...]:
     """Contiguous shares of the query heads, as even as they come (14 heads over 4 ranks: 3, 4, 3, 4)."""
     return tuple(
-        Span(rank * num_q_heads // num_ranks, (rank + 1) * num_q_heads // num_ranks) for rank in range(num_ranks)
+        Span(rank * num_q_heads // num_ranks, (rank + 1) * num_q_heads // num_ranks)
+        for rank in range(num_ranks)
     )
 
 
@@ -93,7 +94,9 @@ def head_runs(q_heads: Span, fold: int, *, single: bool) -> tuple[HeadRun, ...]:
         covered = q_heads.cut(kv_head * fold, (kv_head + 1) * fold)
         last = pieces[-1] if pieces and not single else None
         if last and len(covered) == fold and len(last.q_heads) == fold * len(last.kv_heads):
-            pieces[-1] = HeadRun(Span(last.q_heads.begin, covered.end), Span(last.kv_heads.begin, kv_head + 1))
+            pieces[-1] = HeadRun(
+                Span(last.q_heads.begin, covered.end), Span(last.kv_heads.begin, kv_head + 1)
+            )
         else:
             pieces.append(HeadRun(covered, Span(kv_head, kv_head + 1)))
     return tuple(pieces)
@@ -259,9 +262,7 @@ class CsaPlan:
     def bytes_per_layer(self, layer: int = 0) -> int:
         """Bytes that all ranks together post for one layer, in and out."""
         ranks = range(self.num_ranks)
-        return sum(
-            self.in_bytes(a, b, layer) + self.out_bytes(a, b, layer) for a in ranks for b in ranks
-        )
+        return sum(self.in_bytes(a, b, layer) + self.out_bytes(a, b, layer) for a in ranks for b in ranks)
 
     # --- within a rank ---------------------------------------------------------------------------------------
 

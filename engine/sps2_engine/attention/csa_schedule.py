@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import torch
-from sps2_kernels.merge_states import merge_pair
-from sps2_kernels.segment_attention import UNMASKED, segment_attention
 from torch import Tensor
 
 from sps2_engine.attention.csa_plan import LSE_BYTES, CsaPlan, LocalWork, Plane, PlaneKey, Rectangle
 from sps2_engine.attention.layout import Sample, Span
 from sps2_engine.collectives import Communicator, PendingExchange
+from sps2_kernels.merge_states import merge_pair
+from sps2_kernels.segment_attention import UNMASKED, segment_attention
 
 KIND = "all_to_all"
 """Name of the byte counter."""

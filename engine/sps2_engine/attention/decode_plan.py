@@ -22,7 +22,9 @@ class DecodeRow:
 
     def __post_init__(self) -> None:
         if self.home not in self.holders:
-            raise ValueError(f"row {self.row_id}: its home {self.home} must be one of its holders {self.holders}")
+            raise ValueError(
+                f"row {self.row_id}: its home {self.home} must be one of its holders {self.holders}"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class DecodePlan:
         return sum(self.q_bytes(a, b) + self.out_bytes(a, b) for a in ranks for b in ranks)
 
 
-def place_tokens(num_tokens: int, block_tokens: int, max_holders: int, min_tokens: int) -> tuple[tuple[int, int], ...]:
+def place_tokens(
+    num_tokens: int, block_tokens: int, max_holders: int, min_tokens: int
+) -> tuple[tuple[int, int], ...]:
     """Splits a prompt into contiguous ranges of whole blocks, one for each holder, as even as blocks allow.
 
     Args:

@@ -5,6 +5,7 @@ itself, the sinks, and, in earlier shards, the keys that its level samples; the 
 strides 1 this is dense causal attention.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -89,8 +90,13 @@ class Layout:
             if upper.group % lower.group or upper.stride % lower.stride or upper.group == lower.group:
                 raise ValueError(f"groups and strides must each divide the next: {self.levels}")
         if self.num_shards % self.levels[-1].group:
-            raise ValueError(f"the last group of {self.levels[-1].group} shards must divide all {self.num_shards}")
-        if self.shard_tokens % self.levels[-1].stride or self.shard_tokens * self.num_shards < self.num_tokens:
+            raise ValueError(
+                f"the last group of {self.levels[-1].group} shards must divide all {self.num_shards}"
+            )
+        if (
+            self.shard_tokens % self.levels[-1].stride
+            or self.shard_tokens * self.num_shards < self.num_tokens
+        ):
             raise ValueError(f"shards of {self.shard_tokens} tokens do not cover the prompt by whole strides")
 
     def shard(self, index: int) -> Span:
@@ -154,7 +160,7 @@ class Profile:
     def resolve(self, num_tokens: int) -> Layout:
         """The layout of a prompt: A = ceil(S / N), rounded up to whole strides of the last level."""
         stride = self.levels[-1][1]
-        shard_tokens = -(-(-(-num_tokens // self.num_shards)) // stride) * stride
+        shard_tokens = math.ceil(math.ceil(num_tokens / self.num_shards) / stride) * stride
         levels = tuple(Level(group, stride) for group, stride in self.levels)
         return Layout(
             num_tokens, levels, self.num_shards, shard_tokens, self.dense_queries, self.sinks, self.tail

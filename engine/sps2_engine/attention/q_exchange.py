@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from sps2_kernels.merge_states import merge_pair
-from sps2_kernels.paged_decode import SlotRuns, paged_decode_partial
 from torch import Tensor
 
 from sps2_engine.attention.decode_plan import DecodePlan, DecodeRow
 from sps2_engine.collectives import Communicator
+from sps2_kernels.merge_states import merge_pair
+from sps2_kernels.paged_decode import SlotRuns, paged_decode_partial
 
 KIND = "q_exchange"
 """Name of the byte counter."""
@@ -94,7 +94,9 @@ class QExchange:
         for runs in self._guest_runs:
             if not runs:
                 continue
-            q = received[taken : taken + len(runs) * elements].view(len(runs), plan.num_q_heads, plan.head_dim)
+            q = received[taken : taken + len(runs) * elements].view(
+                len(runs), plan.num_q_heads, plan.head_dim
+            )
             taken += q.numel()
             o, lse = paged_decode_partial(q, cache.k, cache.v, runs, self._scale)
             for plane in (o, lse):

@@ -14,8 +14,8 @@ from datetime import timedelta
 from typing import Protocol
 
 import torch
-from sps2.internal.v1 import engine_pb2
 
+from sps2.internal.v1 import engine_pb2
 from sps2_engine.collectives import (
     Communicator,
     GroupError,
@@ -23,6 +23,7 @@ from sps2_engine.collectives import (
     TorchCommunicator,
     connect_store,
     form_group,
+    meet,
     open_store,
 )
 from sps2_engine.runtime.link import SupervisorLink
@@ -31,6 +32,9 @@ _log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
 FORM_TIMEOUT = timedelta(seconds=30)
+CONNECT_TIMEOUT = timedelta(seconds=5)
+"""The store is there before anybody is told its address."""
+NEVER = 1 << 62
 LOAD_REPORT_STEP = 0.02
 
 
@@ -89,6 +93,8 @@ class EngineHost:
         self._commands: queue.SimpleQueue[engine_pb2.EngineCommand] = queue.SimpleQueue()
         self._communicator: Communicator | None = None
         self._epoch = 0
+        self._ended_epoch = 0
+        """Epochs up to this one are over, also while the command that says so waits for its turn."""
         self._busy = False
 
     def run(self) -> None:
@@ -141,7 +147,8 @@ class EngineHost:
             store, address = open_store(self._host, FORM_TIMEOUT)
             self._send(store_ready=engine_pb2.StoreReady(address=address))
         else:
-            store = connect_store(form.store_address, FORM_TIMEOUT)
+            store = connect_store(form.store_address, CONNECT_TIMEOUT)
+        meet(store, epoch, form.rank, form.world_size, FORM_TIMEOUT, lambda: self._ended_epoch >= epoch)
         group = form_group(
             store, epoch, form.rank, form.world_size, self._device, self._host, self._collective_timeout
         )
@@ -159,6 +166,10 @@ class EngineHost:
             self._role.reset()
 
     def _on_command(self, command: engine_pb2.EngineCommand) -> None:
+        if command.HasField("abort_group"):
+            self._ended_epoch = max(self._ended_epoch, command.epoch)
+        elif command.HasField("shutdown"):
+            self._ended_epoch = NEVER
         self._role.notice(command)
         self._commands.put(command)
 

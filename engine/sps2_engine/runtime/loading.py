@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sps2.internal.v1 import engine_pb2, kv_transfer_service_pb2
 
+from sps2.internal.v1 import engine_pb2, kv_transfer_service_pb2
 from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, KvArena
 from sps2_engine.models.decoder import Decoder
 from sps2_engine.models.load import load_decoder

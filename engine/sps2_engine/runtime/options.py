@@ -4,33 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal, Protocol
-
-
-class EngineSettings(Protocol):
-    """What a supervisor's configuration says of its engine; the meaning is that of `EngineOptions`."""
-
-    @property
-    def worker_id(self) -> str: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def model(self) -> Path: ...
-    @property
-    def host(self) -> str: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def threads(self) -> int: ...
-    @property
-    def kv_tokens(self) -> int: ...
-    @property
-    def kv_transport(self) -> Literal["auto", "nixl", "grpc"]: ...
-    @property
-    def collective_timeout_s(self) -> float: ...
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -60,23 +34,6 @@ class EngineOptions:
     collective_timeout_s: float
     """Longest wait for a peer inside a collective."""
 
-    @classmethod
-    def of(cls, settings: EngineSettings, model_hash: str) -> "EngineOptions":
-        """The options of the engine that a supervisor with these settings starts."""
-        return cls(
-            name=settings.worker_id,
-            rank=settings.rank,
-            model=str(settings.model),
-            model_hash=model_hash,
-            host=settings.host,
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-            kv_tokens=settings.kv_tokens,
-            kv_transport=settings.kv_transport,
-            collective_timeout_s=settings.collective_timeout_s,
-        )
-
     def arguments(self, socket_fd: int) -> list[str]:
         """Command line arguments from which `parse_engine_arguments` makes the same options."""
         return ["--socket-fd", str(socket_fd), "--options", json.dumps(asdict(self))]
@@ -84,7 +41,9 @@ class EngineOptions:
 
 def parse_engine_arguments(arguments: Sequence[str]) -> tuple[EngineOptions, int]:
     """The options, and the descriptor of the socket to the supervisor."""
-    parser = argparse.ArgumentParser(description="Engine of one rank; started by its supervisor, not by people.")
+    parser = argparse.ArgumentParser(
+        description="Engine of one rank; started by its supervisor, not by people."
+    )
     parser.add_argument("--socket-fd", type=int, required=True)
     parser.add_argument("--options", type=json.loads, required=True)
     parsed = parser.parse_args(arguments)

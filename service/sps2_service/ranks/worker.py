@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import structlog
 from google.protobuf.descriptor import ServiceDescriptor
@@ -71,6 +71,22 @@ class WorkerConfig(ServiceConfig):
     def worker_id(self) -> str:
         """Name of this rank: "<group>/<rank>"."""
         return f"{self.group}/{self.rank}"
+
+    def engine_settings(self, model_hash: str) -> dict[str, Any]:
+        """What the engine is told of this, by the names of `sps2_engine.runtime.options.EngineOptions`."""
+        return {
+            "name": self.worker_id,
+            "rank": self.rank,
+            "model": str(self.model),
+            "model_hash": model_hash,
+            "host": self.host,
+            "device": self.device,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "kv_tokens": self.kv_tokens,
+            "kv_transport": self.kv_transport,
+            "collective_timeout_s": self.collective_timeout_s,
+        }
 
     @property
     def host(self) -> str:
@@ -319,7 +335,6 @@ class RankSupervisor:
 
 class StaleWorkerError(ExpectedEndError):
     """Another process holds this worker's lease."""
-
 
 
 async def run_worker(

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from sps2_decode_worker.scheduler import (
     MAX_STEPS_IN_FLIGHT,
     DecodeScheduler,

@@ -3,11 +3,14 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sps2_engine.attention.decode_plan import DecodePlan, DecodeRow, choose_holders, place_tokens
 
 
 @given(st.integers(1, 100_000), st.integers(1, 8), st.integers(1, 1000))
-def test_placement_covers_the_prompt_by_whole_blocks(num_tokens: int, max_holders: int, min_tokens: int) -> None:
+def test_placement_covers_the_prompt_by_whole_blocks(
+    num_tokens: int, max_holders: int, min_tokens: int
+) -> None:
     ranges = place_tokens(num_tokens, 64, max_holders, min_tokens)
     assert ranges[0][0] == 0
     assert ranges[-1][1] == num_tokens
