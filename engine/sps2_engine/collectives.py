@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-
 MEET_POLL_S = 0.005
 
 
@@ -204,19 +203,20 @@ def meet(
     """
     prefixed = PrefixStore(f"meet-{epoch}", store)
     deadline = time.monotonic() + timeout.total_seconds()
-    everybody = [str(one) for one in range(size)]
+    while not _all_are_there(prefixed, rank, size):
+        if given_up():
+            raise GroupError(f"epoch {epoch} ended before all ranks had come")
+        if time.monotonic() > deadline:
+            raise GroupError(f"not all {size} ranks came within {timeout.total_seconds():g} s")
+        time.sleep(MEET_POLL_S)
+
+
+def _all_are_there(store: Store, rank: int, size: int) -> bool:
     try:
-        prefixed.set(str(rank), "here")
-        while not prefixed.check(everybody):
-            if given_up():
-                raise GroupError(f"epoch {epoch} ended before all ranks had come")
-            if time.monotonic() > deadline:
-                raise GroupError(f"not all {size} ranks came within {timeout.total_seconds():g} s")
-            time.sleep(MEET_POLL_S)
-    except GroupError:
-        raise
+        store.set(str(rank), "here")
+        return bool(store.check([str(one) for one in range(size)]))
     except RuntimeError as error:
-        raise GroupError(f"rendezvous store of epoch {epoch} is gone: {error}") from error
+        raise GroupError(f"the rendezvous store is gone: {error}") from error
 
 
 def form_group(
