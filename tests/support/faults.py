@@ -34,6 +34,8 @@ ENDLESS = 6000
 """Output tokens that nobody waits for."""
 SEEN_BEFORE = 5
 """Tokens that a client has when the fault comes."""
+COMPARED = 300
+"""Output tokens that are compared of a stream that a fault ends."""
 SHORT = 24
 """Output tokens of a request that only has to be right."""
 SUPERVISED = 5.0 + 0.5
@@ -78,7 +80,8 @@ class Target:
     """A deployment under test and the processes that it has now."""
 
     deployment: LocalDeployment
-    _expected: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    _expected: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Tokens by length of the prompt."""
 
     @property
     def log(self) -> str:
@@ -125,6 +128,10 @@ class Target:
             os.kill(pid, signum)
         return at
 
+    def wait_for_engines(self, timeout: float = 15.0) -> None:
+        """Returns when every rank has an engine process again, whatever state it is in."""
+        self._wait(lambda: self._complete(*self.survey()), timeout, "engines are missing")
+
     def survey(self) -> tuple[set[int], set[int]]:
         """Live processes of the deployment, and those that it should have; equal when all is well."""
         pids = set(self.pids.values())
@@ -137,12 +144,12 @@ class Target:
     # --- requests ---------------------------------------------------------------------------------------
 
     def expected(self, num_tokens: int, prompt: Sequence[int] = PROMPT) -> tuple[int, ...]:
-        """The tokens of an undisturbed run; asked for before the fault."""
-        key = (len(prompt), num_tokens)
-        if key not in self._expected:
+        """The first tokens of an undisturbed run; asked for before the fault."""
+        known = self._expected.get(len(prompt), ())
+        if len(known) < num_tokens:
             with self.streaming(prompt, num_tokens) as stream:
-                self._expected[key] = stream.final().token_ids
-        return self._expected[key]
+                known = self._expected[len(prompt)] = stream.final().token_ids
+        return known[:num_tokens]
 
     @contextmanager
     def streaming(
@@ -185,13 +192,13 @@ class Target:
         try:
             wait_until(predicate, timeout=timeout, interval=0.05)
         except TimeoutError:
-            raise AssertionError(f"{what}: {self.used()}\n{self.log}") from None
+            raise AssertionError(f"{what}: {self.state()}\n{self.log}") from None
 
     # --- what must hold ---------------------------------------------------------------------------------
 
     def interrupt(self, victim: Victim, signum: signal.Signals = signal.SIGKILL) -> Interruption:
         """A fault amid a stream that cannot go on: a typed error, and no wrong token before it."""
-        expected = self.expected(SHORT)
+        expected = self.expected(COMPARED)
         with self.streaming() as stream:
             read_tokens(stream, SEEN_BEFORE)
             if victim.part != "process":
@@ -202,7 +209,7 @@ class Target:
         given = error.received.token_ids
         assert given == stream.token_ids
         assert len(given) >= SEEN_BEFORE
-        assert given[:SHORT] == expected[: len(given)], f"wrong tokens before the fault\n{self.log}"
+        assert given[:COMPARED] == expected[: len(given)], f"wrong tokens before the fault\n{self.log}"
         assert self.names(error, victim), f"{error} {error.metadata} does not name {victim}\n{self.log}"
         return Interruption(error, detected_s)
 
