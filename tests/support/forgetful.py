@@ -4,6 +4,7 @@
 every request's local KV is zeroed between its delivery and its first step. Nothing else differs.
 """
 
+import os
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -11,7 +12,7 @@ from unittest.mock import patch
 TESTS = Path(__file__).resolve().parents[1]
 PROGRAM = (sys.executable, "-P", "-m", "support.forgetful")
 ENGINE = "support.forgetful"
-ENV = {"PYTHONPATH": str(TESTS)}
+ENV = {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])}
 """Where the program and its engines are found."""
 
 
