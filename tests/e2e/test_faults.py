@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from support.checkpoints import make_tiny_checkpoint
 from support.faults import (
     SEEN_BEFORE,
     Leaving,
@@ -17,6 +16,7 @@ from support.faults import (
     Traces,
     Victim,
     leave,
+    make_model,
     read_tokens,
     shared_files,
     target,
@@ -29,12 +29,12 @@ DETECTED_S = 10.0
 RECOVERED_S = 60.0
 FREED_S = 8.0
 GONE_S = 10.0
-CARRIED_TOKENS = 200
+CARRIED_TOKENS = 400
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("faults") / "tiny", "llama", num_hidden_layers=6)
+    return make_model(tmp_path_factory.mktemp("faults") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,7 @@ def test_sps2_up_leaves_nothing_behind(model: Path, tmp_path: Path, name: str, r
         with up.streaming(num_tokens=CARRIED_TOKENS) as stream:
             read_tokens(stream, SEEN_BEFORE)
             traces = Traces.of(up, before, tmp_path)
+            up.check_live()
             if name == "SIGINT":
                 up.deployment.process.send(signal.SIGINT)
                 assert stream.final().token_ids == expected

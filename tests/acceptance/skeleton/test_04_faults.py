@@ -9,7 +9,6 @@ from typing import get_args
 
 import pytest
 
-from support.checkpoints import make_tiny_checkpoint
 from support.faults import (
     DECODE_VICTIMS,
     PREFILL_VICTIMS,
@@ -22,6 +21,7 @@ from support.faults import (
     Traces,
     Victim,
     leave,
+    make_model,
     read_tokens,
     shared_files,
     target,
@@ -43,7 +43,7 @@ START_STAGES = ("", "", "device", "KV is taken", "KV is taken", "epoch .* rank 1
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("faults") / "tiny", "llama", num_hidden_layers=6)
+    return make_model(tmp_path_factory.mktemp("faults") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_rank_that_dies_during_prefill(one: Target, victim: Victim, must_show:
     with must_show(f"4 kill -9 of {victim} during prefill") as figures:
         ended, took = one.lose_prefill(victim)
         figures.append(f"{ended} after {took:.1f} s")
-        assert took <= RECOVERED_S
+        assert took <= 2 * RECOVERED_S  # the prompt is computed twice
         figures.append(f"serving again {one.recover(time.monotonic(), RECOVERED_S):.1f} s later")
 
 
@@ -134,6 +134,7 @@ def test_sps2_up_leaves_nothing_behind(model: Path, tmp_path: Path, name: str, m
         with up.streaming(num_tokens=CARRIED_TOKENS) as stream:
             read_tokens(stream, SEEN_BEFORE)
             traces = Traces.of(up, before, tmp_path)
+            up.check_live()
             if name == "SIGINT":
                 up.deployment.process.send(signal.SIGINT)
                 assert stream.final().token_ids == expected
