@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from sps2.internal.v1 import kv_directory_service_pb2 as pb
-from sps2.v1.cluster_pb2 import WorkerInfo
+from sps2.v1.cluster_pb2 import WorkerCapabilities, WorkerInfo
 from sps2_service.directory_rpc import DirectoryOptions, call, pauses
 from sps2_service.errors import ServiceError
 
@@ -55,6 +55,7 @@ class Registration:
         self._options = options
         self._interval_s = options.renew_interval_s
         self._leased = False
+        self._capabilities = WorkerCapabilities()
         self._wake = asyncio.Event()
         self.standing = Standing.UNREGISTERED
         self.last_contact: float | None = None
@@ -83,10 +84,12 @@ class Registration:
     async def _beat(self) -> None:
         sent = time.monotonic()
         worker = self._get_worker()
-        if self._leased:
+        # Renewals carry what changes all the time; what a worker can do is known once its engine has loaded.
+        if self._leased and worker.capabilities == self._capabilities:
             status = await self._renew(worker)
         else:
             status = await self._register(worker)
+            self._capabilities = worker.capabilities
         standing = {
             pb.LEASE_STATUS_RENEWED: Standing.REGISTERED,
             pb.LEASE_STATUS_DEGRADED: Standing.DEGRADED,

@@ -16,6 +16,8 @@ from sps2_engine.runtime.link import SupervisorLink
 def main() -> None:
     mode, link = sys.argv[1], SupervisorLink(socket.socket(fileno=int(sys.argv[2])))
     if mode == "bad":
+        failed = engine_pb2.LoadFailed(reason="tensor 'x' is missing; copy the folder again")
+        link.send(engine_pb2.EngineEvent(load_failed=failed))
         sys.exit(3)
     ended = threading.Event()
 

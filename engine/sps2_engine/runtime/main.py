@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 
+from sps2.internal.v1 import engine_pb2
 from sps2_engine.models import CheckpointError
 from sps2_engine.runtime.device import DTYPES, resolve_device, set_up_device
 from sps2_engine.runtime.host import EngineHost, Role
@@ -36,8 +37,7 @@ def run_engine(make_role: MakeRole) -> None:
         timeout = timedelta(seconds=options.collective_timeout_s)
         EngineHost(link, role, device, options.host, timeout).run()
     except (CheckpointError, ValueError) as error:
-        sys.stderr.write(f"{error}\n")
-        sys.stderr.flush()
+        link.send(engine_pb2.EngineEvent(load_failed=engine_pb2.LoadFailed(reason=str(error))))
         os._exit(EXIT_BAD_CHECKPOINT)
     # Transfer and collective libraries have threads of their own, whose order of exit is not ours to wait for.
     os._exit(0)

@@ -75,6 +75,7 @@ class EngineProcess:
         self._last_progress = 0.0
         self._steps_done = -1
         self._killed_for = ""
+        self._load_failure = ""
         self.heartbeat = engine_pb2.Heartbeat()
         """The last one."""
 
@@ -140,6 +141,7 @@ class EngineProcess:
                 self._note_heartbeat(event.heartbeat)
             else:
                 self._last_progress = time.monotonic()
+                self._load_failure = event.load_failed.reason or self._load_failure
             self._on_event(event)
 
     def _note_heartbeat(self, heartbeat: engine_pb2.Heartbeat) -> None:
@@ -166,6 +168,8 @@ class EngineProcess:
             self._process.kill()
 
     def _describe_end(self, status: int) -> str:
+        if self._load_failure:
+            return f"{self._name}: {self._load_failure}"
         if self._killed_for:
             return f"the engine of {self._name} {self._killed_for} and was killed"
         if status < 0:

@@ -39,7 +39,7 @@ class Follower:
     def on_event(self, event: engine_pb2.EngineEvent) -> None:
         """Relays what the engine reports (its heartbeats stay with its own supervisor)."""
         kind = event.WhichOneof("event")
-        if kind in ("heartbeat", "load_progress"):
+        if kind in {"heartbeat", "load_progress", "load_failed"}:
             return
         if kind == "loaded":
             self._loaded = event

@@ -86,6 +86,10 @@ async def test_a_worker_is_seen_while_it_lives_and_not_after(directory: Director
             registration._get_worker = lambda: worker
             registration.renew_now()
             await membership.wait_for(lambda workers: workers.get(worker.worker_id) == worker, 1)
+            worker = make_worker(epoch=8, running=3)
+            worker.capabilities.kv_blocks_total += 512  # known once its engine has loaded
+            registration.renew_now()
+            await membership.wait_for(lambda workers: workers.get(worker.worker_id) == worker, 1)
             await asyncio.sleep(TTL + 0.5)  # renewals, and nothing else, keep it here
             assert set(membership.workers) == {worker.worker_id}
             state = await state_of(client)

@@ -362,6 +362,7 @@ class EngineEvent(_message.Message):
     ROW_RECEIVED_FIELD_NUMBER: _builtins.int
     STEP_RESULT_FIELD_NUMBER: _builtins.int
     ATTEMPT_FAILED_FIELD_NUMBER: _builtins.int
+    LOAD_FAILED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Epoch it belongs to; 0 before the first."""
     @_builtins.property
@@ -408,6 +409,10 @@ class EngineEvent(_message.Message):
     def attempt_failed(self) -> Global___AttemptFailed:
         """One attempt failed on this rank; the others go on."""
 
+    @_builtins.property
+    def load_failed(self) -> Global___LoadFailed:
+        """The weights cannot be loaded, and trying again would not help; the last event."""
+
     def __init__(
         self,
         *,
@@ -423,12 +428,13 @@ class EngineEvent(_message.Message):
         row_received: Global___RowReceived | None = ...,
         step_result: Global___StepResult | None = ...,
         attempt_failed: Global___AttemptFailed | None = ...,
+        load_failed: Global___LoadFailed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt_failed", b"attempt_failed", "event", b"event", "group_failed", b"group_failed", "group_formed", b"group_formed", "heartbeat", b"heartbeat", "load_progress", b"load_progress", "loaded", b"loaded", "prefill", b"prefill", "row_received", b"row_received", "rows_reserved", b"rows_reserved", "step_result", b"step_result", "store_ready", b"store_ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt_failed", b"attempt_failed", "event", b"event", "group_failed", b"group_failed", "group_formed", b"group_formed", "heartbeat", b"heartbeat", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "prefill", b"prefill", "row_received", b"row_received", "rows_reserved", b"rows_reserved", "step_result", b"step_result", "store_ready", b"store_ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_failed", b"attempt_failed", "epoch", b"epoch", "event", b"event", "group_failed", b"group_failed", "group_formed", b"group_formed", "heartbeat", b"heartbeat", "load_progress", b"load_progress", "loaded", b"loaded", "prefill", b"prefill", "row_received", b"row_received", "rows_reserved", b"rows_reserved", "step_result", b"step_result", "store_ready", b"store_ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_failed", b"attempt_failed", "epoch", b"epoch", "event", b"event", "group_failed", b"group_failed", "group_formed", b"group_formed", "heartbeat", b"heartbeat", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "prefill", b"prefill", "row_received", b"row_received", "rows_reserved", b"rows_reserved", "step_result", b"step_result", "store_ready", b"store_ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["load_progress", "loaded", "store_ready", "group_formed", "group_failed", "heartbeat", "prefill", "rows_reserved", "row_received", "step_result", "attempt_failed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["load_progress", "loaded", "store_ready", "group_formed", "group_failed", "heartbeat", "prefill", "rows_reserved", "row_received", "step_result", "attempt_failed", "load_failed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -455,6 +461,28 @@ class LoadProgress(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadProgress: _TypeAlias = LoadProgress  # noqa: Y015
+
+@_typing.final
+class LoadFailed(_message.Message):
+    """LoadFailed says why weights cannot be loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """One line for people: what is wrong with the model folder or the options, and what to do."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadFailed: _TypeAlias = LoadFailed  # noqa: Y015
 
 @_typing.final
 class EngineLoaded(_message.Message):
