@@ -135,7 +135,7 @@ class DecodeRole:
             self._row_bytes = {
                 row.reserve.row: plan.row_bytes_per_layer(row.plan_row) * config.num_layers for row in active
             }
-            self._exchange = QExchange(plan, self._communicator, self._model.scale)
+            self._exchange = QExchange(plan, self._communicator, self._model.scale, self._device)
         new_slots = [self._rows[row.row_id].append_slot() for row in self._exchange.home_rows]
         held = [row for row in self._rows.values() if row.admitted and row.num_local]
         self._exchange.begin_step({row.reserve.row: row.runs() for row in held}, new_slots)

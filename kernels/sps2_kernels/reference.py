@@ -3,6 +3,8 @@
 They build full score matrices, so they are for short inputs only and are never imported by the engine.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,49 @@ def merge_states(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.logsumexp(lse.double(), dim=0)
     weights = torch.exp(lse.double() - total.masked_fill(total.isneginf(), 0.0))
     return (weights[..., None] * o.double()).sum(dim=0), total
+
+
+def merge_sampled(
+    o: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor, int, int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Twin of `sps2_kernels.merge_sampled`, each part as (o, lse, first row, stride, first head).
+
+    Every part is spread over a whole that saw nothing elsewhere, and all wholes are merged.
+    """
+    wholes, whole_lses = [o.double()], [lse.double()]
+    for part_o, part_lse, first_row, stride, first_head in parts:
+        spread, spread_lse = torch.zeros_like(wholes[0]), torch.full_like(whole_lses[0], float("-inf"))
+        for row in range(part_o.shape[0]):
+            for head in range(part_o.shape[1]):
+                spread[first_row + row * stride, first_head + head] = part_o[row, head].double()
+                spread_lse[first_row + row * stride, first_head + head] = part_lse[row, head].double()
+        wholes.append(spread)
+        whole_lses.append(spread_lse)
+    return merge_states(torch.stack(wholes), torch.stack(whole_lses))
+
+
+def csa_pack(planes: Sequence[Tensor]) -> list[float]:
+    """Twin of `sps2_kernels.csa_pack`: the elements of the buffer, one by one."""
+    return [x for plane in planes for row in plane.tolist() for head in row for x in head]
+
+
+def rope_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: list[int]
+) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+    """Twin of `sps2_kernels.rope_append`: q rotated, and by slot the k (rotated) and v that it holds, in fp64.
+
+    Each pair (a, b) is turned as the complex number a + ib times cos + i sin.
+    """
+    turn = torch.complex(cos.double(), sin.double())[:, None, :]  # [tokens, 1, head_dim / 2]
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.double().chunk(2, dim=-1)
+        turned = torch.complex(first, second) * turn
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    rotated = rotate(k)
+    held = {slot: (rotated[t], v[t].double()) for t, slot in enumerate(slots) if slot >= 0}
+    return rotate(q), held
 
 
 def csa_mask(

@@ -15,24 +15,46 @@ UNMASKED = 1 << 62
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, q_off: int, scale: float) -> tuple[Tensor, Tensor]:
     """Attention in which key j is visible to query i iff j <= i + q_off.
 
+    CUDA tensors go to the Triton form, all others to the CPU form.
+
     Args:
-        q: [queries, q_heads, head_dim], any strides.
-        k, v: [keys, kv_heads, head_dim], any strides (a dilated view needs no copy); kv_heads divides q_heads.
+        q: [queries, q_heads, head_dim], each head contiguous, other strides any.
+        k, v: [keys, kv_heads, head_dim], likewise (a dilated view needs no copy); kv_heads divides q_heads.
         q_off: position of query 0 minus position of key 0; `UNMASKED` for a full rectangle.
-        scale: factor on the scores.
+        scale: factor on the scores, > 0.
 
     Returns:
         o [queries, q_heads, head_dim] in q's dtype and lse [queries, q_heads] fp32, natural log; a query that
         sees nothing has o = 0 and lse = -inf.
+
+    Raises:
+        ValueError: shapes, strides or scale are not as above.
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{k.shape[1]} KV heads do not divide {q.shape[1]} query heads")
+    if q.shape[2] != k.shape[2] or k.shape != v.shape:
+        raise ValueError(f"shapes do not match: q {q.shape}, k {k.shape}, v {v.shape}")
+    if not q.stride(2) == k.stride(2) == v.stride(2) == 1:
+        raise ValueError("the elements of a head must be contiguous")
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, not {scale}")
+    if q.is_cuda:
+        from sps2_kernels.triton_forms import segment_attention as form  # noqa: PLC0415 - see there
+
+        return form.segment_attention(q, k, v, q_off, scale)
+    return segment_attention_cpu(q, k, v, q_off, scale)
+
+
+def segment_attention_cpu(q: Tensor, k: Tensor, v: Tensor, q_off: int, scale: float) -> tuple[Tensor, Tensor]:
+    """CPU form of `segment_attention`, on torch's flash operator: a rectangle, a triangle, and their merge."""
     num_queries, num_keys = q.shape[0], k.shape[0]
     num_blind = min(num_queries, max(0, -q_off))  # leading queries that see no key
     if num_blind:
         o, lse = _empty_state(q)
         if num_blind < num_queries and num_keys:
-            o[num_blind:], lse[num_blind:] = segment_attention(q[num_blind:], k, v, q_off + num_blind, scale)
+            o[num_blind:], lse[num_blind:] = segment_attention_cpu(
+                q[num_blind:], k, v, q_off + num_blind, scale
+            )
         return o, lse
     if not num_queries or not num_keys:
         return _empty_state(q)
@@ -53,21 +75,9 @@ def _empty_state(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Full or top-left causal attention of non-empty inputs by torch's own fused operator of the device."""
+    """Full or top-left causal attention of non-empty inputs."""
     q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, head_dim]
-    if q.is_cuda:
-        return _attend_cuda(q4, k4, v4, causal, scale)
     # It kills the process on empty inputs (guarded above), takes strided views and does GQA itself.
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q4, k4, v4, 0.0, causal, scale=scale)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - has no public name
+    o, lse = flash(q4, k4, v4, 0.0, causal, scale=scale)
     return o[0].transpose(0, 1), lse[0].transpose(0, 1)
-
-
-def _attend_cuda(q4: Tensor, k4: Tensor, v4: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The memory-efficient operator: the one that takes fp32 as well as bf16 and returns the log-sum-exp."""
-    group = q4.shape[1] // k4.shape[1]
-    num_queries = q4.shape[2]
-    k4, v4 = k4.repeat_interleave(group, dim=1), v4.repeat_interleave(group, dim=1)
-    o, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q4, k4, v4, None, True, 0.0, causal, scale=scale
-    )
-    return o[0].transpose(0, 1), lse[0, :, :num_queries].transpose(0, 1).float()

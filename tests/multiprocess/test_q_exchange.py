@@ -49,7 +49,7 @@ def test_equals_attention_over_all_keys(num_ranks: int) -> None:
                 counts[row.row_id] = 5 + i
                 cache.k[40 * i : 40 * i + 5 + i] = old[row.row_id, communicator.rank][0]
                 cache.v[40 * i : 40 * i + 5 + i] = old[row.row_id, communicator.rank][1]
-        exchange = QExchange(plan, communicator, SCALE)
+        exchange = QExchange(plan, communicator, SCALE, torch.device("cpu"))
         outputs = []
         for step in range(NUM_STEPS):
             slots = []

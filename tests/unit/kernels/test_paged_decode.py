@@ -1,0 +1,124 @@
+"""Paged decode: interpreter == CPU form == fp64 reference, over splits, page edges, heads and empty rows."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sps2_engine.kv_pool import BLOCK_TOKENS
+from sps2_kernels import reference
+from sps2_kernels.paged_decode import (
+    PAGE_TOKENS,
+    PagedRows,
+    SlotRuns,
+    paged_decode_partial,
+    paged_decode_partial_cpu,
+)
+from sps2_kernels.shape import HEAD_DIMS
+from support.triton_interpreter import assert_near, interpreted_form
+
+CPU = torch.device("cpu")
+NUM_PAGES = 12
+PAGED: tuple[SlotRuns, ...] = (
+    [(64, 65)],  # one key
+    [],  # none
+    [(128, 256), (0, 64), (320, 351)],  # out of order, the last page in part
+    [(512, 768)],  # whole pages
+)
+"""Rows of a cache of 12 pages, as a pool would hand them out."""
+
+
+def draw(
+    num_rows: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_rows)
+    q = torch.randn(num_rows, heads[0], head_dim, generator=generator).to(dtype)
+    k, v = torch.randn(2, NUM_PAGES * PAGE_TOKENS, heads[1], head_dim, generator=generator).to(dtype)
+    return q, k, v
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, runs: tuple[SlotRuns, ...], splits: int | None = None) -> None:
+    scale = q.shape[2] ** -0.5
+    slots = [[slot for begin, end in row for slot in range(begin, end)] for row in runs]
+    expected_o, expected_lse = reference.paged_decode_partial(q, k, v, slots, scale)
+    rows = PagedRows(runs, CPU)
+    triton_form = interpreted_form("paged_decode").paged_decode_partial
+    for o, lse in (
+        paged_decode_partial_cpu(q, k, v, rows, scale),
+        triton_form(q, k, v, rows, scale, splits),
+    ):
+        assert (o.dtype, lse.dtype, o.shape, lse.shape) == (q.dtype, torch.float32, q.shape, q.shape[:2])
+        assert_near(o, expected_o, q.dtype)
+        assert_near(lse, expected_lse, q.dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_configuration(dtype: torch.dtype, head_dim: int, splits: int) -> None:
+    check(*draw(2, (2, 1), head_dim, dtype), (PAGED[1], PAGED[2]), splits)
+
+
+@pytest.mark.parametrize("splits", [None, 2, 16])
+def test_rows_of_all_kinds(splits: int | None) -> None:
+    check(*draw(len(PAGED), (4, 2), 32, torch.float32), PAGED, splits)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (20, 1), (6, 2)])
+def test_grouped_heads(heads: tuple[int, int]) -> None:
+    check(*draw(1, heads, 32, torch.float32), ([(64, 150)],))
+
+
+@pytest.mark.parametrize("num_keys", [1, 63, 64, 65, 128])
+def test_page_edges(num_keys: int) -> None:
+    check(*draw(1, (2, 1), 32, torch.float32), ([(192, 192 + num_keys)],), 2)
+
+
+def test_no_rows() -> None:
+    q, k, v = draw(0, (2, 1), 32, torch.float32)
+    for form in (paged_decode_partial_cpu, interpreted_form("paged_decode").paged_decode_partial):
+        o, lse = form(q, k, v, PagedRows((), CPU), 0.2)
+        assert (o.shape, lse.shape) == (q.shape, (0, 2))
+
+
+def test_a_slot_that_a_row_does_not_see_changes_no_bit() -> None:
+    form = interpreted_form("paged_decode").paged_decode_partial
+    q, k, v = draw(1, (2, 1), 32, torch.float32)
+    rows = PagedRows(([(64, 100)],), CPU)
+    before = form(q, k, v, rows, 0.2)
+    k[100:] = math.nan  # what nobody has written yet may hold anything
+    v[100:] = math.nan
+    k[:64] = math.nan
+    assert all(torch.equal(a, b) for a, b in zip(form(q, k, v, rows, 0.2), before, strict=True))
+
+
+def test_block_table_and_lengths() -> None:
+    rows = PagedRows(PAGED, CPU)
+    assert rows.kv_len.tolist() == [1, 0, 223, 256]
+    assert rows.block_table.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [2, 3, 0, 5], [8, 9, 10, 11]]
+    assert (rows.kv_len.dtype, rows.block_table.dtype, rows.max_len) == (torch.int32, torch.int32, 256)
+
+
+@pytest.mark.parametrize("runs", [[(1, 64)], [(0, 63), (64, 128)]])
+def test_runs_that_are_not_pages_have_no_table(runs: SlotRuns) -> None:
+    with pytest.raises(ValueError, match="not whole pages"):
+        _ = PagedRows((runs,), CPU).block_table
+
+
+def test_rows_must_match_queries() -> None:
+    q, k, v = draw(2, (2, 1), 32, torch.float32)
+    with pytest.raises(ValueError, match="2 queries"):
+        paged_decode_partial(q, k, v, PagedRows((), CPU), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_kv_heads", "max_len", "expected"),
+    [(1, 8, 100, 1), (1, 8, 8192, 16), (1, 1, 1 << 20, 64), (200, 8, 8192, 1)],
+)
+def test_splits_fill_the_device(num_rows: int, num_kv_heads: int, max_len: int, expected: int) -> None:
+    assert interpreted_form("paged_decode").num_splits(num_rows, num_kv_heads, max_len) == expected
+
+
+def test_a_page_is_the_engines_block() -> None:
+    assert PAGE_TOKENS == BLOCK_TOKENS
