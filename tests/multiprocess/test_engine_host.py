@@ -18,7 +18,8 @@ pytestmark = pytest.mark.multiprocess
 
 Command = engine_pb2.EngineCommand
 Event = engine_pb2.EngineEvent
-SOON_S = 2.0
+SOON_S = 10.0
+"""Far under the 30 s that forming may take, and enough for a busy machine."""
 
 
 class FakeLink:

@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 
 from sps2_client import Client, ClusterState, SPS2Error, Stream, TextDelta, Timeouts, TotalTimeout
 from support.checkpoints import make_tiny_checkpoint
-from support.deployment import LocalDeployment, deployment, engine_pid
+from support.deployment import ROOT, LocalDeployment, deployment, engine_pid
 from support.process import ManagedProcess
 from support.waiting import wait_until
 
@@ -537,6 +537,7 @@ def files_of(pid: int) -> set[Path]:
         for name in found
         if name.startswith(tuple(f"{folder}/" for folder in SHARED_FOLDERS))
         and not name.endswith(" (deleted)")
+        and not name.startswith((f"{ROOT}/", f"{sys.prefix}/"))  # a checkout may lie in /tmp itself
     }
 
 
