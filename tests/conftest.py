@@ -1,3 +1,4 @@
 """Loads what all test folders share; the fixtures themselves live in tests/support/."""
 
-pytest_plugins = ["support.skip_gate", "support.fixtures"]
+# triton_plugin first: it must import triton before anything that the others import can.
+pytest_plugins = ["support.triton_plugin", "support.skip_gate", "support.fixtures"]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from support.triton_interpreter import NO_TRITON, has_triton
+from support.triton_interpreter import NO_TRITON
+from support.triton_plugin import has_triton
 
 MAX_SHARED_BYTES = 227 * 1024
 """Shared memory that one block may have on sm_90."""
