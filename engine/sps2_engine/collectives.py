@@ -21,6 +21,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 MEET_POLL_S = 0.005
 
 
+CONNECT_TIMEOUT = timedelta(seconds=5)
+"""For ranks that are all there to connect to each other; it takes milliseconds."""
+
+
 class GroupError(RuntimeError):
     """A collective failed or timed out: the process group is dead and a new epoch is needed."""
 
@@ -245,8 +249,11 @@ def _make_group(
     on_gpu = device.type == "cuda"
     make: Any = getattr(dist, "ProcessGroupNCCL" if on_gpu else "ProcessGroupGloo")
     options = make.Options() if on_gpu else make._Options()  # noqa: SLF001
-    options._timeout = timeout  # noqa: SLF001
+    # Forming cannot be called off: a rank that dies in the middle of it holds the others up for this long.
+    options._timeout = min(timeout, CONNECT_TIMEOUT)  # noqa: SLF001
     if not on_gpu:
         options._devices = [make.create_device(hostname=host)]  # noqa: SLF001
-    group: dist.ProcessGroup = make(store, rank, size, options)
-    return group
+    group: Any = make(store, rank, size, options)
+    group._set_default_timeout(timeout)  # noqa: SLF001
+    formed: dist.ProcessGroup = group
+    return formed
