@@ -13,6 +13,7 @@ from support.faults import (
     DECODE_VICTIMS,
     PREFILL_VICTIMS,
     SEEN_BEFORE,
+    SHORT,
     STORE_VICTIMS,
     SUPERVISED,
     Leaving,
@@ -111,6 +112,7 @@ def test_a_silent_engine_is_noticed(one: Target, name: str, must_show: MustShow)
 def test_faults_in_a_row(one: Target, must_show: MustShow) -> None:
     """An engine that dies again and again while it starts and its group forms; then all ranks at once."""
     victim = Victim("decode-0/1", "engine")
+    one.expected(SHORT)
     with must_show(f"4 kill -9 of {victim} while it starts, then of every rank at once") as figures:
         for stage in START_STAGES:
             seen = len(one.deployment.process.lines)
