@@ -1,7 +1,7 @@
 """Initial weights in which two layers already recall: "name value ... name" is followed by "value".
 
 Gradient descent alone did not form this circuit in the millions of tokens that two CPU cores afford. Written
-down, it recalls some 70% of facts before the first step; training sharpens it, teaches what to ignore, and
+down, it recalls half of the facts or more before the first step; training sharpens it, teaches what to ignore, and
 learns the language around it.
 
 Layer 0's first head attends to the previous token, through a constant channel of the embedding and phases
