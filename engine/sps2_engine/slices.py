@@ -20,13 +20,14 @@ class Stage:
         self._num_slices = num_slices
         self._own_flops = own_flops
         self._end_slice = end_slice
-        self._spent = 0
+        self.spent = 0
+        """FLOPs done."""
         self._ended = 0
 
     def spend(self, flops: int) -> None:
         """So much of the rank's own work is done; ends the slices that are over with it."""
-        self._spent += flops
-        while self._ended < self._num_slices and self._spent * self._num_slices >= self._own_flops * (
+        self.spent += flops
+        while self._ended < self._num_slices and self.spent * self._num_slices >= self._own_flops * (
             self._ended + 1
         ):
             self._end()
