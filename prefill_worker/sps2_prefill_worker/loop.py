@@ -32,8 +32,9 @@ from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt
 _log = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 8
-CPU_SLICE_FLOPS = 10_000_000_000
-"""For each thread: 80 to 160 ms at the 60 to 110 GFLOP/s that a core does."""
+CPU_SLICE_FLOPS = 4_000_000_000
+"""For each thread: 40 to 70 ms at the 60 to 110 GFLOP/s that a core does; what is not counted (merges, copies) and
+ranks that share a core may take as much again."""
 CUDA_SLICE_FLOPS = 20_000_000_000_000
 """100 ms at a quarter of an H200's rate."""
 
@@ -43,7 +44,7 @@ class AttemptCancelledError(Exception):
 
 
 def slice_flops(device_type: str, num_threads: int) -> int:
-    """FLOPs of one slice of a prefill: at most 250 ms, also where ranks share cores two by two."""
+    """FLOPs of one slice of a prefill: at most 250 ms, also where two ranks share a core."""
     return CUDA_SLICE_FLOPS if device_type == "cuda" else CPU_SLICE_FLOPS * num_threads
 
 
@@ -142,6 +143,7 @@ class PrefillRole:
             self._store(layer, runs, k, v)
             self._loaded_publisher.layer_ready(delivery, layer)
             o = schedule.attend(layer, q, k, v)
+            self.steps_done += 1
             fraction = (layer + 1) / self._model.decoder.config.num_layers
             self._report(run.attempt, progress=prefill_service_pb2.PrefillProgress(fraction=fraction))
             return o
