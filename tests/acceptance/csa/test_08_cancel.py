@@ -37,13 +37,15 @@ def freed_after(client: Client, long: Prompt, following: Prompt, moment: float, 
 @pytest.mark.parametrize("profile", ["exact", "default"])
 @pytest.mark.parametrize(("num_ranks", "kv_tokens"), [(1, 65_536), (2, 33_000), (4, 33_000)])
 def test_cancel(must_show: MustShow, num_ranks: int, kv_tokens: int, profile: str) -> None:
-    """On 1 and 2 ranks the next prompt has no room until the long one's blocks are free, on any rank."""
+    """On 1 and 2 ranks the next prompt has no room until the long one's blocks are free, on every rank.
+
+    Three decode ranks, so that room for it there is not what it waits for.
+    """
     with must_show(f"8 cancel of a {LONG:,}-token {profile} prefill on {num_ranks} ranks") as figures:
         long, following = long_prompts([LONG, NEXT])
-        decode = "1x1" if num_ranks == 1 else "1x2"
         arguments = ["--kv-tokens", str(kv_tokens)]
         with (
-            deployment(prefill=f"1x{num_ranks}", decode=decode, arguments=arguments) as running,
+            deployment(prefill=f"1x{num_ranks}", decode="1x3", arguments=arguments) as running,
             running.client() as client,
         ):
             client.generate(token_ids=following, max_tokens=1)
