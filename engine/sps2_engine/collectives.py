@@ -98,6 +98,34 @@ class SoloCommunicator:
         """Nothing to leave."""
 
 
+class LeadingRanks:
+    """The first ranks of a group, as if they were all of it: the others exchange nothing, but stay in step.
+
+    Every rank of the group makes one; those beyond the first `size` post the same exchanges with zero bytes.
+    """
+
+    def __init__(self, group: Communicator, size: int) -> None:
+        self._group = group
+        self.rank = group.rank
+        self.size = size
+        self.bytes_posted = group.bytes_posted
+
+    def all_to_all(
+        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str
+    ) -> PendingExchange:
+        """See `Communicator.all_to_all`."""
+        idle = [0] * (self._group.size - self.size)
+        return self._group.all_to_all(send, [*send_bytes, *idle], [*recv_bytes, *idle], kind)
+
+    def agree(self, flag: bool) -> bool:
+        """See `Communicator.agree`: the whole group does."""
+        return self._group.agree(flag)
+
+    def close(self) -> None:
+        """See `Communicator.close`."""
+        self._group.close()
+
+
 @dataclass(frozen=True)
 class _TorchExchange:
     """A posted torch.distributed exchange; holds the send buffer so that it outlives the transfer."""

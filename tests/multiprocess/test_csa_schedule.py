@@ -5,9 +5,10 @@ import torch
 
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.csa_schedule import CsaSchedule
-from sps2_engine.attention.layout import Layout, Profile, exact_layout, paper_profile
 from sps2_engine.collectives import Communicator
 from sps2_kernels import reference
+from sps2_layout.layout import Layout, exact_layout
+from sps2_layout.profiles import Profile, paper_profile
 from support.ranks import run_ranks
 
 HEAD_DIM = 16

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
-from sps2_engine.attention.layout import Layout, Sample, Span
+from sps2_layout.layout import Layout, Sample, Span
 
 LSE_BYTES = 4
 
@@ -143,7 +143,7 @@ class CsaPlan:
 
     def tokens(self, rank: int) -> Span:
         """Tokens of a rank."""
-        return self.layout.shards(rank * self.shards_per_rank, (rank + 1) * self.shards_per_rank)
+        return self.layout.rank_tokens(rank, self.num_ranks)
 
     @cached_property
     def last_rank(self) -> int:
@@ -320,16 +320,29 @@ class CsaPlan:
 
     def pairs(self, rank: int, layer: int) -> int:
         """Visible (query, key, query head) triples that `rank` computes; 4 * head_dim FLOPs each."""
-        total = 0
-        for work in self.own_shards(rank):
-            total += len(work.queries) * (len(work.queries) + 1) // 2 * len(work.run.q_heads)
-        for work in self.local_work(rank, layer):
-            total += len(work.queries) * len(work.keys) * len(work.run.q_heads)
-        for rectangle in self.rectangles(rank, layer):
-            total += len(rectangle.queries) * rectangle.num_keys * len(rectangle.run.q_heads)
-        for tail_rank in self.tail_ranks(rank):
-            total += len(self.tail_queries(tail_rank)) * len(self.tokens(rank)) * self.num_q_heads
-        return total
+        return self.own_pairs(rank) + self.rectangle_pairs(rank, layer) + self.local_pairs(rank, layer)
+
+    def own_pairs(self, rank: int) -> int:
+        """Those of a rank's own shards."""
+        return sum(
+            len(work.queries) * (len(work.queries) + 1) // 2 * len(work.run.q_heads)
+            for work in self.own_shards(rank)
+        )
+
+    def rectangle_pairs(self, rank: int, layer: int) -> int:
+        """Those that it computes for its groups, tails included."""
+        tail_queries = sum(len(self.tail_queries(tail_rank)) for tail_rank in self.tail_ranks(rank))
+        return tail_queries * len(self.tokens(rank)) * self.num_q_heads + sum(
+            len(rectangle.queries) * rectangle.num_keys * len(rectangle.run.q_heads)
+            for rectangle in self.rectangles(rank, layer)
+        )
+
+    def local_pairs(self, rank: int, layer: int) -> int:
+        """Those of its local work."""
+        return sum(
+            len(work.queries) * len(work.keys) * len(work.run.q_heads)
+            for work in self.local_work(rank, layer)
+        )
 
     def flops_per_layer(self, layer: int = 0) -> int:
         """4 * D * visible pairs, all ranks and query heads."""

@@ -5,17 +5,18 @@ exchanges hide behind compute. What is computed and what travels is the plan's; 
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from sps2_engine.attention.csa_plan import LSE_BYTES, CsaPlan, LocalWork, Plane, PlaneKey, Rectangle
-from sps2_engine.attention.layout import Sample, Span
+from sps2_engine.attention.sliced import sliced_attention
 from sps2_engine.collectives import Communicator, PendingExchange
+from sps2_engine.slices import Slicer, Stage
 from sps2_kernels.merge_states import merge_pair
-from sps2_kernels.segment_attention import UNMASKED, segment_attention
+from sps2_layout.layout import Sample, Span
 
 KIND = "all_to_all"
 """Name of the byte counter."""
@@ -27,8 +28,12 @@ State = tuple[Tensor, Tensor]
 class CsaSchedule:
     """Attention of one prompt on one rank; made once for a prompt and called for each layer in turn."""
 
-    def __init__(self, plan: CsaPlan, communicator: Communicator, scale: float) -> None:
+    def __init__(
+        self, plan: CsaPlan, communicator: Communicator, scale: float, slicer: Slicer | None = None
+    ) -> None:
+        """With a `slicer` the group agrees at the ends of its slices whether to go on."""
         self._plan = plan
+        self._slicer = slicer or Slicer.endless()
         self._communicator = communicator
         self._scale = scale
         self._rank = communicator.rank
@@ -52,17 +57,24 @@ class CsaSchedule:
             GroupError: an exchange failed.
         """
         routes = self._routes_of(layer)
-        step = _LayerStep(self._plan, routes, self._rank, layer, (q, k, v), self._scale)
+        step = _LayerStep(
+            self._plan, routes, self._rank, layer, (q, k, v), self._scale, self._slicer.slice_flops
+        )
         if not self._plan.exchanges:
-            state = step.own_shards()
-            step.local(state)
+            with self._slicer.stage(*routes.own_flops) as stage:
+                state = step.own_shards(stage)
+            with self._slicer.stage(*routes.local_flops) as stage:
+                step.local(state, stage)
             return state[0]
         pending = self._communicator.all_to_all(step.pack_in(), routes.in_sent, routes.in_received, KIND)
-        state = step.own_shards()
+        with self._slicer.stage(*routes.own_flops) as stage:
+            state = step.own_shards(stage)
         step.take_in(self._wait(pending))
-        step.rectangles()
+        with self._slicer.stage(*routes.rectangle_flops) as stage:
+            step.rectangles(stage)
         pending = self._communicator.all_to_all(step.pack_out(), routes.out_sent, routes.out_received, KIND)
-        step.local(state)
+        with self._slicer.stage(*routes.local_flops) as stage:
+            step.local(state, stage)
         step.take_out(state, self._wait(pending))
         return state[0]
 
@@ -83,6 +95,8 @@ class _Routes:
     """What one rank exchanges in layers of one phase: planes and bytes by peer."""
 
     def __init__(self, plan: CsaPlan, rank: int, layer: int) -> None:
+        self._plan = plan
+        self._rank = rank
         peers = range(plan.num_ranks)
         self.in_planes_sent = [tuple(plan.in_planes(rank, peer, layer)) for peer in peers]
         self.in_planes_received = [tuple(plan.in_planes(peer, rank, layer)) for peer in peers]
@@ -94,6 +108,14 @@ class _Routes:
         self.out_received = [plan.out_bytes(peer, rank, layer) for peer in peers]
         self.rectangles = tuple(plan.rectangles(rank, layer))
         self.tail_ranks = plan.tail_ranks(rank)
+        self.own_flops = self._flops(plan.own_pairs)
+        """FLOPs of the own shards: the busiest rank's, and this one's. So for the other two stages."""
+        self.rectangle_flops = self._flops(lambda one: plan.rectangle_pairs(one, layer))
+        self.local_flops = self._flops(lambda one: plan.local_pairs(one, layer))
+
+    def _flops(self, pairs: Callable[[int], int]) -> tuple[int, int]:
+        most = max(pairs(peer) for peer in range(self._plan.num_ranks))
+        return 4 * self._plan.head_dim * most, 4 * self._plan.head_dim * pairs(self._rank)
 
 
 class _LayerStep:
@@ -107,8 +129,10 @@ class _LayerStep:
         layer: int,
         qkv: tuple[Tensor, Tensor, Tensor],
         scale: float,
+        piece_flops: int,
     ) -> None:
         self._plan = plan
+        self._piece_flops = piece_flops
         self._routes = routes
         self._rank = rank
         self._layer = layer
@@ -129,16 +153,16 @@ class _LayerStep:
             offset = _put(packed, offset, self._own_plane(plane))
         return packed.view(torch.uint8)
 
-    def own_shards(self) -> State:
+    def own_shards(self, stage: Stage) -> State:
         """Each hosted shard by itself: the first state of every query."""
         q = self._tensors["q"]
         works = list(self._plan.own_shards(self._rank))
         if len(works) == 1:
-            return self._attend(works[0])
+            return self._attend(works[0], stage)
         o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
         for work in works:
             rows = self._rows(work.queries)
-            o[rows], lse[rows] = self._attend(work)
+            o[rows], lse[rows] = self._attend(work, stage)
         return o, lse
 
     def take_in(self, received: Tensor) -> None:
@@ -151,22 +175,20 @@ class _LayerStep:
                 self._received[plane.key, source] = elements[offset:end].view(shape)
                 offset = end
 
-    def rectangles(self) -> None:
+    def rectangles(self, stage: Stage) -> None:
         """This rank's share of what the ranks of its groups see of each other, and of the tails."""
         for group in _by_run(self._routes.rectangles):
             # Each rank sees all that the one before it sees: the last one's keys hold everybody's.
             keys, values = (self._gather(tensor, group[-1]) for tensor in ("k", "v"))
             for rectangle in group:
                 count = rectangle.num_keys
-                result = segment_attention(
-                    self._queries_of(rectangle), keys[:count], values[:count], UNMASKED, self._scale
-                )
+                result = self._sliced(self._queries_of(rectangle), keys[:count], values[:count], stage)
                 place = (rectangle.level, rectangle.run.q_heads.begin, rectangle.query_rank)
                 self._results[place] = result
         for tail_rank in self._routes.tail_ranks:
             q = self._received[("q", 0, 0), tail_rank]
             k, v = self._tensors["k"], self._tensors["v"]
-            self._results[0, 0, tail_rank] = segment_attention(q, k, v, UNMASKED, self._scale)
+            self._results[0, 0, tail_rank] = self._sliced(q, k, v, stage)
 
     def pack_out(self) -> Tensor:
         """[O | LSE] of every plane of queries that came, in the plan's order, as bytes."""
@@ -179,10 +201,10 @@ class _LayerStep:
                     offset = _put(packed, offset, part.contiguous().view(torch.uint8))
         return packed
 
-    def local(self, state: State) -> None:
+    def local(self, state: State, stage: Stage) -> None:
         """Merges into `state` what this rank sees across its own shards, and of the sinks."""
         for work in self._plan.local_work(self._rank, self._layer):
-            _merge(state, self._rows(work.queries), work.run.q_heads, self._attend(work))
+            _merge(state, self._rows(work.queries), work.run.q_heads, self._attend(work, stage))
 
     def take_out(self, state: State, returned: Tensor) -> None:
         """Merges into `state` this rank's own rectangles and those that the peers return."""
@@ -201,10 +223,15 @@ class _LayerStep:
             _merge(state, self._rows(plane.rows), plane.heads, (o, lse))
             offset = end
 
-    def _attend(self, work: LocalWork) -> State:
+    def _attend(self, work: LocalWork, stage: Stage) -> State:
         q = self._tensors["q"][self._rows(work.queries), work.run.q_heads.slice]
         k, v = (self._local_keys(tensor, work) for tensor in ("k", "v"))
-        return segment_attention(q, k, v, 0 if work.causal else UNMASKED, self._scale)
+        return self._sliced(q, k, v, stage, causal=work.causal)
+
+    def _sliced(self, q: Tensor, k: Tensor, v: Tensor, stage: Stage, *, causal: bool = False) -> State:
+        return sliced_attention(
+            q, k, v, self._scale, causal=causal, piece_flops=self._piece_flops, stage=stage
+        )
 
     def _local_keys(self, tensor: str, work: LocalWork) -> Tensor:
         """Keys (or values) of local work: this rank's own, after the sinks that it was sent."""

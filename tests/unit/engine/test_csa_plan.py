@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sps2_engine.attention.csa_plan import CsaPlan, head_runs, split_heads
-from sps2_engine.attention.layout import Layout, Level, Profile, Sample, Span, exact_layout, paper_profile
 from sps2_kernels import reference
+from sps2_layout.layout import Layout, Level, Sample, Span, exact_layout
+from sps2_layout.profiles import Profile, paper_profile
 
 
 @st.composite
