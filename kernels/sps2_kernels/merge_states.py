@@ -52,8 +52,8 @@ def merge_pair(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[
 def merge_into(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -> None:
     """Merges a part into a state in place: `merge_states` of the two; the first may be a view of any strides.
 
-    o += w (part_o - o) with w = e^part_lse / (e^lse + e^part_lse) = sigmoid(part_lse - lse), so that the weights
-    sum to one: taken from the merged log-sum-exp they would miss it by its rounding, 1e-3 where scores are 1e4.
+    o += w (part_o - o), w = e^part_lse / (e^lse + e^part_lse) = sigmoid(part_lse - lse): so the weights sum to
+    one. Taken from the merged log-sum-exp they would miss it by its rounding, 1e-3 where scores are 1e4.
 
     Args:
         o: [tokens, heads, head_dim], changed.

@@ -32,7 +32,7 @@ class Piece:
 def chunk_pieces(share: Span, fold: int, stage: Stage) -> Iterator[Piece]:
     """A share of the query heads cut into chunks by KV heads; where these are too few, by query rows.
 
-    A KV head whose rows are cut goes through its blocks in order, so that the chunk of the first brings the keys.
+    The row blocks of a KV head come in order: the chunk of the first brings the keys.
     """
     if not len(share):
         return

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sps2_engine.attention.csa_step import LayerStep
+from sps2_engine.attention.csa_step import LayerStep, SegmentAttention
 from sps2_engine.attention.plan import AttentionPlan, HeadRun
 from sps2_engine.attention.routes import Leg, Routes
 from sps2_engine.attention.trace import Kind, Trace
 from sps2_engine.collectives import Communicator, PendingExchange
+from sps2_kernels.segment_attention import segment_attention
 
 KIND = "all_to_all"
 """Name of the byte counter."""
@@ -47,6 +48,7 @@ class CsaSchedule:
         scale: factor on the scores.
         pipelined: False waits for every exchange at its post, for comparison.
         trace: takes the events; without one nothing is recorded.
+        attention: the kernel's form.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class CsaSchedule:
         *,
         pipelined: bool = True,
         trace: Trace | None = None,
+        attention: SegmentAttention = segment_attention,
     ) -> None:
         self._plan = plan
         self._communicator = communicator
         self._scale = scale
         self._pipelined = pipelined
         self._trace = trace
+        self._attention = attention
         self._routes: dict[int, Routes] = {}
         """What travels and what is computed, by phase of the layer."""
         self.exposed_s = 0.0
@@ -84,7 +88,7 @@ class CsaSchedule:
             GroupError: an exchange failed.
         """
         routes = self._routes_of(layer)
-        step = LayerStep(self._plan, routes, self._communicator.rank, (q, k, v), self._scale)
+        step = LayerStep(self._plan, routes, self._communicator.rank, (q, k, v), self._scale, self._attention)
         ins = [
             self._post(f"in {route.stage}", layer, step.pack_in(route), route.ins, IN_LANE)
             for route in routes

@@ -1,18 +1,22 @@
-"""One layer's tensors on their way through CSA: packs, attends, merges; posts nothing and waits for nothing."""
+"""One layer's tensors on their way through CSA: packs, attends, merges; posts and waits for nothing."""
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Literal
 
 import torch
-from sps2_kernels.merge_states import merge_into
-from sps2_kernels.segment_attention import UNMASKED, segment_attention
 from torch import Tensor
 
 from sps2_engine.attention.plan import LSE_BYTES, AttentionPlan, HeadRun, Plane, Work
 from sps2_engine.attention.routes import KeyRun, Leg, Route, Routes, key_run
+from sps2_kernels.merge_states import merge_into
+from sps2_kernels.segment_attention import UNMASKED
 
 State = tuple[Tensor, Tensor]
 """o [rows, heads, head_dim] and its log-sum-exp [rows, heads] fp32."""
+
+SegmentAttention = Callable[[Tensor, Tensor, Tensor, int, float], State]
+"""A form of `sps2_kernels.segment_attention`."""
 
 
 class LayerStep:
@@ -25,12 +29,14 @@ class LayerStep:
         rank: int,
         qkv: tuple[Tensor, Tensor, Tensor],
         scale: float,
+        attention: SegmentAttention,
     ) -> None:
         self._plan = plan
         self._routes = routes
         self._rank = rank
         self._tensors = dict(zip("qkv", qkv, strict=True))
         self._scale = scale
+        self._attention = attention
         q = qkv[0]
         self.o = torch.empty_like(q)
         """[own tokens, q_heads, head_dim]: whole when all has been merged."""
@@ -94,7 +100,7 @@ class LayerStep:
         return packed
 
     def local(self) -> None:
-        """Merges what was computed here for own queries, and computes what is left to see within this rank."""
+        """Merges what was computed here for own queries, and attends to what is left within this rank."""
         for work, state in self._unmerged:
             self._merge(work.query_plane, *state)
         self._unmerged.clear()
@@ -126,7 +132,7 @@ class LayerStep:
         else:
             q = self._received[work.query_rank, work.query_plane]
         k, v = self._keys(work)
-        return segment_attention(q, k, v, 0 if work.causal else UNMASKED, self._scale)
+        return self._attention(q, k, v, 0 if work.causal else UNMASKED, self._scale)
 
     def _keys(self, work: Work) -> tuple[Tensor, Tensor]:
         """Keys and values [keys, kv_heads, head_dim] of a work, in token order."""
@@ -140,7 +146,7 @@ class LayerStep:
         return k[: work.num_keys], v[: work.num_keys]
 
     def _gather(self, tensor: Literal["k", "v"], work: Work) -> Tensor:
-        """What its holders have together; copied where it lies apart: dilated keys are read a third slower."""
+        """What its holders have; copied where it lies apart: dilated keys are read a third slower."""
         parts: list[Tensor] = []
         own, heads, rows = self._tensors[tensor], work.run.kv_heads, slice(0, 0)
         for holder, sample in work.keys:

@@ -1,4 +1,4 @@
-"""The exchange schedule `kv`: sampled keys and values go to the ranks that see them, and nothing returns. Pure.
+"""The exchange schedule `kv`: sampled keys and values go to the ranks that see them. Pure.
 
 It moves less than `heads` where groups are small or queries dense: about where G <= d * Hq / Hkv + 1. Each
 rank computes what its own queries see, so causal work is uneven unless the shards are folded: of 2P blocks

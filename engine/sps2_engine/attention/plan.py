@@ -1,10 +1,10 @@
-"""What the exchange schedules of CSA share: who hosts what, what is computed where it lies, what counts. Pure.
+"""What the exchange schedules of CSA share: who hosts what, computes what locally, counts what. Pure.
 
-Every rank makes the same plan from the same numbers, so nothing about shapes ever travels. A rank hosts one block
-of consecutive shards, or two (folded: a block from either end, so that causal work is even). What a rank sees
-within its own blocks it computes itself. What lies across ranks is each schedule's own, level by level and chunk
-by chunk (`Stage`). Queries of the prompt's tail go to every rank that holds keys, and partial outputs come back,
-as in decode. Sinks are copied to every rank.
+Every rank makes the same plan from the same numbers, so nothing about shapes ever travels. A rank hosts one
+block of consecutive shards, or two (folded: one from either end, so that causal work is even). What it sees
+within its own blocks it computes itself. What lies across ranks is each schedule's own, level by level and
+chunk by chunk (`Stage`). Queries of the prompt's tail go to every rank that holds keys, and partial outputs
+come back, as in decode. Sinks are copied to every rank.
 
     in:   source -> peer   for each stage  [K | V | Q, as the schedule wants them], or [tail Q] [sink K | V]
     out:  peer -> source   for each stage  [O | LSE of those Q]
@@ -97,7 +97,9 @@ def head_runs(q_heads: Span, fold: int, *, single: bool) -> tuple[HeadRun, ...]:
     """Cuts a share of query heads, `fold` to a KV head, into regular pieces.
 
     Args:
-        single: One KV head to a piece (their samples differ); else KV heads that are wholly covered stay together.
+        q_heads: the share.
+        fold: query heads to a KV head.
+        single: one KV head to a piece (their samples differ); else those wholly covered stay together.
     """
     if not len(q_heads):
         return ()
@@ -144,7 +146,7 @@ class AttentionPlan(ABC):
         if any(level.group % hosted and hosted % level.group for level in self.layout.levels):
             raise ValueError(f"a block of {hosted} shards cuts through a group of {self.layout.levels}")
 
-    # --- what a schedule decides -----------------------------------------------------------------------------
+    # --- what a schedule decides ---------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -163,13 +165,13 @@ class AttentionPlan(ABC):
 
     @abstractmethod
     def level_bytes(self, level: int) -> float:
-        """Bytes, about, that a rank exchanges at a level, in and out: what chunks are cut by. 0: it stays inside."""
+        """About what a rank exchanges at a level, in and out; 0 where it stays inside the rank."""
 
     @abstractmethod
     def rectangles(self, rank: int, layer: int, stage: Stage) -> Iterator[Work]:
         """What `rank` computes of a level's chunk across ranks."""
 
-    # --- who has what ----------------------------------------------------------------------------------------
+    # --- who has what --------------------------------------------------------------------------------------
 
     @property
     def num_blocks(self) -> int:
@@ -192,7 +194,7 @@ class AttentionPlan(ABC):
         return HeadRun(Span(0, self.num_q_heads), Span(0, self.num_kv_heads))
 
     def halves(self) -> tuple[HeadRun, ...]:
-        """All heads in two parts (one where there is one head): by KV heads, or by query heads where one is left."""
+        """All heads in two parts (or one head): by KV heads, or by query heads where one KV head is all."""
         kv_half = (self.num_kv_heads + 1) // 2 * self.fold
         middle = kv_half if self.num_kv_heads > 1 else (self.num_q_heads + 1) // 2
         parts = Span(0, middle), Span(middle, self.num_q_heads)
@@ -224,7 +226,7 @@ class AttentionPlan(ABC):
         """Whether more than one rank has tokens, so that there may be something to exchange."""
         return sum(any(map(len, self.spans(rank))) for rank in range(self.num_ranks)) > 1
 
-    # --- across ranks ----------------------------------------------------------------------------------------
+    # --- across ranks --------------------------------------------------------------------------------------
 
     def phase(self, layer: int) -> int:
         """Layers of equal phase sample alike: their exchange is the same."""
@@ -278,7 +280,7 @@ class AttentionPlan(ABC):
             if len(sinks) and any(len(span.cut(0, body)) for span in later):
                 yield sinks
 
-    # --- what travels ----------------------------------------------------------------------------------------
+    # --- what travels --------------------------------------------------------------------------------------
 
     def in_planes(self, source: int, peer: int, layer: int, stage: Stage) -> Iterator[Plane]:
         """What `source` sends to `peer` before compute, in order."""
@@ -315,19 +317,22 @@ class AttentionPlan(ABC):
         planes = self.out_planes(source, peer, layer, stage)
         return sum(plane.num_vectors for plane in planes) * (self.head_dim * self.element_bytes + LSE_BYTES)
 
+    def pair_bytes(self, source: int, peer: int, layer: int = 0) -> int:
+        """Bytes that a rank posts to another for one layer, in and out."""
+        return sum(
+            self.in_bytes(source, peer, layer, stage) + self.out_bytes(source, peer, layer, stage)
+            for stage in self.stages()
+        )
+
     def sent_bytes(self, rank: int, layer: int = 0) -> int:
         """Bytes that a rank posts for one layer, in and out."""
-        return sum(
-            self.in_bytes(rank, peer, layer, stage) + self.out_bytes(rank, peer, layer, stage)
-            for stage in self.stages()
-            for peer in range(self.num_ranks)
-        )
+        return sum(self.pair_bytes(rank, peer, layer) for peer in range(self.num_ranks))
 
     def bytes_per_layer(self, layer: int = 0) -> int:
         """Bytes that all ranks together post for one layer, in and out."""
         return sum(self.sent_bytes(rank, layer) for rank in range(self.num_ranks))
 
-    # --- within a rank ---------------------------------------------------------------------------------------
+    # --- within a rank -------------------------------------------------------------------------------------
 
     def own_shards(self, rank: int, run: HeadRun) -> Iterator[Work]:
         """Each hosted shard by itself, causally, for some heads."""
@@ -367,7 +372,7 @@ class AttentionPlan(ABC):
             yield Work(0, self.all_heads, rank, queries, keys)
 
     def _local_levels(self, rank: int, shard: int, layer: int) -> Iterator[Work]:
-        """Sampled queries of a shard over sampled keys of the earlier shards of the same rank, level by level."""
+        """Sampled queries of a shard over sampled keys of earlier own shards, level by level."""
         for level in range(1, len(self.layout.levels)):
             lower, group = self.layout.levels[level - 1].group, self.layout.levels[level].group
             seen = Span(shard // group * group, shard // lower * lower)
@@ -384,7 +389,7 @@ class AttentionPlan(ABC):
     def level_keys(
         self, blocks: tuple[int, ...], shards: Span, level: int, run: HeadRun, layer: int
     ) -> tuple[tuple[int, Sample], ...]:
-        """(rank, keys) that a level samples of some shards, as far as they lie in these blocks; none is empty."""
+        """(rank, keys) that a level samples of the shards that lie in these blocks; none is empty."""
         keys = []
         for block in blocks:
             inside = shards.cut(block * self.block_shards, (block + 1) * self.block_shards)
@@ -394,7 +399,7 @@ class AttentionPlan(ABC):
                 keys.append((self.owner(block), sample))
         return tuple(keys)
 
-    # --- compute ---------------------------------------------------------------------------------------------
+    # --- compute -------------------------------------------------------------------------------------------
 
     def pairs(self, rank: int, layer: int) -> int:
         """Visible (query, key, query head) triples that `rank` computes; 4 * head_dim FLOPs each."""

@@ -1,4 +1,4 @@
-"""One rank's part of a plan, listed once for all layers of a phase: what it computes, sends and receives. Pure."""
+"""One rank's part of a plan, listed once for all layers of a phase. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ KeyRun = tuple[int, HeadRun, int]
 
 
 def key_run(work: Work) -> KeyRun:
-    """See `KeyRun`; true of works of one rank at levels from 1 up, whose keys start at the bounds of groups."""
+    """See `KeyRun`; true of the works of one rank at levels from 1 up."""
     return work.level, work.run, work.keys[0][1].first
 
 

@@ -1,6 +1,6 @@
 """What a rank did when in a layer's attention: events of post, wait and compute, written as a Chrome trace.
 
-Knows nothing of tensors. Times are of the host: on a GPU a post and a compute event last as long as their launch.
+Knows nothing of tensors. Times are of the host: on a GPU they are those of launches.
 """
 
 import json
