@@ -1,7 +1,7 @@
 """Must show 3: exchanges hide behind compute.
 
-Two ways of compute: a stand-in that sleeps for its FLOPs, as if each rank had a device of its own (so it matters
-little who else uses the cores), and the real kernel with a core for each rank.
+Two ways of compute: a stand-in that sleeps for its FLOPs, as if each rank had a device of its own (who else
+uses the cores matters little), and the real kernel with a core for each rank.
 """
 
 from pathlib import Path
