@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -92,8 +93,14 @@ def mask(layout: Layout, kv_head: int, layer: int) -> torch.Tensor:
 
 def mask_pairs(layout: Layout, num_q_heads: int, num_kv_heads: int, layer: int) -> int:
     """Visible (query, key, query head) triples of a layer by the mask."""
-    fold = num_q_heads // num_kv_heads
-    return fold * sum(int(mask(layout, kv_head, layer).sum()) for kv_head in range(num_kv_heads))
+    fold, stride = num_q_heads // num_kv_heads, layout.levels[-1].stride
+    return fold * sum(_mask_sum(layout, (kv_head + layer) % stride) for kv_head in range(num_kv_heads))
+
+
+@cache
+def _mask_sum(layout: Layout, phase: int) -> int:
+    """Every stride divides the last, so heads and layers of equal phase have equal masks."""
+    return int(mask(layout, phase, 0).sum())
 
 
 def oracle(layout: Layout, layer: int, inputs: Inputs) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Must show 1: the tests that catch the classical mistakes (`attention.md`), one line each.
 
-Shown here: 1 to 11 within the attention of one layer. Elsewhere: 11 for (sp, tp) meshes and 12 (two prompts in a row)
-need the served model; 13 is `tests/unit/engine/test_models.py`; 14 and 15 are the kernels' own.
+Shown here: 1 to 11 within the attention of one layer. Elsewhere: 11 for (sp, tp) meshes and 12 (two prompts in
+a row) need the served model; 13 is `tests/unit/engine/test_models.py`; 14 and 15 are the kernels' own.
 """
 
 from collections.abc import Callable
@@ -9,20 +9,33 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.layout import Layout, Profile, exact_layout
 from sps2_kernels import reference
 from sps2_kernels.merge_states import merge_pair
 from sps2_kernels.segment_attention import UNMASKED, segment_attention
-
-from support.csa_cases import ELEMENT_BYTES, HEAD_DIM, PLANS, PROFILES, SCALE, Inputs, draw, oracle, run_plan
+from support.csa_cases import (
+    ELEMENT_BYTES,
+    HEAD_DIM,
+    PLANS,
+    PROFILES,
+    SCALE,
+    Inputs,
+    draw,
+    oracle,
+    run_plan,
+)
 from support.must_show import MustShow
 
 pytestmark = pytest.mark.acceptance
 
 RANKS = (1, 2, 4, 8)
 TINY_CHUNKS = 64
-CLOSE = {"atol": 3e-6, "rtol": 1e-5}
+
+
+def assert_close(o: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(o.double(), wanted, atol=3e-6, rtol=1e-5)
 
 
 def run_all(layout: Layout, layer: int, inputs: Inputs) -> list[torch.Tensor]:
@@ -42,7 +55,7 @@ def check_oracle(layout: Layout, layer: int, heads: tuple[int, int]) -> int:
     inputs = draw(layout.num_tokens, *heads)
     outputs, wanted = run_all(layout, layer, inputs), oracle(layout, layer, inputs)
     for o in outputs:
-        torch.testing.assert_close(o.double(), wanted, **CLOSE)
+        assert_close(o, wanted)
     return len(outputs)
 
 
@@ -54,7 +67,7 @@ def strides_of_one_are_dense() -> str:
         for groups in ((num_shards,), (2, 8))[: 1 + (num_shards == 8)]:
             levels = ((1, 1), *((group, 1) for group in groups if group > 1))
             for o in run_all(Profile(num_shards, levels).resolve(203), 0, inputs):
-                torch.testing.assert_close(o.double(), dense, **CLOSE)
+                assert_close(o, dense)
                 count += 1
     return f"{count} runs"
 
