@@ -64,7 +64,7 @@ def merge_into(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -> None
     # -inf - -inf: neither has seen anything, and o is 0 either way.
     weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0).unsqueeze(-1)
     if o.dtype == torch.float32:
-        o.lerp_(part_o, weight)
+        o.lerp_(part_o.float(), weight)
     else:
         o.copy_(torch.lerp(o.float(), part_o.float(), weight))
     torch.logaddexp(lse, part_lse, out=lse)

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.acceptance
 HEADS = (8, 2, 64)
 SHARES = (0.5, 1.0, 2.0)
 MOST_OF_LONGER, LEAST_OF_SUM = 1.15, 0.95
-SLEEPING_FLOPS_PER_S = 2e10
-REPS = 5
+SLEEPING_FLOPS_PER_S = 4e10
+REPS = 3
 OUT = Path(".out")
 
 
