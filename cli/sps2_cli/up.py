@@ -15,7 +15,7 @@ from sps2_cli.local.redis import RedisMissingError
 from sps2_cli.local.reporter import Reporter
 from sps2_cli.options import DEFAULT_ADDRESS, Json
 from sps2_layout.profile_file import ProfileError, load_profile
-from sps2_layout.profiles import DEFAULT
+from sps2_layout.profiles import EXACT
 
 START_STOP_TIMEOUT_S = 5.0
 """Patience with processes that have no work yet."""
@@ -109,7 +109,7 @@ def up(
             metavar="exact|paper|default|FILE",
             help="Attention of requests that name none; FILE is JSON, see docs/profiles.md.",
         ),
-    ] = DEFAULT.name,
+    ] = EXACT.name,
     device: Annotated[Device, typer.Option(help="Where ranks compute.")] = Device.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Element type of weights and KV.")] = Dtype.FP32,
     kv_transport: Annotated[Transport, typer.Option(help="How KV travels.")] = Transport.AUTO,
@@ -140,7 +140,7 @@ def up(
     ```
     sps2 up
     sps2 up --model ~/models/qwen3-0.6b --prefill 1x4 --decode 2x2 --listen 0.0.0.0:50051
-    sps2 up --prefill 1x8 --profile exact
+    sps2 up --prefill 1x8 --profile default
     sps2 up --profile my-ladder.json
     sps2 up --json --quiet --listen 127.0.0.1:0
     ```

@@ -65,7 +65,7 @@ class UpOptions:
     """URL of a running Redis; None starts one."""
     device: str = "auto"
     """ "auto", "cpu" or "cuda"."""
-    profile: str = "default"
+    profile: str = "exact"
     """Attention of requests that name none: exact, paper, default, or a JSON file."""
     dtype: str = "fp32"
     """Element type of weights and KV."""

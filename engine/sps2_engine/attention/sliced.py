@@ -5,7 +5,8 @@ operator is 1.4 times as fast on 768 queries as on 256, and 1.7 times as on 64 (
 head size 64), while a cut through the keys costs one merge of the block's outputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ MIN_KEYS = 256
 """Fewest keys of a piece, however little work that allows."""
 
 State = tuple[Tensor, Tensor]
+"""o [rows, heads, head_dim] and its log-sum-exp [rows, heads] fp32."""
+
+SegmentAttention = Callable[[Tensor, Tensor, Tensor, int, float], State]
+"""A form of `sps2_kernels.segment_attention`."""
 
 
 def segment_flops(num_queries: int, num_keys: int, num_heads: int, head_dim: int, *, causal: bool) -> int:
@@ -30,7 +35,15 @@ def segment_flops(num_queries: int, num_keys: int, num_heads: int, head_dim: int
 
 
 def sliced_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool, piece_flops: int, stage: Stage
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    causal: bool,
+    piece_flops: int,
+    stage: Stage,
+    attention: SegmentAttention = segment_attention,
 ) -> State:
     """Attention of q over all keys, or causally over as many keys as queries; told to `stage` piece by piece.
 
@@ -42,32 +55,48 @@ def sliced_attention(
         causal: whether query i sees keys up to i only.
         piece_flops: about the most work of a piece.
         stage: where the work counts.
+        attention: the kernel's form.
 
     Returns:
         o [queries, q_heads, head_dim] in q's dtype, lse [queries, q_heads] fp32.
     """
+    piece = _Piece(scale, stage, attention)
     rows, heads, keys = _piece_shape(q, k, piece_flops)
     if rows >= len(q) and heads == q.shape[1] and keys >= len(k):
-        return _attend(q, k, v, scale, causal=causal, stage=stage)
+        return piece.attend(q, k, v, causal=causal)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     for q_heads, kv_heads in _head_parts(q.shape[1], k.shape[1], heads):
         for begin in range(0, len(q), rows):
             block = slice(begin, min(begin + rows, len(q))), q_heads.slice
             o[block], lse[block] = _attend_block(
+                piece,
                 q[block],
                 k[:, kv_heads.slice],
                 v[:, kv_heads.slice],
-                scale,
                 begin if causal else None,
                 keys,
-                stage,
             )
     return o, lse
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """How each piece is done."""
+
+    scale: float
+    stage: Stage
+    attention: SegmentAttention
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> State:
+        """One call of the kernel, told to the stage."""
+        state = self.attention(q, k, v, 0 if causal else UNMASKED, self.scale)
+        self.stage.spend(segment_flops(len(q), len(k), q.shape[1], q.shape[2], causal=causal))
+        return state
+
+
 def _attend_block(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, position: int | None, max_keys: int, stage: Stage
+    piece: _Piece, q: Tensor, k: Tensor, v: Tensor, position: int | None, max_keys: int
 ) -> State:
     """A block of queries over its keys, some at a time; causal ones stand at `position` among the keys."""
     dense_end = len(k) if position is None else position
@@ -76,16 +105,10 @@ def _attend_block(
     ]
     if position is not None:
         parts.append((slice(position, position + len(q)), True))
-    states = (_attend(q, k[part], v[part], scale, causal=square, stage=stage) for part, square in parts)
+    states = (piece.attend(q, k[part], v[part], causal=square) for part, square in parts)
     state = next(states)
     for other in states:
         state = merge_pair(*state, *other)
-    return state
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool, stage: Stage) -> State:
-    state = segment_attention(q, k, v, 0 if causal else UNMASKED, scale)
-    stage.spend(segment_flops(len(q), len(k), q.shape[1], q.shape[2], causal=causal))
     return state
 
 

@@ -68,7 +68,7 @@ def test_every_rank_is_started_once_with_its_leader() -> None:
     assert "--leader" not in leaders[0].command
     router = router_spec(OPTIONS, Commands(), "d:1")
     assert router.listen == "127.0.0.1:50051"
-    assert flags(router.command[3:])["--profile"] == "default"
+    assert flags(router.command[3:])["--profile"] == "exact"
     assert last.at("h:9").listen == "h:9"
 
 
