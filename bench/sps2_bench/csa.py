@@ -1,0 +1,102 @@
+"""The only door of this room to the engine's sparse attention: profiles by name, layouts, plans, schedules.
+
+All else here says "the layout of this profile" and never touches the engine's own names.
+"""
+
+from dataclasses import replace
+from typing import Literal, TypeAlias
+
+import torch
+from sps2_engine.attention.csa_plan import CsaPlan
+from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
+from sps2_engine.attention.layout import Layout, Profile, exact_layout
+from sps2_engine.collectives import Communicator
+from sps2_engine.models import ModelConfig
+
+__all__ = [
+    "KIND",
+    "CsaPlan",
+    "CsaSchedule",
+    "Layout",
+    "Profile",
+    "ProfileName",
+    "attention_cost",
+    "exact_layout",
+    "ladder_shards",
+    "make_plan",
+    "make_schedule",
+    "named_layout",
+    "without_last",
+]
+
+ProfileName: TypeAlias = Literal["exact", "paper", "default", "local"]
+
+SHARD_TOKENS = 4096
+"""The ladder stays dense while a shard would hold fewer tokens than this."""
+STRIDE = 8
+TAIL = 64
+
+
+def ladder_shards(num_tokens: int, shard_tokens: int = SHARD_TOKENS) -> int:
+    """N of the ladder: the largest power of two whose shards hold at least `shard_tokens` tokens; 1 is dense."""
+    return 1 << max(0, (num_tokens // shard_tokens).bit_length() - 1)
+
+
+def named_layout(name: ProfileName, num_tokens: int, num_ranks: int, shard_tokens: int = SHARD_TOKENS) -> Layout:
+    """The layout of a prompt by the name of its profile.
+
+    Args:
+        name: "exact", "paper", "default", or "local" (no levels, so that each shard sees itself alone).
+        num_tokens: S.
+        num_ranks: P; only the shards of exact attention depend on it, and those do not change the result.
+        shard_tokens: the fewest tokens of a shard.
+    """
+    num_shards = ladder_shards(num_tokens, shard_tokens)
+    if name == "exact" or num_shards == 1:
+        return exact_layout(num_tokens, num_ranks)
+    levels: dict[str, tuple[tuple[int, int], ...]] = {
+        "paper": ((1, 1), (num_shards, STRIDE)),
+        "default": ((1, 1), (num_shards, STRIDE)),
+        "local": ((1, 1),),
+    }
+    tail = 0 if name == "paper" else TAIL
+    profile = Profile(num_shards, levels[name], dense_queries=name == "default", tail=tail)
+    return profile.resolve(num_tokens)
+
+
+def without_last(layout: Layout, num_tokens: int) -> Layout:
+    """The same mask without the prompt's last tokens: what the others see does not change.
+
+    Raises:
+        ValueError: fewer than one token would be left.
+    """
+    return replace(
+        layout,
+        num_tokens=layout.num_tokens - num_tokens,
+        tail=max(0, layout.tail - num_tokens),
+    )
+
+
+def make_plan(layout: Layout, num_ranks: int, config: ModelConfig, dtype: torch.dtype) -> CsaPlan:
+    """The plan of one prompt on `num_ranks` ranks.
+
+    Raises:
+        ValueError: the ranks do not divide the layout's shards.
+    """
+    return CsaPlan(
+        layout, num_ranks, config.num_q_heads, config.num_kv_heads, config.head_dim, dtype.itemsize
+    )
+
+
+def make_schedule(plan: CsaPlan, communicator: Communicator) -> CsaSchedule:
+    """The schedule that carries a plan out on this rank."""
+    return CsaSchedule(plan, communicator, plan.head_dim**-0.5)
+
+
+def attention_cost(plan: CsaPlan, num_layers: int) -> tuple[int, int]:
+    """Attention FLOPs and exchanged bytes of all ranks and layers; layers of one phase cost the same."""
+    period = min(num_layers, plan.layout.levels[-1].stride)
+    flops = [plan.flops_per_layer(layer) for layer in range(period)]
+    moved = [plan.bytes_per_layer(layer) for layer in range(period)]
+    layers = range(num_layers)
+    return sum(flops[layer % period] for layer in layers), sum(moved[layer % period] for layer in layers)
