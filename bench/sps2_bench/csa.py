@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import torch
+
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
 from sps2_engine.attention.layout import Layout, Profile, exact_layout
@@ -38,11 +39,13 @@ TAIL = 64
 
 
 def ladder_shards(num_tokens: int, shard_tokens: int = SHARD_TOKENS) -> int:
-    """N of the ladder: the largest power of two whose shards hold at least `shard_tokens` tokens; 1 is dense."""
+    """N of the ladder: the largest power of two with at least `shard_tokens` tokens a shard; 1 is dense."""
     return 1 << max(0, (num_tokens // shard_tokens).bit_length() - 1)
 
 
-def named_layout(name: ProfileName, num_tokens: int, num_ranks: int, shard_tokens: int = SHARD_TOKENS) -> Layout:
+def named_layout(
+    name: ProfileName, num_tokens: int, num_ranks: int, shard_tokens: int = SHARD_TOKENS
+) -> Layout:
     """The layout of a prompt by the name of its profile.
 
     Args:

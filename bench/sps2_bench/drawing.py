@@ -18,7 +18,8 @@ def panels(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Ge
 
     Args:
         path: of the PNG file.
-        rows, columns: of the grid.
+        rows: of the grid.
+        columns: of the grid.
         size: inches of one panel, width and height.
     """
     drawing = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")

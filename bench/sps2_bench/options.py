@@ -41,7 +41,7 @@ def parse_names(text: str, known: Collection[str]) -> tuple[str, ...]:
 
 
 def parse_settings(text: str, defaults: Mapping[str, int]) -> dict[str, int]:
-    """"hidden=512,layers=8" over the defaults.
+    """Settings such as "hidden=512,layers=8" over the defaults.
 
     Raises:
         typer.BadParameter: an unknown key, or no positive whole number.
@@ -50,7 +50,9 @@ def parse_settings(text: str, defaults: Mapping[str, int]) -> dict[str, int]:
     for part in _parts(text):
         key, sign, value = part.partition("=")
         if not sign or not value or key not in settings:
-            raise typer.BadParameter(f"{part!r} is no setting; there are {', '.join(settings)}, as in hidden=512")
+            raise typer.BadParameter(
+                f"{part!r} is no setting; there are {', '.join(settings)}, as in hidden=512"
+            )
         settings[key] = _count(value)
     return settings
 

@@ -25,7 +25,7 @@ def print_json(document: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(_finite(document)) + "\n")
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
 """Measured programs as child processes of their own: pinned to cores, one JSON line in, one out.
 
-A child is a fresh interpreter, not a fork: it has the threads, the memory and the peak that the program alone has.
+A child is a fresh interpreter, not a fork: it has the threads and the memory that the program alone has.
 """
 
 import json

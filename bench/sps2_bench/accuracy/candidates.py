@@ -28,7 +28,7 @@ class Candidate:
 
     @property
     def local_name(self) -> str:
-        """The local-only profile with the same tail and sinks, which it has to beat; "" for dense attention."""
+        """The local-only profile with the same tail and sinks, to be beaten; "" for dense attention."""
         return f"local-t{self.profile.tail}-s{self.profile.sinks}" if self.profile else ""
 
 
@@ -43,7 +43,9 @@ def catalogue(num_shards: int, tail: int) -> dict[str, Candidate]:
         ValueError: too few shards for the hierarchies.
     """
     if num_shards < MIN_SHARDS or num_shards & (num_shards - 1):
-        raise ValueError(f"the number of shards must be a power of two from {MIN_SHARDS} on, not {num_shards}")
+        raise ValueError(
+            f"the number of shards must be a power of two from {MIN_SHARDS} on, not {num_shards}"
+        )
     everyone, sinks = num_shards, 4
     profiles: dict[str, Profile | None] = {EXACT: None}
     profiles["paper"] = Profile(num_shards, ((1, 1), (everyone, 8)))
@@ -65,7 +67,7 @@ def catalogue(num_shards: int, tail: int) -> dict[str, Candidate]:
 
 
 def with_companions(candidates: list[Candidate], num_shards: int) -> list[Candidate]:
-    """Dense attention first, then the candidates, then a local-only profile for each tail and sinks among them."""
+    """Dense attention, the candidates, and a local-only profile for each tail and sinks among them."""
     companions = {
         one.local_name: Candidate(
             one.local_name, Profile(num_shards, ((1, 1),), sinks=one.profile.sinks, tail=one.profile.tail)

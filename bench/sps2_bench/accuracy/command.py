@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from sps2_engine.models import CheckpointError, ModelConfig, read_model_config
 
 from sps2_bench.accuracy.candidates import EXACT, MIN_SHARDS, Candidate, catalogue, with_companions
 from sps2_bench.accuracy.plots import write_plots
@@ -24,6 +23,7 @@ from sps2_bench.machine import describe_machine
 from sps2_bench.options import parse_counts, parse_names
 from sps2_bench.output import Json, Plots, print_json, print_table, say
 from sps2_bench.processes import Message, Worker, WorkerError, available_cpus
+from sps2_engine.models import CheckpointError, ModelConfig, read_model_config
 
 PROMPT_TIMEOUT_S = 3_600.0
 """Longest time for one prompt under all profiles."""
@@ -105,7 +105,7 @@ def _check(model: Path, text: Path, recipe: Recipe) -> ModelConfig:
 
 
 def _ask(settings: Message, num_prompts: int) -> list[Message]:
-    """The workers' answers by prompt: one worker for each core, each takes the next prompt when it is free."""
+    """The workers' answers by prompt: a worker on each core takes the next prompt when it is free."""
     remaining, done, lock = iter(range(num_prompts)), 0, Lock()
 
     def numbers() -> Iterator[int]:

@@ -1,7 +1,7 @@
-"""Evaluation prompts: prose with planted facts, the prose that follows it, and questions. Knows nothing of models.
+"""Evaluation prompts: prose with planted facts, what follows it, and questions. Knows nothing of models.
 
-One prompt serves every measurement: its continuation for perplexity, its end for the next-token distribution, facts
-restated inside it, and questions that take the place of its last tokens.
+One prompt serves every measurement: its continuation for perplexity, its end for the next-token distribution,
+facts restated inside it, and questions that take the place of its last tokens.
 """
 
 from collections.abc import Sequence
@@ -98,7 +98,9 @@ class PromptMaker:
     ) -> None:
         needed = max(recipe.lengths) + recipe.continuation
         if len(text) < needed:
-            raise TextTooShortError(f"the text has {len(text)} tokens; a prompt and what follows it are {needed}")
+            raise TextTooShortError(
+                f"the text has {len(text)} tokens; a prompt and what follows it are {needed}"
+            )
         if 5 * recipe.num_facts // 2 > min(len(book.names), len(book.values)):
             raise ValueError(f"{recipe.num_facts} facts of each kind want more words than facts.json has")
         self._recipe = recipe
@@ -173,8 +175,8 @@ class _Facts:
         """Question and answer; their number is the role of their fact's line."""
         self.repeats: list[tuple[int, int, int, int]] = []
         """Roles of the fact and of its restatement, tokens before the value, and the value."""
-        # The last part of a prompt is left to prose: there the tail would help, or a question replace the fact.
-        # Prose is a quarter of a prompt at least, so this leaves `tail` and a question free.
+        # The last part of a prompt is left to prose: there the tail would help, or a question replace
+        # the fact. Prose is a quarter of a prompt at least, so this leaves `tail` and a question free.
         end = 1 - 4 * (recipe.tail + 2 * book.longest_question) / length
         if end < 0.5:
             raise ValueError(f"prompts of {length} tokens are too short for a tail of {recipe.tail}")

@@ -64,9 +64,10 @@ def markdown(
     """The report as a Markdown page."""
     lines = ["# Accuracy of CSA profiles", "", verdict(chosen), ""]
     lines += [
-        "The rule: the cheapest profile by attention FLOPs that loses at most 1% perplexity of the continuation and",
-        "at most 2 points of retrieval, and beats the local-only profile with the same tail and sinks on facts",
-        "restated inside the prompt by more than the interval. Intervals: 95%, paired bootstrap over prompts.",
+        "The rule: the cheapest profile by attention FLOPs that loses at most 1% perplexity of the",
+        "continuation and at most 2 points of retrieval, and beats the local-only profile with the same tail",
+        "and sinks on facts restated inside the prompt by more than the interval. Intervals: 95%, paired",
+        "bootstrap over prompts.",
         "",
     ]
     rows = [COLUMNS, ["---"] * len(COLUMNS), *table_rows(results)]

@@ -89,9 +89,7 @@ def choose_default(results: Sequence[ProfileResult]) -> str | None:
 
     Dense attention and local-only profiles are what it is measured against, not candidates.
     """
-    fit = [
-        one for one in results if one.name != EXACT and not one.is_local and all(one.verdicts.values())
-    ]
+    fit = [one for one in results if one.name != EXACT and not one.is_local and all(one.verdicts.values())]
     return min(fit, key=lambda one: (one.cost.flops, one.cost.bytes)).name if fit else None
 
 
@@ -138,7 +136,8 @@ def _result(
         kl=bootstrap.estimate(lambda s: _ratio(s, _KL, _PROMPTS), own),
         repeat_perplexity=bootstrap.estimate(lambda s: np.exp(_ratio(s, _REPEAT_NLL, _REPEATS)), own),
         repeat_gain=bootstrap.estimate(
-            lambda s: _ratio(s, _FIELDS + _REPEAT_NLL, _REPEATS) - _ratio(s, _REPEAT_NLL, _REPEATS), beside_local
+            lambda s: _ratio(s, _FIELDS + _REPEAT_NLL, _REPEATS) - _ratio(s, _REPEAT_NLL, _REPEATS),
+            beside_local,
         ),
         one_hop=bootstrap.estimate(lambda s: _ratio(s, _RIGHT_1, _ASKED_1), own),
         two_hops=bootstrap.estimate(lambda s: _ratio(s, _RIGHT_2, _ASKED_2), own),

@@ -3,8 +3,6 @@
 from dataclasses import asdict, dataclass
 
 import torch
-from sps2_engine.collectives import SoloCommunicator
-from sps2_engine.models import Decoder
 from torch import Tensor
 from torch.nn import functional
 
@@ -12,6 +10,8 @@ from sps2_bench.accuracy.candidates import Candidate
 from sps2_bench.accuracy.prompts import Prompt
 from sps2_bench.accuracy.suffix import KvLayers, SuffixAttention
 from sps2_bench.csa import Layout, make_plan, make_schedule, without_last
+from sps2_engine.collectives import SoloCommunicator
+from sps2_engine.models import Decoder
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class _Run:
         return functional.cross_entropy(logits, answers, reduction="none")
 
     def continuation(self) -> Tensor:
-        """Log-probabilities [tokens, vocab] of each token of the continuation; row 0 is at the prompt's end."""
+        """Log-probabilities [tokens, vocab] over the continuation; row 0 is at the prompt's end."""
         suffix = self._prompt.suffix
         tokens = torch.cat(
             (torch.from_numpy(self._prompt.tokens[-suffix:]), torch.from_numpy(self._prompt.continuation))
@@ -101,8 +101,8 @@ class _Run:
     def answers(self) -> tuple[bool, ...]:
         """Whether each question's greedy answer is exactly right.
 
-        The first token of each answer is given as its text goes on: where the model says another one, the answer
-        is wrong already.
+        The first token of each answer is given as its text goes on: where the model says another one, the
+        answer is wrong already.
         """
         questions = self._prompt.questions
         if not questions:
@@ -111,11 +111,12 @@ class _Run:
         hidden = self._go_on(tokens)[:, -2:]  # [questions, hops at most, hidden]
         said = self._decoder.logits(hidden.flatten(0, 1)).argmax(dim=-1).view(len(questions), 2).tolist()
         return tuple(
-            tuple(row[: question.hops]) == question.answer for row, question in zip(said, questions, strict=True)
+            tuple(row[: question.hops]) == question.answer
+            for row, question in zip(said, questions, strict=True)
         )
 
     def _go_on(self, tokens: Tensor) -> Tensor:
-        """Hidden states [texts, tokens, hidden] of texts [texts, tokens] that begin with the prompt's suffix."""
+        """Hidden states [texts, tokens, hidden] of texts [texts, tokens] that begin with a suffix."""
         first = len(self._prompt.tokens) - self._prompt.suffix
         positions = torch.arange(first, first + tokens.shape[1]).repeat(len(tokens))
         attend = SuffixAttention(self._layout, self._kv, self._prompt.suffix, len(tokens))

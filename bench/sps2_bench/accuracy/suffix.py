@@ -1,15 +1,15 @@
 """Attention of texts that go on from one computed prompt: its last tokens, then generated or given ones.
 
-Many texts share the prompt's KV. A text's first tokens belong to the prompt and see what the layout lets them see;
-those after the prompt are dense queries over everything, as in decode.
+Many texts share the prompt's KV. A text's first tokens belong to the prompt and see what the layout lets them
+see; those after the prompt are dense queries over everything, as in decode.
 """
 
 import torch
-from sps2_kernels.merge_states import merge_pair
-from sps2_kernels.segment_attention import UNMASKED, segment_attention
 from torch import Tensor
 
 from sps2_bench.csa import Layout
+from sps2_kernels.merge_states import merge_pair
+from sps2_kernels.segment_attention import UNMASKED, segment_attention
 
 KvLayers = list[tuple[Tensor, Tensor]]
 """k and v [tokens, kv_heads, head_dim] of each layer."""
@@ -72,7 +72,7 @@ class SuffixAttention:
         scale = q.shape[-1] ** -0.5
         keys, values = self._kv[layer]
         texts = q.view(self._num_texts, -1, *q.shape[1:])  # [texts, tokens, q_heads, head_dim]
-        inside, beyond = texts.split([self._prompt_rows, texts.shape[1] - self._prompt_rows], dim=1)
+        inside, beyond = texts[:, : self._prompt_rows], texts[:, self._prompt_rows :]
         o_inside, lse_inside = self._masked(layer, inside, keys, values, scale)
         flat = beyond.reshape(-1, *q.shape[1:])
         o_beyond, lse_beyond = segment_attention(flat, keys, values, UNMASKED, scale)

@@ -1,10 +1,9 @@
-"""`python -m sps2_bench.accuracy.worker`: scores prompts on one core, one after another, as they are asked for."""
+"""`python -m sps2_bench.accuracy.worker`: scores prompts on one core as they are asked for."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from sps2_engine.models import load_decoder
 from tokenizers import Tokenizer
 
 from sps2_bench.accuracy.candidates import catalogue, with_companions
@@ -12,6 +11,7 @@ from sps2_bench.accuracy.facts import FactBook
 from sps2_bench.accuracy.prompts import Ints, PromptMaker, Recipe
 from sps2_bench.accuracy.scoring import Scorer
 from sps2_bench.processes import Message, serve
+from sps2_engine.models import load_decoder
 
 
 def read_text(path: Path, tokenizer: Tokenizer) -> Ints:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from sps2_kernels.merge_states import merge_pair, merge_states
-from sps2_kernels.paged_decode import paged_decode_partial
-from sps2_kernels.segment_attention import UNMASKED, segment_attention
 from torch import Tensor
 from torch.nn import functional
 
 from sps2_bench.kernel_rates.timing import Operation
+from sps2_kernels.merge_states import merge_pair, merge_states
+from sps2_kernels.paged_decode import paged_decode_partial
+from sps2_kernels.segment_attention import UNMASKED, segment_attention
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Shape:
     @property
     def scale(self) -> float:
         """Factor on the scores."""
-        return self.head_dim**-0.5
+        return float(self.head_dim**-0.5)
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class KernelCase:
     """The same result by torch alone."""
 
 
-def list_kernels(
-    device: torch.device, dtype: torch.dtype, size: int, shape: Shape
-) -> Iterator[KernelCase]:
+def list_kernels(device: torch.device, dtype: torch.dtype, size: int, shape: Shape) -> Iterator[KernelCase]:
     """Every kernel at one size on a device."""
     make = _Maker(device, dtype, size, shape)
     yield from (make.causal(), make.dilated(), make.decode(), make.merge_pair(), make.merge_states())
@@ -99,7 +97,9 @@ class _Maker:
         """A batch of queries, each over its own run of a paged cache."""
         shape, per_row = self._shape, max(1, self._size // rows)
         q, k, v = self._random(rows, shape.num_q_heads, shape.head_dim), self._k, self._v
-        runs = [[(row * per_row, (row + 1) * per_row)] for row in range(rows) if (row + 1) * per_row <= self._size]
+        runs = [
+            [(row * per_row, (row + 1) * per_row)] for row in range(rows) if (row + 1) * per_row <= self._size
+        ]
         q = q[: len(runs)]
         seen = len(runs) * per_row
         batched = (x[:seen].view(len(runs), per_row, shape.num_kv_heads, -1).transpose(1, 2) for x in (k, v))

@@ -44,8 +44,10 @@ def kernels(
                 f"{roof.bytes_per_s / 1e9:.1f} GB/s copy"
             )
             for size in lengths:
-                for case in list_kernels(device, DTYPES[name], size, Shape()):
-                    rows.append(_measure(case, device, name, roof, repeat, budget))
+                rows += [
+                    _measure(case, device, name, roof, repeat, budget)
+                    for case in list_kernels(device, DTYPES[name], size, Shape())
+                ]
     _report(rows, as_json, plots)
 
 

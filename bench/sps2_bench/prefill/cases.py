@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal, cast
 
-from sps2_engine.models import ModelConfig
-
 from sps2_bench.csa import ProfileName, attention_cost, make_plan, named_layout
 from sps2_bench.options import DTYPES
+from sps2_engine.models import ModelConfig
 
 SPS2, TRANSFORMERS = "sps2", "transformers"
 PROFILES: tuple[ProfileName, ...] = ("exact", "paper", "default", "local")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from sps2_engine.models import CheckpointError, ModelConfig, read_model_config
 
 from sps2_bench.csa import SHARD_TOKENS
 from sps2_bench.machine import describe_machine
@@ -16,6 +15,7 @@ from sps2_bench.prefill.plots import write_plots
 from sps2_bench.prefill.random_model import DEFAULT_SHAPE, model_config, write_random_model
 from sps2_bench.prefill.run import run_cases
 from sps2_bench.processes import WorkerError, available_cpus
+from sps2_engine.models import CheckpointError, ModelConfig, read_model_config
 
 LONG = 64 * 1024
 """From this length on one run is enough: it takes minutes."""
@@ -58,7 +58,12 @@ def prefill(
         with tempfile.TemporaryDirectory() as scratch:
             folder = model or write_random_model(config, Path(scratch))
             samples, threads = run_cases(
-                cases, folder, available_cpus(), shard_tokens, lambda length: _repeats(length, repeat), _progress
+                cases,
+                folder,
+                available_cpus(),
+                shard_tokens,
+                lambda length: _repeats(length, repeat),
+                _progress,
             )
     except WorkerError as error:
         say(f"sps2 bench prefill: {error}")

@@ -1,13 +1,14 @@
-"""A checkpoint folder of random weights in the published format, so that every program runs the same model."""
+"""A checkpoint folder of random weights as published ones are: every program runs the same model."""
 
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+
 from sps2_engine.models import Decoder, ModelConfig
 from sps2_engine.weights import RandomWeights
-from torch import Tensor
 
 DEFAULT_SHAPE = {
     "hidden": 512,
@@ -53,7 +54,7 @@ def model_config(shape: dict[str, int]) -> ModelConfig:
 
 
 def write_random_model(config: ModelConfig, folder: Path, seed: int = 0) -> Path:
-    """Writes config.json and fp32 safetensors of a Llama with random weights into `folder`, and returns it."""
+    """Writes config.json and fp32 weights of a random Llama into `folder`, and returns it."""
     weights = RecordedWeights(seed)
     Decoder(config, weights)
     save_file(weights.tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""`python -m sps2_bench.prefill.rank`: one rank of a measured prefill group, or the one process that it is alone.
+"""`python -m sps2_bench.prefill.rank`: one rank of a measured prefill group, or one process alone.
 
 Computes what a prefill worker computes, KV into its arena included, without the service around it.
 """
@@ -8,6 +8,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from sps2_bench.csa import KIND, make_plan, make_schedule, named_layout
+from sps2_bench.options import DTYPES
+from sps2_bench.prefill.memory import forget_peak, peak_rss, rss
+from sps2_bench.processes import Message, serve
 from sps2_engine.collectives import (
     Communicator,
     SoloCommunicator,
@@ -17,12 +23,6 @@ from sps2_engine.collectives import (
 )
 from sps2_engine.kv_pool import BLOCK_TOKENS, KvArena
 from sps2_engine.models import load_decoder
-from torch import Tensor
-
-from sps2_bench.csa import KIND, make_plan, make_schedule, named_layout
-from sps2_bench.options import DTYPES
-from sps2_bench.prefill.memory import forget_peak, peak_rss, rss
-from sps2_bench.processes import Message, serve
 
 HOST = "127.0.0.1"
 CPU = torch.device("cpu")
@@ -48,7 +48,9 @@ class PrefillRank:
     def __call__(self, message: Message) -> Message:
         """Runs one prefill; every rank of the group is asked the same at the same time."""
         config, rank = self._decoder.config, self._communicator.rank
-        layout = named_layout(message["profile"], message["length"], self._communicator.size, self._shard_tokens)
+        layout = named_layout(
+            message["profile"], message["length"], self._communicator.size, self._shard_tokens
+        )
         plan = make_plan(layout, self._communicator.size, config, self._dtype)
         own = plan.tokens(rank)
         tokens = prompt_tokens(message["length"], config.vocab_size)[own.slice]

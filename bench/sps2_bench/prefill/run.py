@@ -6,11 +6,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sps2_engine.collectives import open_store
-
 from sps2_bench.prefill.cases import Case, Engine, Sample
 from sps2_bench.prefill.rank import GROUP_TIMEOUT, HOST
 from sps2_bench.processes import Message, Worker
+from sps2_engine.collectives import open_store
 
 CASE_TIMEOUT_S = GROUP_TIMEOUT.total_seconds()
 Progress = Callable[[int, Case, Sample], None]

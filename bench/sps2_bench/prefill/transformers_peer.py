@@ -1,4 +1,4 @@
-"""`python -m sps2_bench.prefill.transformers_peer`: the same model and prompts in transformers, with its SDPA."""
+"""`python -m sps2_bench.prefill.transformers_peer`: the same model and prompts in transformers, with SDPA."""
 
 import time
 from typing import Any
