@@ -10,7 +10,7 @@ import torch
 
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
-from sps2_engine.attention.layout import Layout, Profile, exact_layout
+from sps2_engine.attention.layout import Layout, Profile, exact_layout, paper_profile
 from sps2_engine.collectives import Communicator
 from sps2_engine.models import ModelConfig
 
@@ -34,8 +34,8 @@ ProfileName: TypeAlias = Literal["exact", "paper", "default", "local"]
 
 SHARD_TOKENS = 4096
 """The ladder stays dense while a shard would hold fewer tokens than this."""
-STRIDE = 8
-TAIL = 64
+NEAR_SHARDS, SINKS, TAIL = 8, 4, 64
+"""Of the default: stride 4 within so many shards and 8 beyond; first and last tokens apart."""
 
 
 def ladder_shards(num_tokens: int, shard_tokens: int = SHARD_TOKENS) -> int:
@@ -57,14 +57,17 @@ def named_layout(
     num_shards = ladder_shards(num_tokens, shard_tokens)
     if name == "exact" or num_shards == 1:
         return exact_layout(num_tokens, num_ranks)
-    levels: dict[str, tuple[tuple[int, int], ...]] = {
-        "paper": ((1, 1), (num_shards, STRIDE)),
-        "default": ((1, 1), (num_shards, STRIDE)),
-        "local": ((1, 1),),
-    }
-    tail = 0 if name == "paper" else TAIL
-    profile = Profile(num_shards, levels[name], dense_queries=name == "default", tail=tail)
-    return profile.resolve(num_tokens)
+    return _profile(name, num_shards).resolve(num_tokens)
+
+
+def _profile(name: ProfileName, num_shards: int) -> Profile:
+    near = min(num_shards, NEAR_SHARDS)
+    if name == "local":
+        return Profile(num_shards, ((1, 1),), sinks=SINKS, tail=TAIL)
+    if name == "paper":
+        return paper_profile(num_shards)
+    far = ((num_shards, 8),) if num_shards > near else ()
+    return Profile(num_shards, ((1, 1), (near, 4), *far), sinks=SINKS, tail=TAIL)
 
 
 def without_last(layout: Layout, num_tokens: int) -> Layout:

@@ -57,6 +57,8 @@ def catalogue(num_shards: int, tail: int) -> dict[str, Candidate]:
         profiles[f"dense-{stride}"] = Profile(num_shards, levels, dense_queries=True, tail=tail)
     dense_8 = ((1, 1), (everyone, 8))
     profiles["dense-8-sinks"] = Profile(num_shards, dense_8, dense_queries=True, sinks=sinks, tail=tail)
+    sampled_4 = ((1, 1), (everyone, 4))
+    profiles["sampled-4-sinks"] = Profile(num_shards, sampled_4, sinks=sinks, tail=tail)
     profiles["sampled-8-sinks"] = Profile(num_shards, dense_8, sinks=sinks, tail=tail)
     near = ((1, 1), (2, 1), (everyone, 8))
     profiles["near-dense-8"] = Profile(num_shards, near, dense_queries=True, tail=tail)

@@ -22,7 +22,16 @@ OF_FLOOR = 0.85
 @pytest.fixture(scope="module")
 def fp32(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     plots = tmp_path_factory.mktemp("ttft")
-    options = ["--lengths", LENGTHS, "--ranks", "1,2", "--baselines", "transformers", "--plots", plots]
+    options: list[str | Path] = [
+        "--lengths",
+        LENGTHS,
+        "--ranks",
+        "1,2",
+        "--baselines",
+        "transformers",
+        "--plots",
+        plots,
+    ]
     return rows_of(options)
 
 

@@ -36,7 +36,16 @@ def document(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[
     folder = tmp_path_factory.mktemp("accuracy")
     text = folder / "held_out.txt"
     subprocess.run([sys.executable, "-c", HELD_OUT, BOOKS, text], cwd=repo_root, check=True, timeout=60)
-    options = ["--model", DEMO_MODEL, "--text", text, "--tokens", str(TOKENS), "--plots", folder / "plots"]
+    options: list[str | Path] = [
+        "--model",
+        DEMO_MODEL,
+        "--text",
+        text,
+        "--tokens",
+        str(TOKENS),
+        "--plots",
+        folder / "plots",
+    ]
     return sps2_json("eval", "accuracy", *options, timeout_s=TIMEOUT_S)
 
 

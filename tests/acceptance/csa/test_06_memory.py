@@ -1,4 +1,4 @@
-"""Must show 6: peak memory of a rank grows linearly with its share of the prompt, and 256k tokens complete."""
+"""Must show 6: peak memory of a rank grows linearly with its share of the prompt; 256k tokens complete."""
 
 from itertools import pairwise
 
