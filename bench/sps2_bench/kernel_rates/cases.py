@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from sps2_bench.kernel_rates.timing import Operation
-from sps2_kernels.merge_states import merge_pair, merge_states
-from sps2_kernels.paged_decode import paged_decode_partial
+from sps2_kernels.csa_pack import csa_pack
+from sps2_kernels.merge_states import SampledState, merge_sampled, merge_states
+from sps2_kernels.paged_decode import PAGE_TOKENS, PagedRows, paged_decode_partial
+from sps2_kernels.rope_append import rope_append
 from sps2_kernels.segment_attention import UNMASKED, segment_attention
 
 
@@ -50,7 +52,8 @@ class KernelCase:
 def list_kernels(device: torch.device, dtype: torch.dtype, size: int, shape: Shape) -> Iterator[KernelCase]:
     """Every kernel at one size on a device."""
     make = _Maker(device, dtype, size, shape)
-    yield from (make.causal(), make.dilated(), make.decode(), make.merge_pair(), make.merge_states())
+    yield from (make.causal(), make.dilated(), make.decode())
+    yield from (make.merge_sampled(), make.merge_states(), make.pack(), make.rope_append())
 
 
 class _Maker:
@@ -59,7 +62,8 @@ class _Maker:
     def __init__(self, device: torch.device, dtype: torch.dtype, size: int, shape: Shape) -> None:
         self._size = size
         self._shape = shape
-        self._random: Callable[..., Tensor] = lambda *sizes: torch.randn(*sizes, device=device).to(dtype)
+        self._float32: Callable[..., Tensor] = lambda *sizes: torch.randn(*sizes, device=device)
+        self._random: Callable[..., Tensor] = lambda *sizes: self._float32(*sizes).to(dtype)
         self._q = self._random(size, shape.num_q_heads, shape.head_dim)
         self._k = self._random(size, shape.num_kv_heads, shape.head_dim)
         self._v = self._random(size, shape.num_kv_heads, shape.head_dim)
@@ -93,46 +97,93 @@ class _Maker:
             lambda: _sdpa(q, k.contiguous(), v.contiguous(), shape.scale, causal=False),
         )
 
-    def decode(self, rows: int = 4) -> KernelCase:
-        """A batch of queries, each over its own run of a paged cache."""
-        shape, per_row = self._shape, max(1, self._size // rows)
-        q, k, v = self._random(rows, shape.num_q_heads, shape.head_dim), self._k, self._v
-        runs = [
-            [(row * per_row, (row + 1) * per_row)] for row in range(rows) if (row + 1) * per_row <= self._size
-        ]
-        q = q[: len(runs)]
-        seen = len(runs) * per_row
-        batched = (x[:seen].view(len(runs), per_row, shape.num_kv_heads, -1).transpose(1, 2) for x in (k, v))
-        k_rows, v_rows = batched
+    def decode(self, max_rows: int = 4) -> KernelCase:
+        """A batch of queries, each over its own pages of the cache."""
+        shape, k, v = self._shape, self._k, self._v
+        # Whole pages, as the Triton form wants them.
+        per_row = max(1, self._size // max_rows // PAGE_TOKENS) * PAGE_TOKENS
+        begins = range(0, min(max_rows, self._size // per_row) * per_row, per_row)
+        rows = PagedRows(tuple([(begin, begin + per_row)] for begin in begins), k.device)
+        q = self._random(len(rows), shape.num_q_heads, shape.head_dim)
+        seen = len(rows) * per_row
+        k_rows, v_rows = (
+            x[:seen].view(len(rows), per_row, shape.num_kv_heads, -1).transpose(1, 2) for x in (k, v)
+        )
         return KernelCase(
             "paged_decode_partial",
-            f"{len(runs)} rows",
+            f"{len(rows)} rows",
             self._size,
             4 * shape.head_dim * shape.num_q_heads * seen,
             2 * seen * shape.num_kv_heads * shape.head_dim * k.element_size(),
-            lambda: paged_decode_partial(q, k, v, runs, shape.scale),
+            lambda: paged_decode_partial(q, k, v, rows, shape.scale),
             lambda: functional.scaled_dot_product_attention(
                 q[:, :, None], k_rows, v_rows, scale=shape.scale, enable_gqa=True
             ),
         )
 
-    def merge_pair(self) -> KernelCase:
-        """Two partial states of the same queries."""
-        a, b = self._q, self._random(*self._q.shape)
-        lse_a, lse_b = (torch.randn(a.shape[:2], device=a.device) for _ in range(2))
+    def merge_sampled(self, stride: int = 8) -> KernelCase:
+        """What an exchange returned for sampled queries, into all of them."""
+        o, lse = self._q, self._float32(*self._q.shape[:2])
+        part_o, part_lse = self._random(*o[::stride].shape), self._float32(*lse[::stride].shape)
+        parts = [SampledState(part_o, part_lse, 0, stride, 0)]
         return KernelCase(
-            "merge_pair", "", self._size, 0.0, 3 * (a.nbytes + lse_a.nbytes),
-            lambda: merge_pair(a, lse_a, b, lse_b), None,
-        )  # fmt: skip
+            "merge_sampled",
+            f"stride {stride}",
+            self._size,
+            0.0,
+            2 * (o.nbytes + lse.nbytes) + part_o.nbytes + part_lse.nbytes,
+            lambda: merge_sampled(o, lse, parts),
+            None,
+        )
 
-    def merge_states(self, parts: int = 4) -> KernelCase:
+    def merge_states(self, num_parts: int = 4) -> KernelCase:
         """Several partial states of the same queries."""
-        o = self._random(parts, *self._q.shape)
-        lse = torch.randn(o.shape[:3], device=o.device)
+        o = self._random(num_parts, *self._q.shape)
+        lse = self._float32(*o.shape[:3])
         return KernelCase(
-            "merge_states", f"{parts} parts", self._size, 0.0, (1 + 1 / parts) * (o.nbytes + lse.nbytes),
-            lambda: merge_states(o, lse), None,
-        )  # fmt: skip
+            "merge_states",
+            f"{num_parts} parts",
+            self._size,
+            0.0,
+            (1 + 1 / num_parts) * (o.nbytes + lse.nbytes),
+            lambda: merge_states(o, lse),
+            None,
+        )
+
+    def pack(self, stride: int = 8) -> KernelCase:
+        """Sampled rows of every KV head into one send buffer, beside torch's concatenation of the same."""
+        planes = [
+            x[head % stride :: stride, head : head + 1]
+            for head in range(self._shape.num_kv_heads)
+            for x in (self._k, self._v)
+        ]
+        packed = self._k.new_empty(sum(plane.numel() for plane in planes))
+        return KernelCase(
+            "csa_pack",
+            f"stride {stride}",
+            self._size,
+            0.0,
+            2 * packed.nbytes,
+            lambda: csa_pack(planes, packed),
+            lambda: torch.cat([plane.flatten() for plane in planes], out=packed),
+        )
+
+    def rope_append(self) -> KernelCase:
+        """Rotation of q and k, and their way into the cache."""
+        q, k, v = self._q, self._k, self._v
+        angles = self._float32(self._size, self._shape.head_dim // 2)
+        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+        caches = torch.empty_like(k), torch.empty_like(v)
+        slots = torch.arange(self._size, device=q.device)
+        return KernelCase(
+            "rope_append",
+            "",
+            self._size,
+            0.0,
+            2 * (q.nbytes + k.nbytes + v.nbytes) + cos.nbytes + sin.nbytes,
+            lambda: rope_append(q, k, v, cos, sin, *caches, slots),
+            None,
+        )
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
