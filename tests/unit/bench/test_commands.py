@@ -1,8 +1,9 @@
 """Commands that are refused before anything is started."""
 
 import pytest
-from sps2_bench.app import app
 from typer.testing import CliRunner
+
+from sps2_bench.app import app
 
 
 @pytest.mark.parametrize(
