@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from sps2_engine.attention.csa_schedule import CsaSchedule
-from sps2_engine.attention.csa_step import SegmentAttention
 from sps2_engine.attention.plan import AttentionPlan
+from sps2_engine.attention.sliced import SegmentAttention
 from sps2_engine.attention.trace import Trace
 from sps2_engine.collectives import Communicator
 from sps2_kernels.segment_attention import segment_attention

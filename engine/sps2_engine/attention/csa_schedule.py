@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sps2_engine.attention.csa_step import LayerStep, SegmentAttention
+from sps2_engine.attention.csa_step import LayerStep
 from sps2_engine.attention.plan import AttentionPlan, HeadRun
 from sps2_engine.attention.routes import Leg, Routes
+from sps2_engine.attention.sliced import SegmentAttention
 from sps2_engine.attention.trace import Kind, Trace
 from sps2_engine.collectives import Communicator, PendingExchange
 from sps2_engine.slices import Slicer

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sps2_engine.attention.csa_plan import CsaPlan
-from sps2_engine.attention.csa_step import SegmentAttention
 from sps2_engine.attention.plan import AttentionPlan
+from sps2_engine.attention.sliced import SegmentAttention
 from sps2_engine.attention.trace import write_chrome_trace
 from sps2_kernels.segment_attention import segment_attention
 from sps2_layout.layout import exact_layout
