@@ -40,6 +40,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.", show_default="drawn")] = None,
     stop_token_ids: Annotated[str | None, typer.Option(help="Token ids that end the answer.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
+    profile: Annotated[
+        str,
+        typer.Option(help="Attention: exact, paper or default.", show_default="the deployment's"),
+    ] = "",
     model: Annotated[str, typer.Option(help="Model name.", show_default="the only one")] = "",
     request_id: Annotated[str | None, typer.Option(help="Name of the request.", show_default="drawn")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for the whole answer.")] = Timeouts().total,
@@ -57,11 +61,13 @@ def generate(
     sps2 generate --prompt "Once upon a time" --max-tokens 64
     sps2 generate --prompt-file book.txt --temperature 0.8 --seed 7 --json
     cat book.txt | sps2 generate -
+    sps2 generate --prompt-file book.txt --profile exact --json
     sps2 generate --prompts-file prompts.jsonl --concurrency 8 > answers.jsonl
     ```
     """
     try:
         options = _options(max_tokens, temperature, top_p, top_k, seed, stop_token_ids, ignore_eos, model)
+        options["attention_profile"] = profile
         limits = Timeouts(timeout, first_token_timeout, between_tokens_timeout)
         prompts = _prompts(stdin, prompt, prompt_file, token_ids, prompts_file, options)
     except ValueError as error:  # PromptError, and numbers that are none

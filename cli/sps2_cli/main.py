@@ -4,6 +4,7 @@ import typer
 
 from sps2_cli.demo import demo
 from sps2_cli.generate import generate
+from sps2_cli.measure import bench, evaluate
 from sps2_cli.status import status
 from sps2_cli.up import up
 
@@ -32,3 +33,7 @@ app.command()(up)
 app.command()(generate)
 app.command()(status)
 app.command()(demo)
+# Their options are those of another program, which explains them itself.
+HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("bench", context_settings=HANDED_ON, add_help_option=False)(bench)
+app.command("eval", context_settings=HANDED_ON, add_help_option=False)(evaluate)

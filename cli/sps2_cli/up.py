@@ -14,6 +14,8 @@ from sps2_cli.local.plan import Commands, Pool, UpOptions, default_threads
 from sps2_cli.local.redis import RedisMissingError
 from sps2_cli.local.reporter import Reporter
 from sps2_cli.options import DEFAULT_ADDRESS, Json
+from sps2_layout.profile_file import ProfileError, load_profile
+from sps2_layout.profiles import EXACT
 
 START_STOP_TIMEOUT_S = 5.0
 """Patience with processes that have no work yet."""
@@ -62,6 +64,15 @@ def listen_address(text: str) -> str:
     return text
 
 
+def attention_profile(text: str) -> str:
+    """An attention profile from the command line: a name, or a file that can be used."""
+    try:
+        load_profile(text)
+    except ProfileError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
+
+
 def demo_model() -> Path | None:
     """The project's demo model, when this runs from a checkout."""
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
@@ -91,6 +102,14 @@ def up(
         str | None,
         typer.Option(envvar="SPS2_REDIS", metavar="URL", help="A running Redis.", show_default="starts one"),
     ] = None,
+    profile: Annotated[
+        str,
+        typer.Option(
+            callback=attention_profile,
+            metavar="exact|paper|default|FILE",
+            help="Attention of requests that name none; FILE is JSON, see docs/profiles.md.",
+        ),
+    ] = EXACT.name,
     device: Annotated[Device, typer.Option(help="Where ranks compute.")] = Device.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Element type of weights and KV.")] = Dtype.FP32,
     kv_transport: Annotated[Transport, typer.Option(help="How KV travels.")] = Transport.AUTO,
@@ -121,6 +140,8 @@ def up(
     ```
     sps2 up
     sps2 up --model ~/models/qwen3-0.6b --prefill 1x4 --decode 2x2 --listen 0.0.0.0:50051
+    sps2 up --prefill 1x8 --profile default
+    sps2 up --profile my-ladder.json
     sps2 up --json --quiet --listen 127.0.0.1:0
     ```
     """
@@ -134,6 +155,7 @@ def up(
         decode=decode,
         listen=listen,
         redis=redis,
+        profile=profile,
         device=device.value,
         dtype=dtype.value,
         kv_transport=kv_transport.value,

@@ -31,6 +31,8 @@ class GenerationOptions(TypedDict, total=False):
     """Do not stop at the model's end token."""
     model: str
     """Model name; empty is the only one of the deployment."""
+    attention_profile: str
+    """How the prompt is attended: "exact", "paper" or "default"; empty is the deployment's own choice."""
     request_id: str | None
     """Name of the request, 1 to 64 printable ASCII characters; drawn when None."""
 
@@ -68,6 +70,7 @@ def stream_request(
             stop_token_ids=options.get("stop_token_ids", ()),
             ignore_eos=options.get("ignore_eos", False),
         ),
+        attention_profile=options.get("attention_profile", ""),
     )
     if prompt is not None:
         spec.text = prompt

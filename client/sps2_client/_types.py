@@ -53,7 +53,8 @@ class Usage:
     bytes_moved: BytesMoved
     """Bytes by plane."""
     attention_profile: str
-    """Attention profile that the router resolved, for example "exact"."""
+    """Attention that the router resolved: "exact", or the profile and its mask, as in
+    "default: N=8 A=4096 levels (1,1),(8,4) sampled tail 64 sinks 4"."""
 
 
 @dataclass(frozen=True, slots=True)

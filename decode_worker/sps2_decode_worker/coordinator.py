@@ -303,6 +303,7 @@ class DecodeCoordinator:
             attempt=live.request.attempt,
             prefill_group=live.request.prefill_group,
             decode_group=self._group.name,
+            attention=live.request.attention,
         )
         for shard in live.reserve.placement.shards:
             record.shards.add(

@@ -23,6 +23,8 @@ MEET_POLL_S = 0.005
 
 CONNECT_TIMEOUT = timedelta(seconds=5)
 """For ranks that are all there to connect to each other; it takes milliseconds."""
+LANES = 2
+"""What goes in and what goes out of a layer's attention overlap, so neither may queue behind the other."""
 
 
 class GroupError(RuntimeError):
@@ -49,7 +51,7 @@ class Communicator(Protocol):
     bytes_posted: Counter[str]
 
     def all_to_all(
-        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str
+        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str, lane: int = 0
     ) -> PendingExchange:
         """Posts one uneven all-to-all and returns at once.
 
@@ -59,6 +61,8 @@ class Communicator(Protocol):
             send_bytes: bytes for each rank; 0 for this rank (what stays here is not exchanged).
             recv_bytes: bytes from each rank.
             kind: name of the counter that the posted bytes are added to.
+            lane: exchanges of one lane complete in the order of their posts; those of another need not wait for
+                them. At most `LANES`.
         """
         ...
 
@@ -85,7 +89,7 @@ class SoloCommunicator:
         self.bytes_posted = bytes_posted if bytes_posted is not None else Counter()
 
     def all_to_all(
-        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str
+        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str, lane: int = 0
     ) -> PendingExchange:
         """A rank alone has no peer; a caller that exchanges has made a wrong plan."""
         raise ValueError("a group of one rank has nobody to exchange with")
@@ -96,6 +100,34 @@ class SoloCommunicator:
 
     def close(self) -> None:
         """Nothing to leave."""
+
+
+class LeadingRanks:
+    """The first ranks of a group, as if they were all of it: the others exchange nothing, but stay in step.
+
+    Every rank of the group makes one; those beyond the first `size` post the same exchanges with zero bytes.
+    """
+
+    def __init__(self, group: Communicator, size: int) -> None:
+        self._group = group
+        self.rank = group.rank
+        self.size = size
+        self.bytes_posted = group.bytes_posted
+
+    def all_to_all(
+        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str, lane: int = 0
+    ) -> PendingExchange:
+        """See `Communicator.all_to_all`."""
+        idle = [0] * (self._group.size - self.size)
+        return self._group.all_to_all(send, [*send_bytes, *idle], [*recv_bytes, *idle], kind, lane)
+
+    def agree(self, flag: bool) -> bool:
+        """See `Communicator.agree`: the whole group does."""
+        return self._group.agree(flag)
+
+    def close(self) -> None:
+        """See `Communicator.close`."""
+        self._group.close()
 
 
 @dataclass(frozen=True)
@@ -115,25 +147,34 @@ class _TorchExchange:
 
 
 class TorchCommunicator:
-    """A group over a torch.distributed process group that is not the default one."""
+    """A group over torch.distributed process groups of the same ranks, none of them the default one.
+
+    Args:
+        lanes: one process group, or one for each lane where the backend completes its exchanges one by one.
+        device: where the tensors lie.
+        bytes_posted: counters to add to.
+    """
 
     def __init__(
-        self, process_group: dist.ProcessGroup, device: torch.device, bytes_posted: Counter[str] | None = None
+        self,
+        lanes: Sequence[dist.ProcessGroup],
+        device: torch.device,
+        bytes_posted: Counter[str] | None = None,
     ) -> None:
-        self._process_group: dist.ProcessGroup | None = process_group
+        self._lanes = tuple(lanes)
         self._device = device
-        self.rank = process_group.rank()
-        self.size = process_group.size()
+        self.rank = lanes[0].rank()
+        self.size = lanes[0].size()
         self.bytes_posted = bytes_posted if bytes_posted is not None else Counter()
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
 
     def all_to_all(
-        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str
+        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str, lane: int = 0
     ) -> PendingExchange:
         """See `Communicator.all_to_all`."""
         received = torch.empty(sum(recv_bytes), dtype=torch.uint8, device=self._device)
         try:
-            work = self._group().alltoall_base(received, send, list(recv_bytes), list(send_bytes))
+            work = self._group(lane).alltoall_base(received, send, list(recv_bytes), list(send_bytes))
         except RuntimeError as error:
             raise GroupError(f"exchange could not be posted: {error}") from error
         self.bytes_posted[kind] += sum(send_bytes)
@@ -145,7 +186,7 @@ class TorchCommunicator:
         options.rootRank, options.rootTensor = 0, 0
         self._flag.fill_(int(flag))
         try:
-            self._group().broadcast([self._flag], options).wait()
+            self._group(0).broadcast([self._flag], options).wait()
         except RuntimeError as error:
             raise GroupError(f"agreement failed: {error}") from error
         if self.rank == 0:
@@ -153,13 +194,13 @@ class TorchCommunicator:
         return bool(self._flag.item())
 
     def close(self) -> None:
-        """See `Communicator.close`; the process group's connections end with its last reference."""
-        self._process_group = None
+        """See `Communicator.close`; the connections of a process group end with its last reference."""
+        self._lanes = ()
 
-    def _group(self) -> dist.ProcessGroup:
-        if self._process_group is None:
+    def _group(self, lane: int) -> dist.ProcessGroup:
+        if not self._lanes:
             raise GroupError("this rank has left the group")
-        return self._process_group
+        return self._lanes[lane % len(self._lanes)]
 
 
 def open_store(host: str, timeout: timedelta) -> tuple[TCPStore, str]:
@@ -223,22 +264,23 @@ def _all_are_there(store: Store, rank: int, size: int) -> bool:
         raise GroupError(f"the rendezvous store is gone: {error}") from error
 
 
-def form_group(
+def form_groups(
     store: Store, epoch: int, rank: int, size: int, device: torch.device, host: str, timeout: timedelta
-) -> dist.ProcessGroup:
-    """Forms the process group of one epoch: NCCL on a GPU, else Gloo bound to `host`.
+) -> list[dist.ProcessGroup]:
+    """Forms the process groups of one epoch: Gloo bound to `host`, or on a GPU one of NCCL for each lane.
 
-    Every epoch has a store prefix of its own, so that what a dead epoch left behind is never read.
+    A communicator of NCCL completes its collectives one by one; Gloo works on several at once. Every epoch has
+    a store prefix of its own, so that what a dead epoch left behind is never read.
 
     Raises:
         GroupError: not all ranks came within `timeout`.
     """
-    prefixed = PrefixStore(f"epoch-{epoch}", store)
+    num_groups = LANES if device.type == "cuda" else 1
+    prefixes = [PrefixStore(f"epoch-{epoch}/{lane}", store) for lane in range(num_groups)]
     try:
-        group = _make_group(prefixed, rank, size, device, host, timeout)
+        return [_make_group(prefix, rank, size, device, host, timeout) for prefix in prefixes]
     except RuntimeError as error:
         raise GroupError(f"group of epoch {epoch} could not form: {error}") from error
-    return group
 
 
 def _make_group(
@@ -251,7 +293,11 @@ def _make_group(
     options = make.Options() if on_gpu else make._Options()  # noqa: SLF001
     # Forming cannot be called off: a rank that dies in the middle of it holds the others up for this long.
     options._timeout = min(timeout, CONNECT_TIMEOUT)  # noqa: SLF001
-    if not on_gpu:
+    if on_gpu:
+        # NCCL runs on streams of its own that wait for what was launched before the post; of high priority, or
+        # the compute launched after it would hold the exchange up.
+        options.is_high_priority_stream = True
+    else:
         options._devices = [make.create_device(hostname=host)]  # noqa: SLF001
     group: Any = make(store, rank, size, options)
     group._set_default_timeout(timeout)  # noqa: SLF001

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2.v1 import cluster_pb2
-from sps2_engine.attention.layout import exact_layout
+from sps2_layout.attention import Attention
+from sps2_layout.wire import unpack_attention
 from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure
@@ -26,6 +27,8 @@ class Attempt:
     """One attempt's prefill, as the leader sees it."""
 
     request: prefill_service_pb2.PrefillRequest
+    attention: Attention
+    """How its prompt is attended."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     dispatched: bool = False
     """Whether the ranks know of it."""
@@ -47,6 +50,7 @@ class PrefillCoordinator:
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._leader: GroupLeader | None = None
         self._kv_blocks = 0
+        self._slice_flops = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -94,6 +98,7 @@ class PrefillCoordinator:
     def on_formed(self, epoch: int, ranks: list[engine_pb2.EngineLoaded]) -> None:
         """See `Coordinator.on_formed`."""
         self._kv_blocks = min(loaded.kv_blocks_total for loaded in ranks)
+        self._slice_flops = min(loaded.slice_flops for loaded in ranks)
 
     def on_broken(self, error: Unavailable) -> None:
         """See `Coordinator.on_broken`."""
@@ -113,8 +118,7 @@ class PrefillCoordinator:
                 self._on_report(rank, attempt, event.prefill)
 
     def _admit(self, request: prefill_service_pb2.PrefillRequest) -> Attempt:
-        attempt = Attempt(request)
-        self._check(request)
+        attempt = Attempt(request, self._check(request))
         if attempt.key in self._attempts:
             raise Aborted("DUPLICATE_ATTEMPT", f"attempt {attempt.key} is being prefilled already")
         self._attempts[attempt.key] = attempt
@@ -123,7 +127,7 @@ class PrefillCoordinator:
         self._start_next()
         return attempt
 
-    def _check(self, request: prefill_service_pb2.PrefillRequest) -> None:
+    def _check(self, request: prefill_service_pb2.PrefillRequest) -> Attention:
         group = self._group
         if group.state is not GroupState.FORMED or self._draining:
             why = "is draining" if self._draining else f"is not ready ({group.missing})"
@@ -136,13 +140,16 @@ class PrefillCoordinator:
         begins = [shard.token_begin for shard in request.placement.shards]
         if begins != edges[:-1] or edges[-1] != len(request.token_ids):
             raise InvalidArgument.of_field("placement", "shards must cover the prompt in order, without gaps")
-        slice_tokens = exact_layout(len(request.token_ids), group.size).shard_tokens
+        attention = _attention_of(request)
+        num_ranks = attention.num_ranks(group.size)
+        slice_tokens = len(attention.sliced(group.size).rank_tokens(0, num_ranks))  # nobody has more
         if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
             raise FailedPrecondition(
                 "PROMPT_TOO_LARGE",
                 f"a slice of {slice_tokens} tokens needs more KV than a rank of {group.name} has "
                 f"({self._kv_blocks * BLOCK_TOKENS} tokens): raise --kv-tokens or use more ranks",
             )
+        return attention
 
     def _start_next(self) -> None:
         job = self._scheduler.start_next()
@@ -150,10 +157,10 @@ class PrefillCoordinator:
             return
         attempt = self._attempts[job.key]
         attempt.dispatched = True
-        request = attempt.request
-        layout = exact_layout(job.num_tokens, self._group.size)
+        request, attention = attempt.request, attempt.attention
+        num_ranks, layout = attention.num_ranks(self._group.size), attention.sliced(self._group.size)
         for rank in range(self._group.size):
-            span = layout.shard(rank)
+            span = layout.rank_tokens(rank, num_ranks)
             run = engine_pb2.RunPrefill(
                 attempt=request.attempt,
                 num_prompt_tokens=job.num_tokens,
@@ -161,6 +168,8 @@ class PrefillCoordinator:
                 token_ids=request.token_ids[span.begin : span.end],
                 placement=request.placement,
                 choice=request.choice,
+                attention=request.attention,
+                slice_flops=self._slice_flops,
             )
             self._group.send(rank, engine_pb2.EngineCommand(run_prefill=run))
 
@@ -213,6 +222,16 @@ class PrefillCoordinator:
         if not self._attempts:
             self._idle.set()
         self._computed(attempt)
+
+
+def _attention_of(request: prefill_service_pb2.PrefillRequest) -> Attention:
+    try:
+        attention = unpack_attention(request.attention)
+    except ValueError as error:
+        raise InvalidArgument.of_field("attention", str(error)) from None
+    if attention.num_prefilled != attention.num_tokens or attention.num_tokens != len(request.token_ids):
+        raise InvalidArgument.of_field("attention", "the mask must be laid over the whole prompt")
+    return attention
 
 
 def _sum_up(attempt: Attempt) -> prefill_service_pb2.PrefillDelivered:

@@ -6,7 +6,7 @@ Knows nothing of scheduling: the leader's supervisor sends one prompt after anot
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,25 +14,38 @@ from torch import Tensor
 from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
-from sps2_engine.attention.layout import exact_layout
 from sps2_engine.choice import finish_reason, sampling_params
-from sps2_engine.collectives import Communicator, SoloCommunicator
+from sps2_engine.collectives import Communicator, LeadingRanks, SoloCommunicator
 from sps2_engine.kv_pool import slot_runs
 from sps2_engine.kv_transfer.sender import KvSender
+from sps2_engine.layers.rows import RowWalk, row_chunks
 from sps2_engine.models import Attend
 from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.loading import load_model
 from sps2_engine.runtime.options import EngineOptions
 from sps2_engine.sampler import NonFiniteLogitsError, sample
+from sps2_engine.slices import Slicer
+from sps2_layout.layout import Layout, exact_layout
+from sps2_layout.wire import unpack_attention
 from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt_key
 
 _log = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 8
+CPU_SLICE_FLOPS = 4_000_000_000
+"""For each thread: 40 to 70 ms at the 60 to 110 GFLOP/s that a core does; what is not counted (merges, copies) and
+ranks that share a core may take as much again."""
+CUDA_SLICE_FLOPS = 20_000_000_000_000
+"""100 ms at a quarter of an H200's rate."""
 
 
 class AttemptCancelledError(Exception):
     """All ranks have agreed to give the running attempt up."""
+
+
+def slice_flops(device_type: str, num_threads: int) -> int:
+    """FLOPs of one slice of a prefill: at most 250 ms, also where two ranks share a core."""
+    return CUDA_SLICE_FLOPS if device_type == "cuda" else CPU_SLICE_FLOPS * num_threads
 
 
 class PrefillRole:
@@ -71,7 +84,9 @@ class PrefillRole:
             self._model.pool, sender, self.bytes_posted, self._options.name, self._send
         )
         self._warm_up()
-        return self._model.event()
+        loaded = self._model.event()
+        loaded.slice_flops = slice_flops(self._device.type, torch.get_num_threads())
+        return loaded
 
     def join(self, communicator: Communicator, epoch: int) -> None:
         """See `Role.join`."""
@@ -84,7 +99,7 @@ class PrefillRole:
         self._cancelled.clear()
 
     def notice(self, command: engine_pb2.EngineCommand) -> None:
-        """See `Role.notice`: a cancel takes effect at the running prompt's next layer."""
+        """See `Role.notice`: a cancel takes effect at the end of the running prompt's slice."""
         if command.HasField("cancel_prefill"):
             self._cancelled.add(attempt_key(command.cancel_prefill.attempt))
 
@@ -116,14 +131,15 @@ class PrefillRole:
 
     def _compute(self, run: engine_pb2.RunPrefill, delivery: Delivery) -> None:
         started, communicator = time.perf_counter(), self._communicator
-        plan = self._plan(run.num_prompt_tokens, communicator.size)
-        schedule = CsaSchedule(plan, communicator, self._model.scale)
+        attention = unpack_attention(run.attention)
+        num_ranks = attention.num_ranks(communicator.size)
+        plan = self._plan(attention.sliced(communicator.size), num_ranks)
+        slicer = Slicer(run.slice_flops, lambda: self._end_slice(key))
+        schedule = CsaSchedule(plan, LeadingRanks(communicator, num_ranks), self._model.scale, slicer)
         runs = slot_runs(delivery.blocks, len(run.token_ids))
         key, posted_before = attempt_key(run.attempt), self.bytes_posted[KIND]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if communicator.agree(key in self._cancelled):
-                raise AttemptCancelledError
             self._store(layer, runs, k, v)
             self._loaded_publisher.layer_ready(delivery, layer)
             o = schedule.attend(layer, q, k, v)
@@ -132,10 +148,19 @@ class PrefillRole:
             self._report(run.attempt, progress=prefill_service_pb2.PrefillProgress(fraction=fraction))
             return o
 
-        hidden = self._forward(run.token_ids, run.token_begin, attend)
+        def walk(num_rows: int, flops_per_row: int) -> Iterator[slice]:
+            return slicer.rows(len(plan.tokens(0)), num_rows, flops_per_row)  # nobody has more than rank 0
+
+        hidden = self._forward(run.token_ids, run.token_begin, attend, walk)
         if communicator.rank == plan.last_rank:
             self._sample_first(run, hidden[-1:], started)
         self._loaded_publisher.computed(delivery, self.bytes_posted[KIND] - posted_before, schedule.exposed_s)
+
+    def _end_slice(self, key: AttemptKey) -> None:
+        """All ranks come here together: they go on together, or none does."""
+        self.steps_done += 1
+        if self._communicator.agree(key in self._cancelled):
+            raise AttemptCancelledError
 
     def _sample_first(self, run: engine_pb2.RunPrefill, hidden: Tensor, started: float) -> None:
         logits = self._model.decoder.logits(hidden)[0]
@@ -164,21 +189,25 @@ class PrefillRole:
             self._model.arena.v[layer, begin:end] = v[rows]
             taken = rows.stop
 
-    def _forward(self, token_ids: Sequence[int], first_position: int, attend: Attend) -> Tensor:
+    def _forward(
+        self, token_ids: Sequence[int], first_position: int, attend: Attend, walk: RowWalk = row_chunks
+    ) -> Tensor:
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
         positions = torch.arange(len(ids), dtype=torch.int64, device=self._device) + first_position
-        return self._model.decoder.forward(ids, positions, attend)
+        return self._model.decoder.forward(ids, positions, attend, walk)
 
     def _warm_up(self) -> None:
         """One tiny forward, so that the first prompt does not pay for what initialises itself lazily."""
-        schedule = CsaSchedule(self._plan(WARM_UP_TOKENS, 1), SoloCommunicator(), self._model.scale)
+        schedule = CsaSchedule(
+            self._plan(exact_layout(WARM_UP_TOKENS, 1), 1), SoloCommunicator(), self._model.scale
+        )
         hidden = self._forward([0] * WARM_UP_TOKENS, 0, schedule.attend)
         self._model.decoder.logits(hidden[-1:])
 
-    def _plan(self, num_tokens: int, num_ranks: int) -> CsaPlan:
+    def _plan(self, layout: Layout, num_ranks: int) -> CsaPlan:
         config = self._model.decoder.config
         return CsaPlan(
-            exact_layout(num_tokens, num_ranks),
+            layout,
             num_ranks,
             config.num_q_heads,
             config.num_kv_heads,

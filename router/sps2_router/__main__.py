@@ -3,6 +3,7 @@
 import asyncio
 import sys
 
+from sps2_layout.profile_file import ProfileError
 from sps2_router.app import Router, served_model
 from sps2_router.config import RouterConfig
 from sps2_router.tokenizer import ModelTokenizer, TokenizerAbsentError
@@ -11,7 +12,10 @@ from sps2_service.directory_client import DirectoryClient
 from sps2_service.model_folder import ModelFolder, ModelFolderError
 from sps2_service.run import prepare_process, run_service
 
-EXAMPLES = ("--listen 0.0.0.0:50051 --directory 127.0.0.1:50060 --model models/demo",)
+EXAMPLES = (
+    "--listen 0.0.0.0:50051 --directory 127.0.0.1:50060 --model models/demo",
+    "--directory 127.0.0.1:50060 --model models/demo --profile exact",
+)
 
 
 async def serve(config: RouterConfig) -> int:
@@ -27,12 +31,12 @@ async def serve(config: RouterConfig) -> int:
 
 
 def main() -> int:
-    """Entry point; exit code 1 and one line for a model folder that cannot be served."""
+    """Entry point; exit code 1 and one line for a model folder or profile that cannot be served."""
     config = load_config(RouterConfig, prog="python -m sps2_router", examples=EXAMPLES)
     prepare_process("router", config)
     try:
         return asyncio.run(serve(config))
-    except (ModelFolderError, TokenizerAbsentError) as error:
+    except (ModelFolderError, TokenizerAbsentError, ProfileError) as error:
         sys.stderr.write(f"sps2_router: {error}\n")
         return 1
 

@@ -11,6 +11,7 @@ from sps2.v1 import (
     model_service_pb2,
     tokenizer_service_pb2,
 )
+from sps2_layout.profile_file import load_profile
 from sps2_router.admission import Admission
 from sps2_router.channels import LeaderChannels
 from sps2_router.cluster_servicer import ClusterServicer
@@ -76,7 +77,8 @@ class Router:
         dispatcher = Dispatcher(
             self._admission, self._scheduler, self._channels, tokenizer, config.retry_limits
         )
-        door = FrontDoor(model, tokenizer, self._admission, dispatcher, config.time_limits)
+        ladder = load_profile(config.profile)
+        door = FrontDoor(model, tokenizer, self._admission, dispatcher, config.time_limits, ladder)
         self.server = RouterServer(ready=self._ready, with_reflection=config.reflection)
         for servicer, file, name in (
             (InferenceServicer(door, self._admission), inference_service_pb2, "InferenceService"),

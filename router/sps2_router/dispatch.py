@@ -27,8 +27,6 @@ from sps2_service.errors import Internal, ServiceError, Unavailable
 Send: TypeAlias = Callable[[Event], Awaitable[None]]
 """Takes one event to the client; waits while the client does not read, so nothing piles up here."""
 
-ATTENTION_PROFILE = "exact"
-
 log = structlog.get_logger(__name__)
 
 
@@ -157,5 +155,5 @@ def _usage(
         prompt_tokens=request.num_prompt_tokens,
         output_tokens=num_tokens,
         timings=timings(milestones, handshake, num_tokens),
-        attention_profile=ATTENTION_PROFILE,
+        attention_profile=request.attention_profile,
     )

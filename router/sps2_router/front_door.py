@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sps2.v1 import generation_pb2
+from sps2_layout.profiles import Ladder
 from sps2_router.admission import Admission
 from sps2_router.dispatch import Dispatcher, Send
 from sps2_router.scope import CallScope
@@ -39,12 +40,15 @@ class FrontDoor:
         admission: Admission,
         dispatcher: Dispatcher,
         limits: TimeLimits,
+        ladder: Ladder,
     ) -> None:
+        """`ladder` is the attention profile of requests that name none."""
         self._model = model
         self._tokenizer = tokenizer
         self._admission = admission
         self._dispatcher = dispatcher
         self._limits = limits
+        self._ladder = ladder
 
     async def generate(self, spec: generation_pb2.GenerationSpec, time_left: float | None, send: Send) -> str:
         """Serves one call and returns the request's id.
@@ -67,7 +71,8 @@ class FrontDoor:
             self._admission.register(request_id, spec.nonce, scope) as live,
         ):
             prompt_ids = await self._prompt_ids(spec)
-            request = resolve(spec, request_id, prompt_ids, self._model, secrets.randbits(64))
+            seed = secrets.randbits(64)
+            request = resolve(spec, request_id, prompt_ids, self._model, seed, self._ladder)
             await self._dispatcher.serve(request, live, arrived_at, send)
         return request_id
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sps2.v1 import cluster_pb2
+from sps2_layout.attention import Attention
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Request:
     """The prompt's token ids, at least one."""
     choice: TokenChoice
     """How it is answered."""
+    attention: Attention
+    """How the prompt is attended."""
+    attention_profile: str
+    """The same for people, with the name of the profile that chose it."""
 
     def __post_init__(self) -> None:
         """A request without a prompt cannot be served."""

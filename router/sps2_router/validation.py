@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 
 from sps2.v1 import generation_pb2
+from sps2_layout.attention import Attention
+from sps2_layout.profiles import NAMED, Ladder
 from sps2_router.types import Request, ServedModel, TokenChoice
 from sps2_service.errors import FieldViolation, InvalidArgument, NotFound, OutOfRange
 
@@ -34,6 +36,12 @@ def check_fields(spec: generation_pb2.GenerationSpec, model: ServedModel) -> Non
     _check_prompt(spec, model)
     _check_sampling(spec.sampling)
     _check_stop(spec.stop, model)
+    if spec.attention_profile and spec.attention_profile not in NAMED:
+        shown = spec.attention_profile[:64].encode("ascii", "replace").decode()
+        raise InvalidArgument.of_field(
+            "spec.attention_profile",
+            f"{shown!r} is unknown; send one of {', '.join(NAMED)}, or nothing for the deployment's own",
+        )
 
 
 def check_request_id(request_id: str, field: str, *, may_be_empty: bool = False) -> None:
@@ -131,6 +139,7 @@ def resolve(
     prompt_ids: Sequence[int],
     model: ServedModel,
     drawn_seed: int,
+    ladder: Ladder,
 ) -> Request:
     """The request that a checked spec asks for, with every default filled in.
 
@@ -140,6 +149,7 @@ def resolve(
         prompt_ids: The spec's ids, or those of its text.
         model: The served model.
         drawn_seed: Used when the spec has none.
+        ladder: The deployment's attention profile, used when the spec names none.
 
     Raises:
         OutOfRange: prompt and max_tokens together are longer than the context.
@@ -158,7 +168,15 @@ def resolve(
         stop_token_ids=tuple(dict.fromkeys((*eos, *spec.stop.stop_token_ids))),
         max_tokens=max_tokens,
     )
-    return Request(request_id, prompt_ids, choice)
+    chosen = NAMED[spec.attention_profile] if spec.attention_profile else ladder
+    attention = Attention.admit(chosen, len(prompt_ids))
+    return Request(request_id, prompt_ids, choice, attention, _describe(chosen, attention))
+
+
+def _describe(ladder: Ladder, attention: Attention) -> str:
+    """What usage says: a dense prompt is "exact", whichever profile left it dense."""
+    mask = attention.describe()
+    return mask if attention.layout is None else f"{ladder.name}: {mask}"
 
 
 def _fit(stop: generation_pb2.StopSpec, num_prompt_tokens: int, model: ServedModel) -> int:

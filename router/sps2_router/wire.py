@@ -2,6 +2,7 @@
 
 from sps2.internal.v1 import decode_service_pb2, placement_pb2, prefill_service_pb2
 from sps2.v1 import generation_pb2
+from sps2_layout.wire import pack_attention
 from sps2_router.types import GroupPair, Request, TokenChoice
 
 
@@ -27,6 +28,7 @@ def pack_reserve(
             choice=pack_choice(request.choice),
             model_hash=pair.prefill_leader.capabilities.model_hash,
             prefill_group=pair.prefill.name,
+            attention=pack_attention(request.attention),
         )
     )
 
@@ -47,4 +49,5 @@ def pack_prefill(
         token_ids=request.prompt_ids,
         placement=placement,
         choice=pack_choice(request.choice),
+        attention=pack_attention(request.attention),
     )

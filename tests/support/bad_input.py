@@ -107,6 +107,14 @@ def bad_requests(model: Model) -> list[BadRequest]:
             {"max_tokens": 0},
         ),
         BadRequest(
+            "unknown attention profile",
+            InvalidArgument,
+            "send one of exact, paper, default",
+            "spec.attention_profile",
+            "hello",
+            {"attention_profile": "dense"},
+        ),
+        BadRequest(
             "unknown model",
             NotFound,
             f"leave spec.model empty or set it to '{re.escape(model.name)}'",

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from sps2_engine.collectives import Communicator, SoloCommunicator, TorchCommunicator, form_group
+from sps2_engine.collectives import Communicator, SoloCommunicator, TorchCommunicator, form_groups
 
 Result = TypeVar("Result")
 
@@ -28,9 +28,9 @@ def run_ranks(num_ranks: int, work: Callable[[Communicator], Result]) -> list[Re
 
     def on_rank(rank: int) -> Result:
         device = torch.device("cpu")
-        group = form_group(store, 1, rank, num_ranks, device, "127.0.0.1", TIMEOUT)
+        lanes = form_groups(store, 1, rank, num_ranks, device, "127.0.0.1", TIMEOUT)
         formed.wait()  # a rank with nothing to exchange may not leave while others still connect to it
-        communicator = TorchCommunicator(group, device)
+        communicator = TorchCommunicator(lanes, device)
         try:
             return work(communicator)
         finally:

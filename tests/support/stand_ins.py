@@ -47,6 +47,7 @@ def stand_in(role: str, arguments: list[str]) -> None:
         "directory",
         "model",
         "model-name",
+        "profile",
         "group",
         "rank",
         "group-size",

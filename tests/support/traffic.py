@@ -10,8 +10,8 @@ from sps2_client import BytesMoved, Client
 from sps2_decode_worker.__main__ import DecodeWorkerConfig
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.decode_plan import DecodePlan, DecodeRow, place_tokens
-from sps2_engine.attention.layout import exact_layout
 from sps2_engine.kv_pool import BLOCK_TOKENS
+from sps2_layout.layout import exact_layout
 from support.identity import GENERATE_TIMEOUT_S, Prompt
 from support.waiting import wait_until
 

@@ -65,6 +65,8 @@ class UpOptions:
     """URL of a running Redis; None starts one."""
     device: str = "auto"
     """ "auto", "cpu" or "cuda"."""
+    profile: str = "exact"
+    """Attention of requests that name none: exact, paper, default, or a JSON file."""
     dtype: str = "fp32"
     """Element type of weights and KV."""
     kv_transport: str = "auto"
@@ -166,7 +168,7 @@ def router_spec(options: UpOptions, commands: Commands, directory: str) -> Proce
     return ProcessSpec(
         name="router",
         kind="router",
-        command=(*commands.router, "--directory", directory, *model),
+        command=(*commands.router, "--directory", directory, "--profile", options.profile, *model),
         listen=options.listen,
     )
 

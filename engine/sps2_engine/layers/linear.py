@@ -40,6 +40,11 @@ class Linear:
                 source.fill(f"{name}.bias", part)
         return linear
 
+    @property
+    def flops_per_row(self) -> int:
+        """FLOPs of one row's product."""
+        return 2 * self.weight.numel()
+
     def __call__(self, x: Tensor) -> Tensor:
         """Takes x [rows, in_features] to [rows, out_features]."""
         return functional.linear(x, self.weight, self.bias)

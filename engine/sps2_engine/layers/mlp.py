@@ -20,6 +20,11 @@ class SwiGLU:
         self.gate_up = Linear.load(source, gate_up, hidden_size, bias=bias)
         self.down = Linear.load(source, {f"{name}.down_proj": hidden_size}, intermediate_size, bias=bias)
 
+    @property
+    def flops_per_row(self) -> int:
+        """FLOPs of one row's products."""
+        return self.gate_up.flops_per_row + self.down.flops_per_row
+
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """Does out [rows, hidden] += SwiGLU(x [rows, hidden]); holds 2 * intermediate_size values per row."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [rows, intermediate] each

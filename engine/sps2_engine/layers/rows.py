@@ -1,13 +1,19 @@
 """Row chunks: how wide, row-wise work on long prompts is kept from needing wide buffers for every token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 ROW_CHUNK = 2048
 """Rows worked on at once. Large enough to fill a device's matrix units; at this size the temporaries of the
 widest layer are a small part of the hidden states of a long prompt."""
 
 
-def row_chunks(num_rows: int) -> Iterator[slice]:
+RowWalk: TypeAlias = Callable[[int, int], Iterator[slice]]
+"""How row-wise work is cut: takes rows and FLOPs of a row, yields slices of at most `ROW_CHUNK` rows in order, each
+worked on as it comes. `row_chunks`, or something that looks up between the chunks."""
+
+
+def row_chunks(num_rows: int, _flops_per_row: int = 0) -> Iterator[slice]:
     """Slices of at most `ROW_CHUNK` rows that cover `num_rows` rows in order; none for no rows."""
     for start in range(0, num_rows, ROW_CHUNK):
         yield slice(start, min(start + ROW_CHUNK, num_rows))

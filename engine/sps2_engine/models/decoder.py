@@ -15,7 +15,7 @@ from sps2_engine.layers.linear import Linear
 from sps2_engine.layers.mlp import SwiGLU
 from sps2_engine.layers.rms_norm import RMSNorm
 from sps2_engine.layers.rope import RotaryEmbedding, Rotation
-from sps2_engine.layers.rows import row_chunks
+from sps2_engine.layers.rows import RowWalk, row_chunks
 from sps2_engine.models.config import ModelConfig
 from sps2_engine.weights import WeightSource
 
@@ -55,18 +55,18 @@ class SelfAttention:
         o_proj = {f"{name}.self_attn.o_proj": config.hidden_size}
         self.output = Linear.load(source, o_proj, q_size, bias=config.o_bias)
 
-    def add_to(self, x: Tensor, rotation: Rotation, attend: Attend) -> None:
+    def add_to(self, x: Tensor, rotation: Rotation, attend: Attend, walk: RowWalk) -> None:
         """Adds the block's output to the hidden states `x` [tokens, hidden], in place."""
-        q, k, v = self._project(x, rotation)
+        q, k, v = self._project(x, rotation, walk)
         o = attend(self.layer, q, k, v)
         del q, k, v
         o = o.flatten(1)  # [tokens, num_q_heads * head_dim]
-        for rows in row_chunks(len(x)):
+        for rows in walk(len(x), self.output.flops_per_row):
             self.output.add_to(x[rows], o[rows])
 
-    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, rotation: Rotation, walk: RowWalk) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (x.new_empty(len(x), heads, self.head_dim) for heads in self.num_heads)
-        for rows in row_chunks(len(x)):
+        for rows in walk(len(x), self.qkv.flops_per_row):
             qkv = self.qkv(self.norm(x[rows]))
             # [chunk, q + k + v heads, head_dim]
             new_q, new_k, new_v = torch.split(qkv.view(len(qkv), -1, self.head_dim), self.num_heads, dim=1)
@@ -90,9 +90,9 @@ class FeedForward:
             source, f"{name}.mlp", config.hidden_size, config.intermediate_size, bias=config.mlp_bias
         )
 
-    def add_to(self, x: Tensor) -> None:
+    def add_to(self, x: Tensor, walk: RowWalk) -> None:
         """Adds the block's output to the hidden states `x` [tokens, hidden], in place."""
-        for rows in row_chunks(len(x)):
+        for rows in walk(len(x), self.mlp.flops_per_row):
             self.mlp.add_to(x[rows], self.norm(x[rows]))
 
 
@@ -124,13 +124,16 @@ class Decoder:
         self._head = self._read_head(source)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attend: Attend, walk: RowWalk = row_chunks
+    ) -> Tensor:
         """Runs all layers.
 
         Args:
             token_ids: [tokens] int64, below vocab_size; may be empty, `attend` is called all the same.
             positions: [tokens] int64, each token's place in its own text.
             attend: attention of these tokens.
+            walk: how row-wise work is cut; what it raises between two chunks ends the forward.
 
         Returns:
             Hidden states [tokens, hidden] in the model's dtype, the final norm applied.
@@ -138,8 +141,8 @@ class Decoder:
         x = functional.embedding(token_ids, self._embedding)
         rotation = self._rotary(positions)
         for attention, feed_forward in self._layers:
-            attention.add_to(x, rotation, attend)
-            feed_forward.add_to(x)
+            attention.add_to(x, rotation, attend, walk)
+            feed_forward.add_to(x, walk)
         for rows in row_chunks(len(x)):
             x[rows] = self._norm(x[rows])
         return x

@@ -22,7 +22,7 @@ from sps2_engine.collectives import (
     SoloCommunicator,
     TorchCommunicator,
     connect_store,
-    form_group,
+    form_groups,
     meet,
     open_store,
 )
@@ -149,10 +149,10 @@ class EngineHost:
         else:
             store = connect_store(form.store_address, CONNECT_TIMEOUT)
         meet(store, epoch, form.rank, form.world_size, FORM_TIMEOUT, lambda: self._ended_epoch >= epoch)
-        group = form_group(
+        lanes = form_groups(
             store, epoch, form.rank, form.world_size, self._device, self._host, self._collective_timeout
         )
-        return TorchCommunicator(group, self._device, self._role.bytes_posted)
+        return TorchCommunicator(lanes, self._device, self._role.bytes_posted)
 
     def _fail(self, reason: str) -> None:
         _log.warning("epoch %d failed: %s", self._epoch, reason)

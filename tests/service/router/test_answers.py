@@ -2,13 +2,19 @@
 
 import asyncio
 import hashlib
+import json
 import struct
+from pathlib import Path
 
 import pytest
 
 from sps2.v1 import (
     generation_pb2,
 )
+from sps2_layout.attention import Attention
+from sps2_layout.profile_file import load_profile
+from sps2_layout.profiles import EXACT
+from sps2_layout.wire import unpack_attention
 from support.router_deployment import (
     Code,
     Deployment,
@@ -41,6 +47,28 @@ async def test_streams_an_answer(up: Deployment) -> None:
     assert 0 <= timings.queue <= timings.ttft <= timings.e2e
     assert timings.ttft >= timings.queue + timings.prefill + timings.transfer
     assert timings.tpot > 0
+
+
+async def test_the_mask_goes_to_both_leaders(up: Deployment) -> None:
+    await up.generate(prompt("hello", attention_profile="paper"))
+    prefill, reserve = up.prefill.requests[0], up.decode.reserved[0]
+    assert unpack_attention(prefill.attention) == Attention.admit(EXACT, 2)  # too short for anything else
+    assert reserve.attention == prefill.attention
+
+
+async def test_the_deployments_own_profile(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.json"
+    rung = {"shards": 2, "levels": [[1, 1], [2, 2]], "tail": 1}
+    path.write_text(json.dumps({"min_shard_tokens": 1, "profiles": [rung]}))
+    async with Deployment(profile=str(path)) as up:
+        answer = await up.generate(prompt("hello"))
+        assert answer.usage.attention_profile == "tiny: N=2 A=2 levels (1,1),(2,2) sampled tail 1 sinks 0"
+        assert (
+            await up.generate(prompt("hello", attention_profile="exact"))
+        ).usage.attention_profile == "exact"
+        expected = Attention.admit(load_profile(str(path)), 2)
+        assert unpack_attention(up.prefill.requests[0].attention) == expected
+        assert up.prefill.requests[1].attention.HasField("exact")
 
 
 async def test_workers_get_the_resolved_request(up: Deployment) -> None:

@@ -190,6 +190,7 @@ def test_help_has_examples(command: tuple[str, ...]) -> None:
         ("--listen", "nowhere"),
         ("--model", "/nonexistent"),
         ("--dtype", "fp64"),
+        ("--profile", "sparse"),
     ],
 )
 def test_usage_errors_of_up(arguments: tuple[str, ...]) -> None:

@@ -66,7 +66,9 @@ def test_every_rank_is_started_once_with_its_leader() -> None:
         "--leader": "at-decode-0/0",
     }
     assert "--leader" not in leaders[0].command
-    assert router_spec(OPTIONS, Commands(), "d:1").listen == "127.0.0.1:50051"
+    router = router_spec(OPTIONS, Commands(), "d:1")
+    assert router.listen == "127.0.0.1:50051"
+    assert flags(router.command[3:])["--profile"] == "exact"
     assert last.at("h:9").listen == "h:9"
 
 

@@ -1,12 +1,17 @@
 """The pure CSA plan against the mask: every visible pair is computed once, by somebody, at every degree."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sps2_engine.attention.csa_plan import CsaPlan, head_runs, split_heads
-from sps2_engine.attention.layout import Layout, Level, Profile, Sample, Span, exact_layout, paper_profile
+from sps2_engine.attention.csa_plan import CsaPlan, chunk_pieces, row_block, split_heads
+from sps2_engine.attention.kv_schedule import KvPlan
+from sps2_engine.attention.plan import CHUNK_BYTES, MAX_CHUNKS, Stage, head_runs
 from sps2_kernels import reference
+from sps2_layout.layout import Layout, Level, Sample, Span, exact_layout
+from sps2_layout.profiles import Profile, paper_profile
+from support.csa_cases import PLANS, PROFILES, closed_forms, mask, mask_pairs
 
 
 @st.composite
@@ -29,60 +34,42 @@ def layouts(draw: st.DrawFn) -> Layout:
     return profile.resolve(draw(st.integers(1, 130)))
 
 
-def mask_pairs(layout: Layout, num_q_heads: int, num_kv_heads: int, layer: int) -> int:
-    levels = [(level.group, level.stride) for level in layout.levels]
-    return sum(
-        int(
-            reference.csa_mask(
-                layout.num_tokens,
-                layout.shard_tokens,
-                levels,
-                kv_head,
-                layer,
-                dense_queries=layout.dense_queries,
-                sinks=layout.sinks,
-                tail=layout.tail,
-            ).sum()
-        )
-        * (num_q_heads // num_kv_heads)
-        for kv_head in range(num_kv_heads)
-    )
-
-
 @settings(max_examples=60, deadline=None)
-@given(layouts(), st.integers(0, 5), st.sampled_from([(4, 2), (3, 1), (7, 1)]), st.data())
+@given(
+    layouts(),
+    st.integers(0, 5),
+    st.sampled_from([(4, 2), (3, 1), (7, 1)]),
+    st.sampled_from(sorted(PLANS)),
+    st.sampled_from([1, 1 << 30]),
+    st.data(),
+)
 def test_flops_are_those_of_the_mask_at_every_degree(
-    layout: Layout, layer: int, heads: tuple[int, int], data: st.DataObject
+    layout: Layout,
+    layer: int,
+    heads: tuple[int, int],
+    schedule: str,
+    chunk_bytes: int,
+    data: st.DataObject,
 ) -> None:
     num_ranks = data.draw(st.sampled_from([p for p in (1, 2, 4, 8) if layout.num_shards % p == 0]))
-    plan = CsaPlan(layout, num_ranks, *heads, head_dim=16, element_bytes=4)
+    plan = PLANS[schedule](layout, num_ranks, *heads, 16, 4, chunk_bytes)
     assert plan.flops_per_layer(layer) == 4 * 16 * mask_pairs(layout, *heads, layer)
-
-
-def closed_forms(plan: CsaPlan) -> tuple[float, float]:
-    """FLOPs and bytes per layer, mean per rank (`attention.md`)."""
-    layout, p = plan.layout, plan.num_ranks
-    n, a, hq, d = layout.num_shards, layout.shard_tokens, plan.num_q_heads, plan.head_dim
-    b, s = plan.element_bytes, layout.num_tokens
-    flops, moved = float(a * (a + 1)), 0.0
-    for lower, level in zip(layout.levels, layout.levels[1:], strict=False):
-        q = 1.0 if layout.dense_queries else 1 / level.stride
-        flops += a * a * level.group * (1 - lower.group / level.group) * q / level.stride
-        big, small = max(1, level.group * p // n), max(1, lower.group * p // n)
-        per_token = q * hq * (2 * b * d + 4) + 2 * b * d * max(plan.num_kv_heads, big) / level.stride
-        moved += (1 - 1 / big) * (1 - small / big) * (s / p) * per_token
-    return n / p * 2 * d * hq * flops, moved
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("heads", [(8, 2), (16, 8), (8, 8)])
 @pytest.mark.parametrize("levels", [((1, 1), (8, 8)), ((1, 1), (2, 2), (8, 4)), ((1, 1), (8, 1))])
 @pytest.mark.parametrize("dense_queries", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, CHUNK_BYTES])
 def test_flops_and_bytes_are_the_closed_forms(
-    num_ranks: int, heads: tuple[int, int], levels: tuple[tuple[int, int], ...], dense_queries: bool
+    num_ranks: int,
+    heads: tuple[int, int],
+    levels: tuple[tuple[int, int], ...],
+    dense_queries: bool,
+    chunk_bytes: int,
 ) -> None:
     layout = Profile(8, levels, dense_queries).resolve(8 * 8 * 24)
-    plan = CsaPlan(layout, num_ranks, *heads, head_dim=64, element_bytes=2)
+    plan = CsaPlan(layout, num_ranks, *heads, 64, 2, chunk_bytes)
     flops, moved = closed_forms(plan)
     for layer in (0, 3):
         assert plan.flops_per_layer(layer) == pytest.approx(flops * num_ranks, rel=1e-12)
@@ -90,7 +77,7 @@ def test_flops_and_bytes_are_the_closed_forms(
 
 
 def test_the_figures_of_the_design() -> None:
-    """S = 128k, 32/8 heads, D = 128, bf16, on 8 ranks, per rank and layer: 2.44 TFLOP and 32 MB, exact 17.6 and 259."""
+    """128k tokens, 8 shards and ranks, 32/8 heads, D = 128, bf16: TFLOP and MB per rank and layer."""
     for profile, tflop, megabytes in (
         (paper_profile(8), 2.44, 32),
         (Profile(8, ((1, 1), (8, 1))), 17.6, 259),
@@ -98,6 +85,63 @@ def test_the_figures_of_the_design() -> None:
         plan = CsaPlan(profile.resolve(131_072), 8, 32, 8, 128, 2)
         assert plan.flops_per_layer() / 8 / 1e12 == pytest.approx(tflop, rel=0.01)
         assert plan.bytes_per_layer() / 8 / 1e6 == pytest.approx(megabytes, rel=0.02)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("num_tokens", [1, 7, 61, 130])
+def test_the_mask_of_ranges_is_the_mask_of_pairs(name: str, num_tokens: int) -> None:
+    layout = PROFILES[name].resolve(num_tokens)
+    levels = [(level.group, level.stride) for level in layout.levels]
+    for kv_head in range(3):
+        pairs = reference.csa_mask(
+            num_tokens,
+            layout.shard_tokens,
+            levels,
+            kv_head,
+            1,
+            dense_queries=layout.dense_queries,
+            sinks=layout.sinks,
+            tail=layout.tail,
+        )
+        assert torch.equal(mask(layout, kv_head, 1), pairs)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_folded_shards_are_even(num_ranks: int) -> None:
+    """With N = 2P every rank computes as many pairs; with consecutive shards the last has most."""
+    layout = exact_layout(16 * 64, 2 * num_ranks)
+    folded = KvPlan(layout, num_ranks, 4, 2, 16, 4)
+    assert len({folded.pairs(rank, 0) for rank in range(num_ranks)}) == 1
+    assert folded.last_rank == 0
+    assert folded.spans(0)[-1].end == layout.num_tokens
+    consecutive = KvPlan(layout, num_ranks, 4, 2, 16, 4, folds_shards=False)
+    loads = [consecutive.pairs(rank, 0) for rank in range(num_ranks)]
+    assert loads == sorted(loads)
+    assert sum(loads) == sum(folded.pairs(rank, 0) for rank in range(num_ranks))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_chunks"), [(100, 1), (2_000, 1), (4_000, 2), (50_000, MAX_CHUNKS)]
+)
+def test_small_exchanges_are_not_cut(num_tokens: int, num_chunks: int) -> None:
+    plan = CsaPlan(Profile(2, ((1, 1), (2, 1))).resolve(num_tokens), 2, 8, 2, 64, 4)
+    assert [stage.num_chunks for stage in plan.stages()] == [num_chunks] * num_chunks
+
+
+@given(st.integers(0, 20), st.integers(1, 14), st.integers(1, 7), st.integers(1, 5))
+def test_chunks_cover_a_share_once(begin: int, length: int, fold: int, num_chunks: int) -> None:
+    """Each (head, row) of a share is in one chunk, and a KV head's first rows come first."""
+    share, rows = Span(begin, begin + length), Sample(Span(3, 40), 2, 1)
+    seen: list[tuple[int, int]] = []
+    for chunk in range(num_chunks):
+        for piece in chunk_pieces(share, fold, Stage(1, chunk, num_chunks)):
+            block = row_block(rows, piece.row_block, piece.num_row_blocks)
+            tokens = range(block.first, block.span.end, block.stride)
+            new = [(head, t) for head in range(piece.q_heads.begin, piece.q_heads.end) for t in tokens]
+            assert all(piece.row_block == 0 or (head, rows.first) in seen for head, _ in new)
+            seen += new
+    wanted = range(rows.first, rows.span.end, rows.stride)
+    assert sorted(seen) == [(head, t) for head in range(begin, begin + length) for t in wanted]
 
 
 @given(st.integers(1, 5000), st.integers(1, 9))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-CONTROL_PLANE = ["sps2_router", "sps2_kv_directory", "sps2_service", "sps2_client", "sps2_cli"]
+CONTROL_PLANE = ["sps2_router", "sps2_kv_directory", "sps2_service", "sps2_layout", "sps2_client", "sps2_cli"]
 
 # Imports every module of a package and prints the forbidden libraries that came along. import-linter follows
 # our own imports only; a third-party library that pulls torch in is seen here alone.

@@ -3,6 +3,7 @@
 import pytest
 
 from sps2.v1 import generation_pb2
+from sps2_layout.profiles import DEFAULT
 from sps2_router.types import Request, ServedModel, TokenChoice
 from sps2_router.validation import (
     DEFAULT_MAX_TOKENS,
@@ -19,7 +20,7 @@ Spec, Sampling, Stop = generation_pb2.GenerationSpec, generation_pb2.SamplingSpe
 
 
 def resolved(spec: generation_pb2.GenerationSpec, num_prompt_tokens: int = 3) -> Request:
-    return resolve(spec, "r", [5] * num_prompt_tokens, MODEL, drawn_seed=99)
+    return resolve(spec, "r", [5] * num_prompt_tokens, MODEL, 99, DEFAULT)
 
 
 def test_what_is_unset_gets_its_default() -> None:
@@ -58,7 +59,7 @@ def test_the_context_may_be_filled_to_the_last_token() -> None:
 
 def test_a_text_without_tokens() -> None:
     with pytest.raises(InvalidArgument, match="has no tokens"):
-        resolve(Spec(text="x"), "r", [], MODEL, 0)
+        resolve(Spec(text="x"), "r", [], MODEL, 0, DEFAULT)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,29 @@ def test_a_text_without_tokens() -> None:
 )
 def test_values_at_the_edge_are_fine(spec: generation_pb2.GenerationSpec) -> None:
     check_fields(spec, MODEL)
+
+
+def test_the_attention_profile_of_a_request_goes_before_the_deployments() -> None:
+    long = ServedModel("tiny", "hash", 100_000, 300, ())
+    spec = Spec(text="x")
+    said = {}
+    for spec.attention_profile in ("", "exact", "paper", "default"):
+        check_fields(spec, long)
+        request = resolve(spec, "r", [5] * 20_000, long, 0, DEFAULT)
+        assert request.attention.num_tokens == 20_000
+        said[spec.attention_profile] = request.attention_profile
+    assert said == {
+        "": "default: N=4 A=5000 levels (1,1),(4,4) sampled tail 64 sinks 4",
+        "exact": "exact",
+        "paper": "paper: N=4 A=5000 levels (1,1),(4,8) sampled tail 0 sinks 0",
+        "default": said[""],
+    }
+
+
+def test_unknown_attention_profiles_are_named() -> None:
+    with pytest.raises(InvalidArgument, match="send one of exact, paper, default") as caught:
+        check_fields(Spec(text="x", attention_profile="dense"), MODEL)
+    assert caught.value.violations[0].field == "spec.attention_profile"
 
 
 def test_one_wrong_id_among_many_is_found() -> None:

@@ -1,5 +1,7 @@
 """Channels: targets and deadlines."""
 
+import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -49,15 +51,27 @@ class Expired:
         return -0.1
 
 
+class Slow:
+    """Answers long after any call of these tests has ended."""
+
+    async def Unary(self, _: Any, __: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802
+        await asyncio.sleep(30)
+        return Echo()
+
+    Down = Up = Both = Unary
+
+
 async def test_a_passed_deadline_fails_the_next_call_at_once() -> None:
     timeout = deadline(Expired(), 10)  # type: ignore[arg-type] # all that `deadline` asks of a context
     assert timeout == 0
     server = ServiceServer()
-    server.add(Recorder(1), SERVICE)
+    server.add(Slow(), SERVICE)  # gRPC counts whole milliseconds: a quick answer might still be let through
+    began = time.monotonic()
     async with open_channel(await server.start("127.0.0.1:0")) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await EchoStub(channel).unary(Echo(), timeout=timeout)
         assert isinstance(from_rpc_error(caught.value), DeadlineExceeded)
+    assert time.monotonic() - began < 5
     await server.stop(0)
 
 

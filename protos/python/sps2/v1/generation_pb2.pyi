@@ -56,6 +56,7 @@ class GenerationSpec(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    ATTENTION_PROFILE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request, 1 to 64 printable ASCII characters. Empty: the router draws one.
     While a request lives a second one with the same id is ALREADY_EXISTS, unless `nonce` matches.
@@ -66,6 +67,10 @@ class GenerationSpec(_message.Message):
     """Model name as ModelService lists it. Empty: the only model of the deployment."""
     text: _builtins.str
     """Plain text, valid UTF-8, not empty; the tokenizer's own special tokens are added as its config says."""
+    attention_profile: _builtins.str
+    """How the prompt is attended: "exact", "paper" (the method as published) or "default" (sparse where
+    the prompt is long enough). Empty: what the deployment was started with.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are; each in [0, vocabulary size)."""
@@ -88,10 +93,11 @@ class GenerationSpec(_message.Message):
         token_ids: Global___TokenIds | None = ...,
         sampling: Global___SamplingSpec | None = ...,
         stop: Global___StopSpec | None = ...,
+        attention_profile: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "nonce", b"nonce", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_profile", b"attention_profile", "model", b"model", "nonce", b"nonce", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -287,7 +293,10 @@ class Usage(_message.Message):
     output_tokens: _builtins.int
     """Tokens generated."""
     attention_profile: _builtins.str
-    """Attention profile that was resolved at admission ("exact")."""
+    """Attention as it was resolved at admission: "exact", or the profile's name and the mask, as in
+    "default: N=8 A=4096 levels (1,1),(8,4) sampled tail 64 sinks 4" (N shards of A tokens,
+    (group, stride) by level, which queries read the samples, last and first tokens seen whole).
+    """
     @_builtins.property
     def timings(self) -> Global___Timings:
         """Seconds by phase."""

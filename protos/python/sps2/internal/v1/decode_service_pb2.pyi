@@ -64,6 +64,7 @@ class ReserveKv(_message.Message):
     CHOICE_FIELD_NUMBER: _builtins.int
     MODEL_HASH_FIELD_NUMBER: _builtins.int
     PREFILL_GROUP_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
     """Tokens of the prompt."""
     model_hash: _builtins.str
@@ -78,6 +79,10 @@ class ReserveKv(_message.Message):
     def choice(self) -> _prefill_service_pb2.TokenChoice:
         """How tokens are chosen and when it ends."""
 
+    @_builtins.property
+    def attention(self) -> _placement_pb2.AttentionLayout:
+        """The mask under which the prompt is prefilled, for the directory's record."""
+
     def __init__(
         self,
         *,
@@ -86,10 +91,11 @@ class ReserveKv(_message.Message):
         choice: _prefill_service_pb2.TokenChoice | None = ...,
         model_hash: _builtins.str = ...,
         prefill_group: _builtins.str = ...,
+        attention: _placement_pb2.AttentionLayout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "model_hash", b"model_hash", "num_prompt_tokens", b"num_prompt_tokens", "prefill_group", b"prefill_group"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "model_hash", b"model_hash", "num_prompt_tokens", b"num_prompt_tokens", "prefill_group", b"prefill_group"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

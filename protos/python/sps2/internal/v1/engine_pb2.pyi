@@ -147,10 +147,14 @@ class RunPrefill(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    SLICE_FLOPS_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
     """Tokens of the whole prompt."""
     token_begin: _builtins.int
     """First token of this rank's slice."""
+    slice_flops: _builtins.int
+    """FLOPs of one slice: every rank looks for a cancel each time the busiest rank has done so many."""
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -167,6 +171,10 @@ class RunPrefill(_message.Message):
     def choice(self) -> _prefill_service_pb2.TokenChoice:
         """How the first token is chosen."""
 
+    @_builtins.property
+    def attention(self) -> _placement_pb2.AttentionLayout:
+        """The mask of the prompt."""
+
     def __init__(
         self,
         *,
@@ -176,10 +184,12 @@ class RunPrefill(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         placement: _placement_pb2.Placement | None = ...,
         choice: _prefill_service_pb2.TokenChoice | None = ...,
+        attention: _placement_pb2.AttentionLayout | None = ...,
+        slice_flops: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "num_prompt_tokens", b"num_prompt_tokens", "placement", b"placement", "token_begin", b"token_begin", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "num_prompt_tokens", b"num_prompt_tokens", "placement", b"placement", "slice_flops", b"slice_flops", "token_begin", b"token_begin", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -499,6 +509,7 @@ class EngineLoaded(_message.Message):
     NUM_Q_HEADS_FIELD_NUMBER: _builtins.int
     NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
     HEAD_DIM_FIELD_NUMBER: _builtins.int
+    SLICE_FLOPS_FIELD_NUMBER: _builtins.int
     process_incarnation: _builtins.str
     """Life of the engine process; the fence of its KV."""
     transfer_address: _builtins.str
@@ -517,6 +528,8 @@ class EngineLoaded(_message.Message):
     """KV heads."""
     head_dim: _builtins.int
     """Head size."""
+    slice_flops: _builtins.int
+    """FLOPs that prefill may do here between two looks for a cancel."""
     def __init__(
         self,
         *,
@@ -529,10 +542,11 @@ class EngineLoaded(_message.Message):
         num_q_heads: _builtins.int = ...,
         num_kv_heads: _builtins.int = ...,
         head_dim: _builtins.int = ...,
+        slice_flops: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "head_dim", b"head_dim", "kv_blocks_total", b"kv_blocks_total", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_q_heads", b"num_q_heads", "process_incarnation", b"process_incarnation", "transfer_address", b"transfer_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "head_dim", b"head_dim", "kv_blocks_total", b"kv_blocks_total", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_q_heads", b"num_q_heads", "process_incarnation", b"process_incarnation", "slice_flops", b"slice_flops", "transfer_address", b"transfer_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -419,6 +419,7 @@ class RequestRecord(_message.Message):
     PREFILL_GROUP_FIELD_NUMBER: _builtins.int
     DECODE_GROUP_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
     prefill_group: _builtins.str
     """Prefill group."""
     decode_group: _builtins.str
@@ -431,6 +432,10 @@ class RequestRecord(_message.Message):
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestShard]:
         """Its shards."""
 
+    @_builtins.property
+    def attention(self) -> _placement_pb2.AttentionLayout:
+        """The mask under which its KV was made."""
+
     def __init__(
         self,
         *,
@@ -438,10 +443,11 @@ class RequestRecord(_message.Message):
         prefill_group: _builtins.str = ...,
         decode_group: _builtins.str = ...,
         shards: _abc.Iterable[Global___RequestShard] | None = ...,
+        attention: _placement_pb2.AttentionLayout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decode_group", b"decode_group", "prefill_group", b"prefill_group", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "decode_group", b"decode_group", "prefill_group", b"prefill_group", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

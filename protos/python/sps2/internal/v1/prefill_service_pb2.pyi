@@ -64,6 +64,7 @@ class PrefillRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -80,6 +81,10 @@ class PrefillRequest(_message.Message):
     def choice(self) -> Global___TokenChoice:
         """How the first token is chosen."""
 
+    @_builtins.property
+    def attention(self) -> _placement_pb2.AttentionLayout:
+        """The mask of the prompt, over as many tokens as it has."""
+
     def __init__(
         self,
         *,
@@ -87,10 +92,11 @@ class PrefillRequest(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         placement: _placement_pb2.Placement | None = ...,
         choice: Global___TokenChoice | None = ...,
+        attention: _placement_pb2.AttentionLayout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "placement", b"placement", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "placement", b"placement", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

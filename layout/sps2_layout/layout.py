@@ -1,11 +1,10 @@
-"""The resolved attention layout of a prompt: which query sees which key. Pure arithmetic; knows nothing of ranks.
+"""The resolved attention layout of a prompt: which query sees which key. Pure arithmetic.
 
-CSA is a mask on shards (N equal slices of the prompt), defined in `attention.md`: a query sees its own shard up to
-itself, the sinks, and, in earlier shards, the keys that its level samples; the prompt's tail sees everything. With all
-strides 1 this is dense causal attention.
+CSA is a mask on shards (N equal slices of the prompt), defined in `attention.md`: a query sees its own shard up
+to itself, the sinks, and, in earlier shards, the keys that its level samples; the prompt's tail sees everything.
+With all strides 1 this is dense causal attention.
 """
 
-import math
 from dataclasses import dataclass
 
 
@@ -68,8 +67,8 @@ class Layout:
     num_tokens: int
     """S, tokens of the prompt that the mask is laid over."""
     levels: tuple[Level, ...]
-    """[(1, 1), (g_1, d_1), ... (g_L, d_L)]; groups and strides each divide the next. Shards beyond the last group
-    stay unseen."""
+    """[(1, 1), (g_1, d_1), ... (g_L, d_L)]; groups and strides each divide the next. Shards beyond the last
+    group stay unseen."""
     num_shards: int
     """N."""
     shard_tokens: int
@@ -90,9 +89,7 @@ class Layout:
             if upper.group % lower.group or upper.stride % lower.stride or upper.group == lower.group:
                 raise ValueError(f"groups and strides must each divide the next: {self.levels}")
         if self.num_shards % self.levels[-1].group:
-            raise ValueError(
-                f"the last group of {self.levels[-1].group} shards must divide all {self.num_shards}"
-            )
+            raise ValueError(f"groups of {self.levels[-1].group} must divide all {self.num_shards} shards")
         if (
             self.shard_tokens % self.levels[-1].stride
             or self.shard_tokens * self.num_shards < self.num_tokens
@@ -107,6 +104,11 @@ class Layout:
     def shards(self, first: int, last: int) -> Span:
         """Tokens of shards [first, last)."""
         return Span(self.shard(first).begin, max(self.shard(first).begin, self.shard(last - 1).end))
+
+    def rank_tokens(self, rank: int, num_ranks: int) -> Span:
+        """Tokens of a rank that hosts N / P consecutive shards; none for ranks beyond the P."""
+        hosted = self.num_shards // num_ranks
+        return self.shards(rank * hosted, (rank + 1) * hosted)
 
     @property
     def tail_span(self) -> Span:
@@ -144,32 +146,3 @@ def exact_layout(num_tokens: int, num_ranks: int) -> Layout:
     """Dense causal attention, one shard for each rank: slices of ceil(S / P), any P."""
     levels = (Level(1, 1),) if num_ranks == 1 else (Level(1, 1), Level(num_ranks, 1))
     return Layout(num_tokens, levels, num_ranks, -(-num_tokens // num_ranks))
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How a layout is chosen, before the prompt is known."""
-
-    num_shards: int
-    levels: tuple[tuple[int, int], ...]
-    """(group, stride) by level."""
-    dense_queries: bool = False
-    sinks: int = 0
-    tail: int = 0
-
-    def resolve(self, num_tokens: int) -> Layout:
-        """The layout of a prompt: A = ceil(S / N), rounded up to whole strides of the last level."""
-        stride = self.levels[-1][1]
-        shard_tokens = math.ceil(math.ceil(num_tokens / self.num_shards) / stride) * stride
-        levels = tuple(Level(group, stride) for group, stride in self.levels)
-        return Layout(
-            num_tokens, levels, self.num_shards, shard_tokens, self.dense_queries, self.sinks, self.tail
-        )
-
-
-PAPER_STRIDE = 8
-
-
-def paper_profile(num_shards: int) -> Profile:
-    """The paper's: levels [(1, 1), (N, 8)], sampled queries, no tail, no sinks."""
-    return Profile(num_shards, ((1, 1), (num_shards, PAPER_STRIDE)))

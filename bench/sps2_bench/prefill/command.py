@@ -1,0 +1,143 @@
+"""`sps2 bench prefill`: options in, rows out."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sps2_bench.csa import SHARD_TOKENS
+from sps2_bench.machine import describe_machine
+from sps2_bench.options import DTYPES, parse_counts, parse_names, parse_settings
+from sps2_bench.output import Json, Plots, print_json, print_table, say
+from sps2_bench.prefill.cases import BASELINES, PROFILES, Case, Row, Sample, cost_of, list_cases
+from sps2_bench.prefill.plots import write_plots
+from sps2_bench.prefill.random_model import DEFAULT_SHAPE, model_config, write_random_model
+from sps2_bench.prefill.run import run_cases
+from sps2_bench.processes import WorkerError, available_cpus
+from sps2_engine.models import CheckpointError, ModelConfig, read_model_config
+
+LONG = 64 * 1024
+"""From this length on one run is enough: it takes minutes."""
+
+
+def prefill(
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 2k,32k.")] = "2k,8k,32k",
+    profiles: Annotated[str, typer.Option(help=f"Among {', '.join(PROFILES)}.")] = "exact,paper,default",
+    ranks: Annotated[str, typer.Option(help="SP degrees; the cores are dealt among the ranks.")] = "1,2",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32",
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of a case; from 64k tokens on it is one.")] = 3,
+    baselines: Annotated[str, typer.Option(help="transformers, or nothing.")] = "",
+    random_model: Annotated[str, typer.Option(metavar="KEY=N,...", help="Sizes of the random model.")] = "",
+    model: Annotated[Path | None, typer.Option(help="A checkpoint folder instead.", exists=True)] = None,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Fewest tokens of a shard.")] = SHARD_TOKENS,
+    as_json: Json = False,
+    plots: Plots = None,
+) -> None:
+    """Time to first token over prompt length x profile x ranks, beside exact attention and transformers.
+
+    For example:
+
+    ```
+    sps2 bench prefill --lengths 2k,32k --baselines transformers --plots out
+    sps2 bench prefill --lengths 256k --profiles default --random-model hidden=256,layers=4,intermediate=704
+    ```
+    """
+    cases = list(
+        list_cases(
+            parse_counts(lengths),
+            parse_names(profiles, PROFILES),
+            parse_counts(ranks),
+            parse_names(dtype, DTYPES),
+            parse_names(baselines, BASELINES) if baselines else (),
+        )
+    )
+    config = _config(model, random_model)
+    _refuse_impossible(cases, config, shard_tokens)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = model or write_random_model(config, Path(scratch))
+            samples, threads = run_cases(
+                cases,
+                folder,
+                available_cpus(),
+                shard_tokens,
+                lambda length: _repeats(length, repeat),
+                _progress,
+            )
+    except WorkerError as error:
+        say(f"sps2 bench prefill: {error}")
+        raise typer.Exit(1) from error
+    rows = [
+        Row(case, cost_of(case, config, shard_tokens), tuple(samples[case]), threads[case.engine])
+        for case in cases
+    ]
+    _report([row.document(rows) for row in rows], as_json, plots)
+
+
+def _config(model: Path | None, random_model: str) -> ModelConfig:
+    try:
+        if model:
+            return read_model_config(model)
+        shape = parse_settings(random_model, DEFAULT_SHAPE) if random_model else DEFAULT_SHAPE
+        return model_config(shape)
+    except (CheckpointError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _refuse_impossible(cases: list[Case], config: ModelConfig, shard_tokens: int) -> None:
+    """Before any process is started."""
+    cores = len(available_cpus())
+    for case in cases:
+        if case.engine.ranks > cores:
+            raise typer.BadParameter(f"{case.engine.ranks} ranks want as many cores; there are {cores}")
+        if case.length > config.max_position:
+            raise typer.BadParameter(f"{case.length} tokens are more than the model's {config.max_position}")
+        try:
+            cost_of(case, config, shard_tokens)
+        except ValueError as error:
+            raise typer.BadParameter(f"{case.length} tokens, {case.profile}: {error}") from error
+
+
+def _repeats(length: int, repeat: int) -> int:
+    return 1 if length >= LONG else repeat
+
+
+def _progress(round_: int, case: Case, sample: Sample) -> None:
+    engine = case.engine
+    say(
+        f"run {round_ + 1}: {case.length} tokens, {engine.program} {engine.dtype} {case.profile} "
+        f"on {engine.ranks}: {sample.seconds:.3f} s"
+    )
+
+
+def _report(rows: list[dict[str, Any]], as_json: bool, plots: Path | None) -> None:
+    machine = describe_machine()
+    written = write_plots(rows, plots) if plots else []
+    if as_json:
+        print_json({"machine": machine, "rows": rows, "plots": [str(path) for path in written]})
+        return
+    columns = ("tokens", "program", "dtype", "profile", "ranks", "ttft s", "speed-up", "floor", "TFLOP",
+               "MB moved", "exposed s", "peak MiB")  # fmt: skip
+    print_table(columns, [_cells(row) for row in rows])
+    say(f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}")
+    for path in written:
+        say(f"wrote {path}")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    ratio, floor = (f"{row[key]:.2f}" if row[key] else "" for key in ("speedup", "floor_speedup"))
+    return [
+        f"{row['length']:,}",
+        row["program"],
+        row["dtype"],
+        row["profile"],
+        f"{row['ranks']}x{row['threads']}",
+        f"{row['ttft_s']:.3f}",
+        ratio,
+        floor,
+        f"{row['flops'] / 1e12:.3f}",
+        f"{row['bytes'] / 1e6:.1f}",
+        f"{row['exposed_s']:.3f}",
+        f"{row['peak_rss'] / 2**20:.0f}",
+    ]

@@ -1,0 +1,96 @@
+"""`python -m sps2_bench.prefill.rank`: one rank of a measured prefill group, or one process alone.
+
+Computes what a prefill worker computes, KV into its arena included, without the service around it.
+"""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sps2_bench.csa import KIND, make_plan, make_schedule, named_layout
+from sps2_bench.options import DTYPES
+from sps2_bench.prefill.memory import forget_peak, peak_rss, rss
+from sps2_bench.processes import Message, serve
+from sps2_engine.collectives import (
+    Communicator,
+    SoloCommunicator,
+    TorchCommunicator,
+    connect_store,
+    form_groups,
+)
+from sps2_engine.kv_pool import BLOCK_TOKENS, KvArena
+from sps2_engine.models import load_decoder
+
+HOST = "127.0.0.1"
+CPU = torch.device("cpu")
+GROUP_TIMEOUT = timedelta(hours=1)
+"""A rank waits this long for a peer: a long prompt on a slow core takes minutes."""
+
+
+def prompt_tokens(num_tokens: int, vocab_size: int) -> Tensor:
+    """The same random prompt [num_tokens] int64 in every program."""
+    return torch.randint(vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(num_tokens))
+
+
+class PrefillRank:
+    """Answers {"length", "profile"} with what the run gave on this rank."""
+
+    def __init__(self, settings: Message) -> None:
+        torch.set_num_threads(len(settings["cpus"]))
+        self._dtype = DTYPES[settings["dtype"]]
+        self._shard_tokens: int = settings["shard_tokens"]
+        self._decoder = load_decoder(Path(settings["folder"]), self._dtype, CPU)
+        self._communicator = _join(settings)
+
+    def __call__(self, message: Message) -> Message:
+        """Runs one prefill; every rank of the group is asked the same at the same time."""
+        config, rank = self._decoder.config, self._communicator.rank
+        layout = named_layout(
+            message["profile"], message["length"], self._communicator.size, self._shard_tokens
+        )
+        plan = make_plan(layout, self._communicator.size, config, self._dtype)
+        own = plan.tokens(rank)
+        tokens = prompt_tokens(message["length"], config.vocab_size)[own.slice]
+        positions = torch.arange(own.begin, own.end)
+        forget_peak()
+        rss_before, posted_before = rss(), self._communicator.bytes_posted[KIND]
+        # KV stays in fp32 on a CPU, whatever the model computes in.
+        blocks = -(-len(own) // BLOCK_TOKENS)
+        arena = KvArena(config.num_layers, blocks, config.num_kv_heads, config.head_dim)
+        schedule = make_schedule(plan, self._communicator)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            arena.k[layer, : len(k)] = k
+            arena.v[layer, : len(v)] = v
+            return schedule.attend(layer, q, k, v)
+
+        self._communicator.agree(False)  # all start together
+        started = time.perf_counter()
+        hidden = self._decoder.forward(tokens, positions, attend)
+        token = None
+        if rank == plan.last_rank:
+            token = int(self._decoder.logits(hidden[-1:]).argmax())
+        seconds = time.perf_counter() - started
+        return {
+            "seconds": seconds,
+            "token_id": token,
+            "exposed_s": schedule.exposed_s,
+            "posted_bytes": self._communicator.bytes_posted[KIND] - posted_before,
+            "rss_before": rss_before,
+            "peak_rss": peak_rss(),
+        }
+
+
+def _join(settings: Message) -> Communicator:
+    if settings["size"] == 1:
+        return SoloCommunicator()
+    store = connect_store(settings["store"], GROUP_TIMEOUT)
+    lanes = form_groups(store, 1, settings["rank"], settings["size"], CPU, HOST, GROUP_TIMEOUT)
+    return TorchCommunicator(lanes, CPU)
+
+
+if __name__ == "__main__":
+    serve(PrefillRank)

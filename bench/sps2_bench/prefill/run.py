@@ -1,0 +1,115 @@
+"""Runs the cases: engines stay alive, cases take turns, so that a drift of the machine hits all alike."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sps2_bench.prefill.cases import Case, Engine, Sample
+from sps2_bench.prefill.rank import GROUP_TIMEOUT, HOST
+from sps2_bench.processes import Message, Worker
+from sps2_engine.collectives import open_store
+
+CASE_TIMEOUT_S = GROUP_TIMEOUT.total_seconds()
+Progress = Callable[[int, Case, Sample], None]
+
+
+class Team:
+    """The processes of one engine, the cores dealt evenly among them."""
+
+    def __init__(self, engine: Engine, folder: Path, cpus: Sequence[int], shard_tokens: int) -> None:
+        """Starts them.
+
+        Raises:
+            ValueError: there are more ranks than cores.
+        """
+        self.threads = len(cpus) // engine.ranks
+        if not self.threads:
+            raise ValueError(f"{engine.ranks} ranks want {engine.ranks} cores, and there are {len(cpus)}")
+        module = "sps2_bench.prefill." + ("rank" if engine.program == "sps2" else "transformers_peer")
+        settings = {"folder": str(folder), "dtype": engine.dtype, "size": engine.ranks}
+        settings["shard_tokens"] = shard_tokens
+        if engine.ranks > 1:
+            self._store, settings["store"] = open_store(HOST, GROUP_TIMEOUT)
+        with ExitStack() as stack:
+            self._workers = []
+            for rank in range(engine.ranks):
+                share = cpus[rank * self.threads : (rank + 1) * self.threads]
+                self._workers.append(stack.enter_context(Worker(module, {**settings, "rank": rank}, share)))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def run(self, case: Case) -> Sample:
+        """One prefill.
+
+        Raises:
+            WorkerError: a rank ended or fell silent.
+        """
+        for worker in self._workers:
+            worker.ask({"length": case.length, "profile": case.profile})
+        return merge([worker.answer(CASE_TIMEOUT_S) for worker in self._workers])
+
+
+def merge(answers: Sequence[Message]) -> Sample:
+    """One sample of what all ranks say: the first token's time is that of the rank that has it."""
+    last = next(answer for answer in answers if answer["token_id"] is not None)
+    return Sample(
+        seconds=last["seconds"],
+        token_id=last["token_id"],
+        exposed_s=max(answer["exposed_s"] for answer in answers),
+        posted_bytes=sum(answer["posted_bytes"] for answer in answers),
+        rss_before=max(answer["rss_before"] for answer in answers),
+        peak_rss=max(answer["peak_rss"] for answer in answers),
+    )
+
+
+def run_cases(
+    cases: Sequence[Case],
+    folder: Path,
+    cpus: Sequence[int],
+    shard_tokens: int,
+    repeats: Callable[[int], int],
+    progress: Progress,
+) -> tuple[dict[Case, list[Sample]], dict[Engine, int]]:
+    """Measures every case.
+
+    Args:
+        cases: in the order they take turns.
+        folder: of the model.
+        cpus: cores to use.
+        shard_tokens: fewest tokens of a shard.
+        repeats: runs of a case by its prompt length.
+        progress: told the round, the case and the sample of each run.
+
+    Returns:
+        The samples of each case, and the threads of a rank of each engine.
+
+    Raises:
+        ValueError: an engine has more ranks than there are cores.
+        WorkerError: a process ended or fell silent.
+    """
+    samples: dict[Case, list[Sample]] = {case: [] for case in cases}
+    with ExitStack() as stack:
+        teams = {
+            engine: stack.enter_context(Team(engine, folder, cpus, shard_tokens))
+            for engine in dict.fromkeys(case.engine for case in cases)
+        }
+        shortest = min(case.length for case in cases)
+        for case in cases:
+            if case.length == shortest:
+                teams[case.engine].run(case)  # first runs pay for what initialises itself lazily
+        for round_ in range(max(repeats(case.length) for case in cases)):
+            for case in cases:
+                if round_ < repeats(case.length):
+                    sample = teams[case.engine].run(case)
+                    samples[case].append(sample)
+                    progress(round_, case, sample)
+        return samples, {engine: team.threads for engine, team in teams.items()}
