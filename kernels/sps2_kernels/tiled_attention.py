@@ -1,9 +1,9 @@
 """bf16 prefill attention of a CPU: matrix products by oneDNN around one compiled softmax pass.
 
-Tiles of 256 rows, a row being one query of one head (the query heads of a KV head are folded into rows, so that
+Tiles of 512 rows, a row being one query of one head (the query heads of a KV head are folded into rows, so that
 each key is read once for all of them), and 1,024 keys: the scores of a tile stay in cache. The softmax is the limit,
-1.1 G elements/s and core where the products do 450 to 900 GFLOP/s; with torch's own operators it takes eight times
-as long. Hence it is compiled, for two fixed shapes, since another shape would stop for another compilation: full
+1.1 to 1.4 G elements/s on a core where the products do 450 to 900 GFLOP/s; with torch's own operators it takes eight
+times as long. Hence it is compiled, for two fixed shapes, since another shape would stop for another compilation: full
 tiles without a mask, and narrow ones along the diagonal and at the end of the keys with one. Knows nothing of ranks.
 
 Scores and probabilities are rounded to bf16 on their way through the products; maxima, sums and outputs are kept in
@@ -22,10 +22,11 @@ from torch.nn import functional
 
 from sps2_kernels.cpu_features import has_bf16_products
 
-ROWS = 256
-"""Rows of a tile: 64 queries where four heads share a KV head."""
+ROWS = 512
+"""Rows of a tile: 128 queries where four heads share a KV head."""
 KEYS = 1024
-"""Keys of a full tile; larger ones fall out of cache."""
+"""Keys of a full tile. 512 x 1,024 does 160 to 170 GFLOP/s on a core (head size 64), half of it either way 100 to
+140: what is fixed for each tile is spread over less; twice as much falls out of cache."""
 EDGE_KEYS = 256
 """Keys of a masked tile: narrow, since half of what it computes along the diagonal is thrown away."""
 
@@ -115,13 +116,13 @@ def _key_spans(num_shared: int, num_seen: int) -> Iterator[tuple[slice, bool]]:
 
 
 class _Tile:
-    """The running softmax of 256 rows: m, their largest score, l, the sum of exp(score - m), and o·l."""
+    """The running softmax of 512 rows: m, their largest score, l, the sum of exp(score - m), and o·l."""
 
     def __init__(self, passes: "Passes", scale: float) -> None:
         self._passes = passes
         self._scale = torch.tensor([scale])
-        # One pair of buffers for all tiles, 1 MiB: it stays in cache. (Weights that replaced the scores in place
-        # would need half of that, but inductor then computes each exponential twice.)
+        # One pair of buffers for all tiles, so that they stay in cache. Weights in place of the scores would need
+        # half of it, but inductor does not fuse a pass that writes what it reads: it takes four times as long.
         self._scores = {width: torch.empty(ROWS, width, dtype=torch.bfloat16) for width in (KEYS, EDGE_KEYS)}
         self._weights = {width: torch.empty_like(scores) for width, scores in self._scores.items()}
         self._top, self._total = torch.empty(ROWS), torch.empty(ROWS)
@@ -133,13 +134,13 @@ class _Tile:
         self._acc = torch.zeros(ROWS, head_dim)
 
     def add(self, rows: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> None:
-        """The rows [256, head_dim] see more keys, or the first few of them.
+        """The rows [512, head_dim] see more keys, or the first few of them.
 
         Args:
-            rows: [256, head_dim].
+            rows: [512, head_dim].
             keys: [head_dim, 1,024], or 256 where `visible` is given.
             values: [1,024 or 256, head_dim].
-            visible: fp32 [256], the number of keys that each row sees, below 1: none; None: all. In its first
+            visible: fp32 [512], the number of keys that each row sees, below 1: none; None: all. In its first
                 tile a row sees at least one.
         """
         scores, weights = self._scores[len(values)], self._weights[len(values)]
@@ -151,7 +152,7 @@ class _Tile:
         self._acc.mul_(faded.unsqueeze(1)).add_(torch.mm(weights, values))
 
     def end(self) -> tuple[Tensor, Tensor]:
-        """The rows' o [256, head_dim] fp32 and lse [256]."""
+        """The rows' o [512, head_dim] fp32 and lse [512]."""
         return self._acc / self._total.unsqueeze(1), self._top + self._total.log()
 
 
