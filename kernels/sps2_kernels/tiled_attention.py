@@ -17,7 +17,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional
 
 from sps2_kernels.cpu_features import has_bf16_products
@@ -170,6 +169,8 @@ def compiled_passes() -> Passes | None:
 
     None, with a line in the log, where that is impossible: inductor needs a C++ compiler.
     """
+    from torch._dynamo.exc import BackendCompilerFailed  # noqa: PLC0415 - a second of imports that fp32 never needs
+
     full = torch.compile(_full_pass, dynamic=False, fullgraph=True)
     edge = torch.compile(_edge_pass, dynamic=False, fullgraph=True)
     passes = Passes(full, edge)
