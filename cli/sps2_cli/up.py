@@ -34,8 +34,9 @@ class Device(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Element type of weights and KV."""
+    """Element type of weights and their products."""
 
+    AUTO = "auto"
     FP32 = "fp32"
     BF16 = "bf16"
 
@@ -111,7 +112,7 @@ def up(
         ),
     ] = EXACT.name,
     device: Annotated[Device, typer.Option(help="Where ranks compute.")] = Device.AUTO,
-    dtype: Annotated[Dtype, typer.Option(help="Element type of weights and KV.")] = Dtype.FP32,
+    dtype: Annotated[Dtype, typer.Option(help="Weights; auto: bf16 where it is fast.")] = Dtype.FP32,
     kv_transport: Annotated[Transport, typer.Option(help="How KV travels.")] = Transport.AUTO,
     kv_tokens: Annotated[int, typer.Option(min=64, help="Tokens of KV for each rank.")] = 65_536,
     threads: Annotated[

@@ -5,7 +5,7 @@ Knows nothing of scheduling. Every rank applies the same plans, so the collectiv
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -114,12 +114,16 @@ class DecodeRole:
         hidden = self._forward(
             [row.token_id for row in home],
             [row.position for row in home],
-            lambda layer, q, k, v: exchange.attend(self._caches[layer], q, k, v),
+            lambda layer, q, k, v: exchange.attend(self._caches[layer], *self._as_kept(q, k, v)),
         )
         tokens = self._choose_tokens(home, self._model.decoder.logits(hidden)) if home else []
         self.steps_done += 1
         result = engine_pb2.StepResult(sequence=sequence, tokens=tokens, step_s=time.perf_counter() - started)
         self._send(step_result=result)
+
+    def _as_kept(self, *tensors: Tensor) -> Iterator[Tensor]:
+        """In the dtype of the arena, which is that of decode attention."""
+        return (tensor.to(self._model.arena.k.dtype) for tensor in tensors)
 
     def _begin_step(self) -> QExchange:
         if self._exchange is None:
@@ -130,7 +134,7 @@ class DecodeRole:
                 self._communicator.size,
                 config.num_q_heads,
                 config.head_dim,
-                self._dtype.itemsize,
+                self._model.arena.k.element_size(),
             )
             self._row_bytes = {
                 row.reserve.row: plan.row_bytes_per_layer(row.plan_row) * config.num_layers for row in active

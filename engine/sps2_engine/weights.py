@@ -25,11 +25,27 @@ class CheckpointError(Exception):
     """A checkpoint folder cannot be served; the message is one line that names the culprit and the remedy."""
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What norms, angles and the hidden states of a model are kept in that computes in `dtype`: at least fp32.
+
+    They are a small part of the work, and what is rounded in them is carried through every layer.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def table_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What embedding and output matrix are kept in: on a CPU fp32.
+
+    A product there rounds its result to the dtype of its operands, and logits of 20 are an eighth apart in bf16.
+    """
+    return wide_dtype(dtype) if device.type == "cpu" else dtype
+
+
 class WeightSource(Protocol):
     """What layers are built from. Each layer calls `fill` once per tensor, while the model is constructed."""
 
     dtype: torch.dtype
-    """The dtype the layers compute in; layers allocate with it."""
+    """The dtype of the layers' matrix products; layers allocate with it or what follows from it."""
     device: torch.device
     """The device the layers live on."""
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sps2_kernels.merge_states import merge_states
+from sps2_kernels.tiled_attention import compiled_passes, has_tiles, tiled_attention, use_tiles
 
 UNMASKED = 1 << 62
 """`q_off` with which every query sees every key."""
@@ -69,13 +70,21 @@ def segment_attention_cpu(q: Tensor, k: Tensor, v: Tensor, q_off: int, scale: fl
     return merge_states(torch.stack([o for o, _ in parts]), torch.stack([lse for _, lse in parts]))
 
 
+def warm_up_attention(dtype: torch.dtype, device: torch.device) -> None:
+    """Compiles the forms that `segment_attention` takes for such inputs; seconds, the first time on a machine."""
+    if has_tiles(dtype, device):
+        compiled_passes()
+
+
 def _empty_state(q: Tensor) -> tuple[Tensor, Tensor]:
     o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     return o, torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Full or top-left causal attention of non-empty inputs."""
+    """Full or top-left causal attention of non-empty inputs: tiles for much bf16 on a CPU, else torch's operator."""
+    if use_tiles(q, k):
+        return tiled_attention(q, k, v, causal, scale)
     num_queries, num_q_heads, head_dim = q.shape
     if k.shape[1] == 1 < num_q_heads and not causal:
         # The query heads of one KV head as rows: each block of keys is read once for all (3 to 12% faster).

@@ -46,7 +46,8 @@ def deployment(
     """Starts `sps2 up` on free ports, yields it when it is ready, and ends it whatever happens."""
     command = [
         *(*program, "up", "--json", "--listen", "127.0.0.1:0"),
-        *("--model", str(model), "--prefill", prefill, "--decode", decode, *arguments),
+        # What "identical" means is defined for fp32; an option given twice counts as given last.
+        *("--model", str(model), "--prefill", prefill, "--decode", decode, "--dtype", "fp32", *arguments),
     ]
     name = f"sps2 up {prefill} {decode}"
     with ManagedProcess(command, name=name, env=env, cwd=cwd, stop_timeout=30.0) as process:

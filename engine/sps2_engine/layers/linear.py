@@ -46,11 +46,17 @@ class Linear:
         return 2 * self.weight.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Takes x [rows, in_features] to [rows, out_features]."""
-        return functional.linear(x, self.weight, self.bias)
+        """Takes x [rows, in_features] to [rows, out_features] in the weight's dtype, to which x is converted."""
+        return functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
-        """Does out [rows, out_features] += x [rows, in_features] Wᵀ + b; the product needs no temporary."""
+        """Does out [rows, out_features] += x [rows, in_features] Wᵀ + b, in the wider of their dtypes.
+
+        The product needs no temporary where out has the weight's dtype.
+        """
+        if out.dtype != self.weight.dtype:
+            out.add_(self(x))
+            return
         out.addmm_(x, self.weight.T)
         if self.bias is not None:
             out.add_(self.bias)

@@ -4,20 +4,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sps2_engine.weights import WeightSource
+from sps2_engine.weights import WeightSource, wide_dtype
 
 
 class RMSNorm:
-    """y = x / sqrt(mean(x²) + eps) * w over the last dimension, computed in fp32 for narrower dtypes.
+    """y = x / sqrt(mean(x²) + eps) * w over the last dimension, in fp32 where the model computes in bf16.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
 
     def __init__(self, source: WeightSource, name: str, size: int, eps: float) -> None:
-        self.weight = torch.empty(size, dtype=source.dtype, device=source.device)
+        self.weight = torch.empty(size, dtype=wide_dtype(source.dtype), device=source.device)
         self.eps = eps
         source.fill(f"{name}.weight", self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normalises `x` [..., size]; returns a new tensor of its shape and dtype."""
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """Normalises `x` [..., size]; returns a new tensor of its shape, fp32 or wider."""
+        return functional.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sps2_engine.weights import wide_dtype
+
 
 class RopeSpec(Protocol):
     """A frequency schedule. `frequencies` is called once, when a model is built."""
@@ -145,11 +147,15 @@ class Rotation:
         (a, b) -> (a cos - b sin, b cos + a sin), with a and b the first and second half of a head.
         """
         cos, sin = self.cos[rows], self.sin[rows]
+        # bf16 heads are turned in fp32 and rounded once: angles in bf16 would cost as much error as that.
+        turned = out if out.dtype == cos.dtype else torch.empty_like(out, dtype=cos.dtype)
         x_first, x_second = x.chunk(2, dim=-1)
-        out_first, out_second = out.chunk(2, dim=-1)
-        torch.mul(x, cos, out=out)
-        out_first.addcmul_(x_second, sin, value=-1)
-        out_second.addcmul_(x_first, sin)
+        first, second = turned.chunk(2, dim=-1)
+        torch.mul(x, cos, out=turned)
+        first.addcmul_(x_second, sin, value=-1)
+        second.addcmul_(x_first, sin)
+        if turned is not out:
+            out.copy_(turned)
 
 
 class RotaryEmbedding:
@@ -158,10 +164,10 @@ class RotaryEmbedding:
     def __init__(self, spec: RopeSpec, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies = spec.frequencies(head_dim).to(device)
         self._attention_factor = spec.attention_factor
-        self._dtype = dtype
+        self._dtype = wide_dtype(dtype)
 
     def __call__(self, positions: Tensor) -> Rotation:
-        """Positions [tokens] int64, below 2^24 (exact in fp32) -> their rotation in the model's dtype."""
+        """Positions [tokens] int64, below 2^24 (exact in fp32) -> their rotation, in fp32 or wider."""
         angles = positions[:, None, None].float() * self._frequencies  # [tokens, 1, head_dim / 2]
         cos = (angles.cos() * self._attention_factor).to(self._dtype)
         sin = (angles.sin_() * self._attention_factor).to(self._dtype)

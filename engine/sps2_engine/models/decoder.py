@@ -17,7 +17,7 @@ from sps2_engine.layers.rms_norm import RMSNorm
 from sps2_engine.layers.rope import RotaryEmbedding, Rotation
 from sps2_engine.layers.rows import RowWalk, row_chunks
 from sps2_engine.models.config import ModelConfig
-from sps2_engine.weights import WeightSource
+from sps2_engine.weights import WeightSource, table_dtype
 
 
 class Attend(Protocol):
@@ -26,9 +26,9 @@ class Attend(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Takes q [tokens, num_q_heads, head_dim], k and v [tokens, num_kv_heads, head_dim].
 
-        q and k are rotated. All three are contiguous, fresh for each layer and the callee's to keep or
-        change: the decoder drops them when this returns. Returns o [tokens, num_q_heads, head_dim] in
-        their dtype.
+        q and k are rotated. All three are in the dtype of the weights, contiguous, fresh for each layer and
+        the callee's to keep or change: the decoder drops them when this returns. Returns
+        o [tokens, num_q_heads, head_dim], in their dtype or a wider one.
         """
         ...
 
@@ -65,7 +65,8 @@ class SelfAttention:
             self.output.add_to(x[rows], o[rows])
 
     def _project(self, x: Tensor, rotation: Rotation, walk: RowWalk) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (x.new_empty(len(x), heads, self.head_dim) for heads in self.num_heads)
+        dtype = self.qkv.weight.dtype
+        q, k, v = (x.new_empty(len(x), heads, self.head_dim, dtype=dtype) for heads in self.num_heads)
         for rows in walk(len(x), self.qkv.flops_per_row):
             qkv = self.qkv(self.norm(x[rows]))
             # [chunk, q + k + v heads, head_dim]
@@ -112,8 +113,9 @@ class Decoder:
     def __init__(self, config: ModelConfig, source: WeightSource) -> None:
         self.config = config
         self._rotary = RotaryEmbedding(config.rope, config.head_dim, source.dtype, source.device)
+        table = table_dtype(source.dtype, source.device)
         self._embedding = torch.empty(
-            config.vocab_size, config.hidden_size, dtype=source.dtype, device=source.device
+            config.vocab_size, config.hidden_size, dtype=table, device=source.device
         )
         source.fill("model.embed_tokens.weight", self._embedding)
         self._layers = [
@@ -136,9 +138,9 @@ class Decoder:
             walk: how row-wise work is cut; what it raises between two chunks ends the forward.
 
         Returns:
-            Hidden states [tokens, hidden] in the model's dtype, the final norm applied.
+            Hidden states [tokens, hidden] in fp32 or wider, the final norm applied.
         """
-        x = functional.embedding(token_ids, self._embedding)
+        x = functional.embedding(token_ids, self._embedding).to(self._norm.weight.dtype)
         rotation = self._rotary(positions)
         for attention, feed_forward in self._layers:
             attention.add_to(x, rotation, attend, walk)
@@ -157,5 +159,7 @@ class Decoder:
         tied = Linear(self._embedding)
         if self.config.tie_embeddings and not source.has("lm_head.weight"):
             return tied
-        head = Linear.load(source, {"lm_head": self.config.vocab_size}, self.config.hidden_size, bias=False)
+        shape, dtype = (self.config.vocab_size, self.config.hidden_size), self._embedding.dtype
+        head = Linear(torch.empty(shape, dtype=dtype, device=self._embedding.device))
+        source.fill("lm_head.weight", head.weight)
         return tied if self.config.tie_embeddings and torch.equal(head.weight, tied.weight) else head

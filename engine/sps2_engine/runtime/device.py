@@ -2,8 +2,11 @@
 
 import logging
 import os
+from pathlib import Path
 
 import torch
+
+from sps2_kernels.cpu_features import has_bf16_products
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +24,29 @@ def resolve_device(name: str, rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no GPU here; use --device cpu or auto")
     return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """`auto`, `fp32` or `bf16` -> `fp32` or `bf16`: auto takes bf16 where the device multiplies it in hardware."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" or has_bf16_products() else "fp32"
+
+
+def kv_dtype(dtype: str, device: torch.device) -> str:
+    """What KV is kept in: fp32 on a CPU, whose decode attention is often ten times slower over bf16."""
+    return "fp32" if device.type == "cpu" else dtype
+
+
+def use_compile_cache() -> None:
+    """Compiled kernels go to the user's cache folder, one for all ranks: `$XDG_CACHE_HOME/sps2/inductor`.
+
+    Before anything is compiled. Torch's own choice is a folder in /tmp, which nobody clears. No pool of compiler
+    processes either: there are a few kernels of a second each, and the pool would have to be waited for.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "sps2" / "inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def set_up_device(device: torch.device, threads: int) -> None:

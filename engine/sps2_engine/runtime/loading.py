@@ -11,6 +11,7 @@ from sps2.internal.v1 import engine_pb2, kv_transfer_service_pb2
 from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, KvArena
 from sps2_engine.models.decoder import Decoder
 from sps2_engine.models.load import load_decoder
+from sps2_engine.runtime.device import DTYPES, kv_dtype
 from sps2_engine.runtime.options import EngineOptions
 
 SLAB_LAYOUT_VERSION = 1
@@ -22,7 +23,6 @@ class LoadedModel:
 
     options: EngineOptions
     device: torch.device
-    dtype: torch.dtype
     decoder: Decoder
     arena: KvArena
     pool: BlockPool
@@ -39,7 +39,7 @@ class LoadedModel:
         config = self.decoder.config
         return kv_transfer_service_pb2.KvFormat(
             model_hash=self.options.model_hash,
-            dtype=self.options.dtype,
+            dtype=kv_dtype(self.options.dtype, self.device),
             layout_version=SLAB_LAYOUT_VERSION,
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
@@ -81,5 +81,8 @@ def load_model(
     decoder = load_decoder(Path(options.model), dtype, device, progress)
     config = decoder.config
     num_blocks = -(-options.kv_tokens // BLOCK_TOKENS)
-    arena = KvArena(config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, dtype, arena_device)
-    return LoadedModel(options, device, dtype, decoder, arena, BlockPool(num_blocks), uuid.uuid4().hex)
+    kept_in = DTYPES[kv_dtype(options.dtype, device)]
+    arena = KvArena(
+        config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, kept_in, arena_device
+    )
+    return LoadedModel(options, device, decoder, arena, BlockPool(num_blocks), uuid.uuid4().hex)

@@ -6,19 +6,22 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 
 from sps2.internal.v1 import engine_pb2
 from sps2_engine.models import CheckpointError
-from sps2_engine.runtime.device import DTYPES, resolve_device, set_up_device
+from sps2_engine.runtime.device import DTYPES, resolve_device, resolve_dtype, set_up_device, use_compile_cache
 from sps2_engine.runtime.host import EngineHost, Role
 from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.options import EngineOptions, parse_engine_arguments
 
 EXIT_BAD_CHECKPOINT = 3
 """Exit status that tells the supervisor: do not start me again, the model folder is at fault."""
+
+_log = logging.getLogger(__name__)
 
 MakeRole = Callable[[EngineOptions, torch.device, torch.dtype, SupervisorLink], Role]
 
@@ -32,7 +35,10 @@ def run_engine(make_role: MakeRole) -> None:
     link = SupervisorLink(socket.socket(fileno=socket_fd))
     try:
         device = resolve_device(options.device, options.rank)
+        options = replace(options, dtype=resolve_dtype(options.dtype, device))
+        use_compile_cache()
         set_up_device(device, options.threads)
+        _log.info("dtype %s", options.dtype)
         role = make_role(options, device, DTYPES[options.dtype], link)
         timeout = timedelta(seconds=options.collective_timeout_s)
         EngineHost(link, role, device, options.host, timeout).run()

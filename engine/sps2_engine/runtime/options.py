@@ -24,7 +24,7 @@ class EngineOptions:
     device: str
     """auto, cpu or cuda."""
     dtype: str
-    """fp32 or bf16: weights, activations and KV."""
+    """auto, fp32 or bf16: weights and their products (auto is resolved when the engine starts)."""
     threads: int
     """Threads of one operator on a CPU."""
     kv_tokens: int

@@ -48,8 +48,8 @@ class WorkerConfig(ServiceConfig):
     """HOST:PORT of rank 0; every other rank needs it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the engine computes; auto takes a GPU if there is one."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Weights, activations and KV."""
+    dtype: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Weights and their products; auto takes bf16 where the device multiplies it in hardware. KV on a CPU is fp32."""
     threads: int = setting(1, minimum=1)
     """Threads of one operator on a CPU."""
     kv_tokens: int = setting(131_072, minimum=64)
@@ -202,7 +202,7 @@ class RankSupervisor:
         )
         info.capabilities.model_name = config.model_name or self._folder.name
         info.capabilities.model_hash = self._model_hash
-        info.capabilities.dtype = config.dtype
+        info.capabilities.dtype = loaded.dtype if loaded else config.dtype
         info.capabilities.device = loaded.device if loaded else config.device
         info.capabilities.kv_blocks_total = loaded.kv_blocks_total if loaded else 0
         heartbeat = self._engine.heartbeat
@@ -298,7 +298,12 @@ class RankSupervisor:
             self._load_fraction = event.load_progress.fraction
         elif event.HasField("loaded"):
             self._loaded, self._load_fraction = event.loaded, 1.0
-            log.info("engine loaded", device=event.loaded.device, kv_blocks=event.loaded.kv_blocks_total)
+            log.info(
+                "engine loaded",
+                device=event.loaded.device,
+                dtype=event.loaded.dtype,
+                kv_blocks=event.loaded.kv_blocks_total,
+            )
         if self._leader is not None and self._member is not None:
             if not event.HasField("heartbeat"):
                 self._leader.on_event(0, event, self._member)

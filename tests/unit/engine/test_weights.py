@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sps2_engine.models import CheckpointError, Decoder, load_decoder
 from sps2_engine.weights import RandomWeights
@@ -72,9 +73,17 @@ def test_progress_rises_to_one(folder: Path) -> None:
 
 
 def test_decoder_computes_in_the_wanted_dtype(folder: Path) -> None:
+    seen: list[torch.dtype] = []
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.extend((q.dtype, k.dtype, v.dtype))
+        return q
+
     ids = torch.arange(4)
-    hidden = load_decoder(folder, torch.bfloat16, CPU).forward(ids, ids, values)
-    assert hidden.dtype == torch.bfloat16
+    decoder = load_decoder(folder, torch.bfloat16, CPU)
+    hidden = decoder.forward(ids, ids, attend)
+    assert set(seen) == {torch.bfloat16}
+    assert hidden.dtype == decoder.logits(hidden).dtype == torch.float32
 
 
 def test_half_precision_files_load(folder: Path) -> None:
