@@ -26,7 +26,7 @@ from sps2_engine.runtime.options import EngineOptions
 from sps2_engine.sampler import NonFiniteLogitsError, sample
 from sps2_engine.slices import Slicer
 from sps2_kernels.segment_attention import warm_up_attention
-from sps2_layout.layout import Layout, exact_layout
+from sps2_layout.layout import Layout, Span, exact_layout
 from sps2_layout.wire import unpack_attention
 from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt_key
 
@@ -124,9 +124,8 @@ class PrefillRole:
         return self._publisher
 
     def _prefill(self, run: engine_pb2.RunPrefill) -> None:
-        delivery = self._loaded_publisher.begin(
-            run.attempt, run.placement, run.token_begin, run.token_begin + len(run.token_ids)
-        )
+        tokens = Span(run.token_begin, run.token_begin + len(run.token_ids))
+        delivery = self._loaded_publisher.begin(run.attempt, run.placement, [tokens])
         self._report(run.attempt, started=prefill_service_pb2.PrefillStarted())
         try:
             self._compute(run, delivery)
