@@ -96,6 +96,11 @@ class Hosting(ABC):
         return tuple(self.block_tokens(block) for block in self.blocks(rank))
 
     @cached_property
+    def most_tokens(self) -> int:
+        """Tokens of the rank that has most of them."""
+        return max(sum(map(len, self.spans(rank))) for rank in range(self.num_ranks))
+
+    @cached_property
     def last_rank(self) -> int:
         """Rank that has the last prompt token, and samples."""
         return self.owner((self.layout.num_tokens - 1) // (self.block_shards * self.layout.shard_tokens))

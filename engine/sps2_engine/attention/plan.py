@@ -21,21 +21,24 @@ class AttentionPlan(StagedPlan, ABC):
 
     def in_planes(self, source: int, peer: int, layer: int, stage: Stage) -> Iterator[Plane]:
         """What `source` sends to `peer` before compute, in order."""
-        if source == peer:
-            return
-        sent: set[Plane] = set()
+        return (plane for sender, plane in self._inbound(peer, layer, stage) if sender == source)
+
+    def _inbound(self, peer: int, layer: int, stage: Stage) -> Iterator[tuple[int, Plane]]:
+        """(source, plane) of all that comes to `peer` before compute, in the order of each source."""
+        sent: set[tuple[int, Plane]] = set()
         for work in self.works(peer, layer, stage):
             for holder, sample in work.keys if work.brings_keys else ():
                 keys = Plane("k", work.level, work.run.kv_heads, sample)
-                if holder == source and keys not in sent:
-                    sent.add(keys)
-                    yield keys
-                    yield Plane("v", work.level, work.run.kv_heads, sample)
-            if work.query_rank == source:
-                yield work.query_plane
-        for sinks in self.sinks_sent(source, peer) if not stage.level else ():
-            yield Plane("k", 0, self.all_heads.kv_heads, sinks)
-            yield Plane("v", 0, self.all_heads.kv_heads, sinks)
+                if holder != peer and (holder, keys) not in sent:
+                    sent.add((holder, keys))
+                    yield holder, keys
+                    yield holder, Plane("v", work.level, work.run.kv_heads, sample)
+            if work.query_rank != peer:
+                yield work.query_rank, work.query_plane
+        for source in range(self.num_ranks) if not stage.level else ():
+            for sinks in self.sinks_sent(source, peer) if source != peer else ():
+                yield source, Plane("k", 0, self.all_heads.kv_heads, sinks)
+                yield source, Plane("v", 0, self.all_heads.kv_heads, sinks)
 
     def out_planes(self, source: int, peer: int, layer: int, stage: Stage) -> Iterator[Plane]:
         """The queries of `peer` for which `source` returns [O | LSE], in order."""
@@ -44,30 +47,26 @@ class AttentionPlan(StagedPlan, ABC):
                 if work.query_rank == peer:
                     yield work.query_plane
 
-    def in_bytes(self, source: int, peer: int, layer: int, stage: Stage) -> int:
-        """Bytes posted from `source` to `peer` on the way in."""
-        planes = self.in_planes(source, peer, layer, stage)
-        return sum(plane.num_vectors for plane in planes) * self.head_dim * self.element_bytes
-
-    def out_bytes(self, source: int, peer: int, layer: int, stage: Stage) -> int:
-        """Bytes posted from `source` (which computed) to `peer` (whose queries they are)."""
-        planes = self.out_planes(source, peer, layer, stage)
-        return sum(plane.num_vectors for plane in planes) * (self.head_dim * self.element_bytes + LSE_BYTES)
-
-    def pair_bytes(self, source: int, peer: int, layer: int = 0) -> int:
-        """Bytes that a rank posts to another for one layer, in and out."""
-        return sum(
-            self.in_bytes(source, peer, layer, stage) + self.out_bytes(source, peer, layer, stage)
-            for stage in self.stages()
-        )
+    def moved_bytes(self, layer: int = 0) -> list[list[int]]:
+        """Bytes posted for one layer, in and out, by source rank and then by the rank that they go to."""
+        vector = self.head_dim * self.element_bytes
+        moved = [[0] * self.num_ranks for _ in range(self.num_ranks)]
+        for stage in self.stages():
+            for rank in range(self.num_ranks):
+                for source, plane in self._inbound(rank, layer, stage):
+                    moved[source][rank] += plane.num_vectors * vector
+                for work in self.works(rank, layer, stage) if self.returns(stage) else ():
+                    if work.query_rank != rank:
+                        moved[rank][work.query_rank] += work.query_plane.num_vectors * (vector + LSE_BYTES)
+        return moved
 
     def sent_bytes(self, rank: int, layer: int = 0) -> int:
         """Bytes that a rank posts for one layer, in and out."""
-        return sum(self.pair_bytes(rank, peer, layer) for peer in range(self.num_ranks))
+        return sum(self.moved_bytes(layer)[rank])
 
     def bytes_per_layer(self, layer: int = 0) -> int:
         """Bytes that all ranks together post for one layer, in and out."""
-        return sum(self.sent_bytes(rank, layer) for rank in range(self.num_ranks))
+        return sum(map(sum, self.moved_bytes(layer)))
 
     def pairs(self, rank: int, layer: int) -> int:
         """Visible (query, key, query head) triples that `rank` computes; 4 * head_dim FLOPs each."""
