@@ -10,7 +10,7 @@ What is computed and what travels is the plan's. Side streams on a GPU are NCCL'
 what was launched before its post, and a wait holds up the compute launched after it, not the host.
 
 Compute between two of these steps is a stage of the slicer: at the ends of slices all ranks agree whether to go
-on, on the same lane as what goes in, and in the same order on every rank because the plan is.
+on, beside the exchanges that are under way, and equally often on every rank because the plan is the same.
 """
 
 import time
@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sps2_engine.attention.csa_step import LayerStep
-from sps2_engine.attention.plan import AttentionPlan, HeadRun
+from sps2_engine.attention.pieces import HeadRun
+from sps2_engine.attention.plan import AttentionPlan
 from sps2_engine.attention.routes import Leg, Routes
 from sps2_engine.attention.sliced import SegmentAttention
 from sps2_engine.attention.trace import Kind, Trace
