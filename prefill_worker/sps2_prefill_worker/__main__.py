@@ -2,6 +2,8 @@
 
 import asyncio
 import sys
+from dataclasses import dataclass
+from typing import Literal
 
 from sps2.internal.v1 import prefill_service_pb2
 from sps2.v1 import cluster_pb2
@@ -20,18 +22,27 @@ EXAMPLES = [
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrefillWorkerConfig(WorkerConfig):
+    """One rank of a prefill group: a supervisor process that starts and watches its engine."""
+
+    exchange: Literal["auto", "heads", "kv"] = "auto"
+    """What travels between ranks: shares of all heads, or keys and values; auto: what is sooner. Rank 0 decides."""
+
+
 def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
     return EngineOptions(**config.engine_settings(model_hash)).arguments(socket_fd)
 
 
-def _lead(_config: WorkerConfig, _directory: DirectoryClient, _model_hash: str) -> LeaderService:
-    coordinator = PrefillCoordinator()
+def _lead(config: WorkerConfig, _directory: DirectoryClient, _model_hash: str) -> LeaderService:
+    assert isinstance(config, PrefillWorkerConfig)
+    coordinator = PrefillCoordinator(config.exchange, config.threads)
     service = prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"]
     return LeaderService(coordinator, PrefillServicer(coordinator), service)
 
 
 def main() -> int:
-    config = load_config(WorkerConfig, prog="python -m sps2_prefill_worker", examples=EXAMPLES)
+    config = load_config(PrefillWorkerConfig, prog="python -m sps2_prefill_worker", examples=EXAMPLES)
     prepare_process(config.worker_id, config)
     role, engine = cluster_pb2.WORKER_ROLE_PREFILL, "sps2_prefill_worker.engine"
     return asyncio.run(run_worker(config, role, engine, _engine_arguments, _lead))

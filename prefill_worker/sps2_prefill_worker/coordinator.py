@@ -7,10 +7,14 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
+import structlog
+
 from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2.v1 import cluster_pb2
+from sps2_engine.attention.cost_model import Choice
 from sps2_layout.attention import Attention
 from sps2_layout.wire import unpack_attention
+from sps2_prefill_worker.planning import PlannedPrompt, PromptPlanner
 from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure
@@ -18,6 +22,8 @@ from sps2_service.ranks.group import GroupLeader, GroupState
 
 BLOCK_TOKENS = 64
 MAX_WAITING = 1024
+
+log = structlog.get_logger(__name__)
 
 Event = prefill_service_pb2.PrefillResponse | ServiceError
 
@@ -27,7 +33,7 @@ class Attempt:
     """One attempt's prefill, as the leader sees it."""
 
     request: prefill_service_pb2.PrefillRequest
-    attention: Attention
+    planned: PlannedPrompt
     """How its prompt is attended."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     dispatched: bool = False
@@ -43,9 +49,17 @@ class Attempt:
 
 
 class PrefillCoordinator:
-    """Implements `sps2_service.ranks.group.Coordinator` for prefill."""
+    """Implements `sps2_service.ranks.group.Coordinator` for prefill.
 
-    def __init__(self) -> None:
+    Args:
+        exchange: the schedule that serves prompts, or "auto".
+        threads: of each rank, on a CPU.
+    """
+
+    def __init__(self, exchange: Choice = "auto", threads: int = 1) -> None:
+        self._exchange: Choice = exchange
+        self._threads = threads
+        self._planner: PromptPlanner | None = None
         self._scheduler = PrefillScheduler()
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._leader: GroupLeader | None = None
@@ -99,6 +113,7 @@ class PrefillCoordinator:
         """See `Coordinator.on_formed`."""
         self._kv_blocks = min(loaded.kv_blocks_total for loaded in ranks)
         self._slice_flops = min(loaded.slice_flops for loaded in ranks)
+        self._planner = PromptPlanner.of(ranks, self._exchange, self._threads)
 
     def on_broken(self, error: Unavailable) -> None:
         """See `Coordinator.on_broken`."""
@@ -127,7 +142,7 @@ class PrefillCoordinator:
         self._start_next()
         return attempt
 
-    def _check(self, request: prefill_service_pb2.PrefillRequest) -> Attention:
+    def _check(self, request: prefill_service_pb2.PrefillRequest) -> PlannedPrompt:
         group = self._group
         if group.state is not GroupState.FORMED or self._draining:
             why = "is draining" if self._draining else f"is not ready ({group.missing})"
@@ -140,16 +155,16 @@ class PrefillCoordinator:
         begins = [shard.token_begin for shard in request.placement.shards]
         if begins != edges[:-1] or edges[-1] != len(request.token_ids):
             raise InvalidArgument.of_field("placement", "shards must cover the prompt in order, without gaps")
-        attention = _attention_of(request)
-        num_ranks = attention.num_ranks(group.size)
-        slice_tokens = len(attention.sliced(group.size).rank_tokens(0, num_ranks))  # nobody has more
+        assert self._planner is not None, "a group that is formed has told its shape"
+        planned = self._planner.plan(_attention_of(request))
+        slice_tokens = planned.plan.most_tokens
         if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
             raise FailedPrecondition(
                 "PROMPT_TOO_LARGE",
                 f"a slice of {slice_tokens} tokens needs more KV than a rank of {group.name} has "
                 f"({self._kv_blocks * BLOCK_TOKENS} tokens): raise --kv-tokens or use more ranks",
             )
-        return attention
+        return planned
 
     def _start_next(self) -> None:
         job = self._scheduler.start_next()
@@ -157,20 +172,24 @@ class PrefillCoordinator:
             return
         attempt = self._attempts[job.key]
         attempt.dispatched = True
-        request, attention = attempt.request, attempt.attention
-        num_ranks, layout = attention.num_ranks(self._group.size), attention.sliced(self._group.size)
+        request, planned = attempt.request, attempt.planned
+        log.info(
+            "prefill starts",
+            request_id=request.attempt.request_id,
+            num_tokens=job.num_tokens,
+            exchange=planned.exchange,
+            num_ranks=planned.plan.num_ranks,
+        )
         for rank in range(self._group.size):
-            span = layout.rank_tokens(rank, num_ranks)
             run = engine_pb2.RunPrefill(
                 attempt=request.attempt,
                 num_prompt_tokens=job.num_tokens,
-                token_begin=span.begin,
-                token_ids=request.token_ids[span.begin : span.end],
                 placement=request.placement,
                 choice=request.choice,
                 attention=request.attention,
                 slice_flops=self._slice_flops,
             )
+            planned.assign(rank, run, request.token_ids)
             self._group.send(rank, engine_pb2.EngineCommand(run_prefill=run))
 
     def _on_report(self, rank: int, attempt: Attempt, report: engine_pb2.PrefillReport) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
-from sps2_engine.attention.csa_plan import CsaPlan
+from sps2_engine.attention.cost_model import AttentionShape, make_plan
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
 from sps2_engine.choice import finish_reason, sampling_params
 from sps2_engine.collectives import Communicator, LeadingRanks, SoloCommunicator
@@ -26,8 +26,8 @@ from sps2_engine.runtime.options import EngineOptions
 from sps2_engine.sampler import NonFiniteLogitsError, sample
 from sps2_engine.slices import Slicer
 from sps2_kernels.segment_attention import warm_up_attention
-from sps2_layout.layout import Layout, exact_layout
-from sps2_layout.wire import unpack_attention
+from sps2_layout.layout import Span, exact_layout
+from sps2_prefill_worker.planning import follow, spans_of
 from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt_key
 
 _log = logging.getLogger(__name__)
@@ -124,9 +124,7 @@ class PrefillRole:
         return self._publisher
 
     def _prefill(self, run: engine_pb2.RunPrefill) -> None:
-        delivery = self._loaded_publisher.begin(
-            run.attempt, run.placement, run.token_begin, run.token_begin + len(run.token_ids)
-        )
+        delivery = self._loaded_publisher.begin(run.attempt, run.placement, spans_of(run))
         self._report(run.attempt, started=prefill_service_pb2.PrefillStarted())
         try:
             self._compute(run, delivery)
@@ -136,11 +134,9 @@ class PrefillRole:
 
     def _compute(self, run: engine_pb2.RunPrefill, delivery: Delivery) -> None:
         started, communicator = time.perf_counter(), self._communicator
-        attention = unpack_attention(run.attention)
-        num_ranks = attention.num_ranks(communicator.size)
-        plan = self._plan(attention.sliced(communicator.size), num_ranks)
+        plan = follow(run, communicator.rank, communicator.size, self._shape)
         slicer = Slicer(run.slice_flops, lambda: self._end_slice(key))
-        schedule = CsaSchedule(plan, LeadingRanks(communicator, num_ranks), self._model.scale, slicer)
+        schedule = CsaSchedule(plan, LeadingRanks(communicator, plan.num_ranks), self._model.scale, slicer)
         runs = slot_runs(delivery.blocks, len(run.token_ids))
         key, posted_before = attempt_key(run.attempt), self.bytes_posted[KIND]
 
@@ -154,9 +150,9 @@ class PrefillRole:
             return o
 
         def walk(num_rows: int, flops_per_row: int) -> Iterator[slice]:
-            return slicer.rows(len(plan.tokens(0)), num_rows, flops_per_row)  # nobody has more than rank 0
+            return slicer.rows(plan.most_tokens, num_rows, flops_per_row)
 
-        hidden = self._forward(run.token_ids, run.token_begin, attend, walk)
+        hidden = self._forward(run.token_ids, spans_of(run), attend, walk)
         if communicator.rank == plan.last_rank:
             self._sample_first(run, hidden[-1:], started)
         self._loaded_publisher.computed(delivery, self.bytes_posted[KIND] - posted_before, schedule.exposed_s)
@@ -195,31 +191,25 @@ class PrefillRole:
             taken = rows.stop
 
     def _forward(
-        self, token_ids: Sequence[int], first_position: int, attend: Attend, walk: RowWalk = row_chunks
+        self, token_ids: Sequence[int], spans: Sequence[Span], attend: Attend, walk: RowWalk = row_chunks
     ) -> Tensor:
+        """Hidden states of tokens that lie at these spans of their prompt, one span after another."""
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-        positions = torch.arange(len(ids), dtype=torch.int64, device=self._device) + first_position
-        return self._model.decoder.forward(ids, positions, attend, walk)
+        positions = [torch.arange(span.begin, span.end, device=self._device) for span in spans]
+        return self._model.decoder.forward(ids, torch.cat(positions) if positions else ids, attend, walk)
 
     def _warm_up(self) -> None:
         """Compiles attention, then one tiny forward: the first prompt pays for nothing that starts lazily."""
         warm_up_attention(self._dtype, self._device)
-        schedule = CsaSchedule(
-            self._plan(exact_layout(WARM_UP_TOKENS, 1), 1), SoloCommunicator(), self._model.scale
-        )
-        hidden = self._forward([0] * WARM_UP_TOKENS, 0, schedule.attend)
+        plan = make_plan("heads", exact_layout(WARM_UP_TOKENS, 1), 1, self._shape)
+        schedule = CsaSchedule(plan, SoloCommunicator(), self._model.scale)
+        hidden = self._forward([0] * WARM_UP_TOKENS, [Span(0, WARM_UP_TOKENS)], schedule.attend)
         self._model.decoder.logits(hidden[-1:])
 
-    def _plan(self, layout: Layout, num_ranks: int) -> CsaPlan:
+    @property
+    def _shape(self) -> AttentionShape:
         config = self._model.decoder.config
-        return CsaPlan(
-            layout,
-            num_ranks,
-            config.num_q_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            self._dtype.itemsize,
-        )
+        return AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim, self._dtype.itemsize)
 
     def _report(self, attempt: placement_pb2.Attempt, **report: object) -> None:
         prefill = engine_pb2.PrefillReport(attempt=attempt, **report)  # type: ignore[arg-type]

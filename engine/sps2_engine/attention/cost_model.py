@@ -11,7 +11,8 @@ from typing import Literal, TypeAlias
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.kv_schedule import KvPlan
 from sps2_engine.attention.plan import AttentionPlan
-from sps2_layout.layout import Layout
+from sps2_engine.attention.rates import CPU_CORE, Rates
+from sps2_layout.layout import Layout, exact_layout
 
 Exchange: TypeAlias = Literal["heads", "kv"]
 Choice: TypeAlias = Literal["auto", "heads", "kv"]
@@ -19,24 +20,9 @@ Choice: TypeAlias = Literal["auto", "heads", "kv"]
 PLANS: Mapping[Exchange, type[AttentionPlan]] = {"heads": CsaPlan, "kv": KvPlan}
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What one rank was measured to do."""
-
-    flops_per_s: float
-    """Attention, of one rank while the others are busy too."""
-    bytes_per_s: float
-    """Sent by one rank while all exchange."""
-    latency_s: float = 3e-4
-    """Of one exchange, however small; as measured over Gloo."""
-
-    def __post_init__(self) -> None:
-        if min(self.flops_per_s, self.bytes_per_s) <= 0 or self.latency_s < 0:
-            raise ValueError(f"not rates: {self}")
-
-
-CPU_CORE = Rates(flops_per_s=75e9, bytes_per_s=1.5e9)
-"""One core with Gloo over loopback, about: what is assumed before anything is measured."""
+WORTH_CHANGING = 0.95
+"""`kv` is chosen only where it takes at most this share of the time of `heads`: less is within the model's error,
+and a choice that turns on it would change with every few tokens of length."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +53,13 @@ class Estimate:
 def make_plan(exchange: Exchange, layout: Layout, num_ranks: int, shape: AttentionShape) -> AttentionPlan:
     """The plan of one exchange schedule.
 
+    Dense causal attention has no shards of its own, so `kv` cuts it into two to a rank: then it can fold.
+
     Raises:
         ValueError: see `AttentionPlan`.
     """
+    if exchange == "kv" and layout.is_exact and num_ranks > 1:
+        layout = exact_layout(layout.num_tokens, 2 * num_ranks)
     heads = shape.num_q_heads, shape.num_kv_heads, shape.head_dim
     return PLANS[exchange](layout, num_ranks, *heads, shape.element_bytes)
 
@@ -82,7 +72,7 @@ def estimate(
     A rank's exchange is as long as the more of what it sends and what it receives.
     """
     plan, ranks = make_plan(exchange, layout, num_ranks, shape), range(num_ranks)
-    moved = [[plan.pair_bytes(source, peer) for peer in ranks] for source in ranks]
+    moved = plan.moved_bytes()
     compute, exchanged = [], []
     num_exchanges = sum(1 + plan.returns(stage) for stage in plan.stages())
     for rank in ranks:
@@ -96,14 +86,16 @@ def estimate(
 def choose_schedule(
     layout: Layout, num_ranks: int, shape: AttentionShape, rates: Rates = CPU_CORE, choice: Choice = "auto"
 ) -> Exchange:
-    """The schedule to serve a prompt by: the one asked for, or the one estimated to be sooner.
+    """The schedule to serve a prompt by: the one asked for, or the one estimated to be clearly sooner.
 
-    Equal estimates go to `heads`, which keeps consecutive tokens on a rank.
+    Else `heads`, which keeps consecutive tokens on a rank; so does a rank alone, which has nothing to exchange.
     """
+    if num_ranks == 1:
+        return "heads"
     if choice != "auto":
         return choice
     heads, kv = (estimate(name, layout, num_ranks, shape, rates) for name in PLANS)
-    return kv.exchange if kv.step_s < heads.step_s else heads.exchange
+    return kv.exchange if kv.step_s < WORTH_CHANGING * heads.step_s else heads.exchange
 
 
 def plan_attention(

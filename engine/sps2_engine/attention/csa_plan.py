@@ -8,7 +8,8 @@ Compute is even, and bytes fall with the stride of queries and keys alike.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sps2_engine.attention.plan import LSE_BYTES, AttentionPlan, HeadRun, Stage, Work, head_runs
+from sps2_engine.attention.pieces import LSE_BYTES, HeadRun, Stage, Work, head_runs
+from sps2_engine.attention.plan import AttentionPlan
 from sps2_layout.layout import Sample, Span
 
 

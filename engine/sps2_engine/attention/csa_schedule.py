@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sps2_engine.attention.csa_step import LayerStep
-from sps2_engine.attention.plan import AttentionPlan, HeadRun
+from sps2_engine.attention.pieces import HeadRun
+from sps2_engine.attention.plan import AttentionPlan
 from sps2_engine.attention.routes import Leg, Routes
 from sps2_engine.attention.sliced import SegmentAttention
 from sps2_engine.attention.trace import Kind, Trace

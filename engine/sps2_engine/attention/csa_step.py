@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sps2_engine.attention.plan import LSE_BYTES, AttentionPlan, HeadRun, Plane, Work
+from sps2_engine.attention.pieces import LSE_BYTES, HeadRun, Plane, Work
+from sps2_engine.attention.plan import AttentionPlan
 from sps2_engine.attention.routes import KeyRun, Leg, Route, Routes, key_run
 from sps2_engine.attention.sliced import SegmentAttention, State, sliced_attention
 from sps2_engine.slices import Stage

@@ -8,7 +8,8 @@ rank r hosts blocks r and 2P-1-r, and every rank sees as many blocks.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sps2_engine.attention.plan import AttentionPlan, HeadRun, Stage, Work, head_runs
+from sps2_engine.attention.pieces import HeadRun, Stage, Work, head_runs
+from sps2_engine.attention.plan import AttentionPlan
 from sps2_layout.layout import Span
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from sps2_engine.attention.plan import LSE_BYTES, AttentionPlan, HeadRun, Plane, Stage, Work
+from sps2_engine.attention.pieces import LSE_BYTES, HeadRun, Plane, Stage, Work
+from sps2_engine.attention.plan import AttentionPlan
 from sps2_layout.layout import Sample, Span
 
 StageFlops = tuple[int, int]

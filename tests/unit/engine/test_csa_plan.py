@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sps2_engine.attention.across import MAX_CHUNKS
 from sps2_engine.attention.csa_plan import CsaPlan, chunk_pieces, row_block, split_heads
+from sps2_engine.attention.hosting import CHUNK_BYTES
 from sps2_engine.attention.kv_schedule import KvPlan
-from sps2_engine.attention.plan import CHUNK_BYTES, MAX_CHUNKS, Stage, head_runs
+from sps2_engine.attention.pieces import Stage, head_runs
 from sps2_kernels import reference
 from sps2_layout.layout import Layout, Level, Sample, Span, exact_layout
 from sps2_layout.profiles import Profile, paper_profile

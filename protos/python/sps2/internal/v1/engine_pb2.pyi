@@ -9,6 +9,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from sps2.internal.v1 import placement_pb2 as _placement_pb2
 from sps2.internal.v1 import prefill_service_pb2 as _prefill_service_pb2
 from sps2.v1 import generation_pb2 as _generation_pb2
@@ -21,7 +22,36 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Exchange:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExchangeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Exchange.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXCHANGE_UNSPECIFIED: _Exchange.ValueType  # 0
+    """Never valid."""
+    EXCHANGE_HEADS: _Exchange.ValueType  # 1
+    """Each rank computes a share of the heads for all tokens of its group."""
+    EXCHANGE_KV: _Exchange.ValueType  # 2
+    """Each rank computes for its own tokens; keys and values come to it."""
+
+class Exchange(_Exchange, metaclass=_ExchangeEnumTypeWrapper):
+    """Exchange is the schedule of attention across ranks."""
+
+EXCHANGE_UNSPECIFIED: Exchange.ValueType  # 0
+"""Never valid."""
+EXCHANGE_HEADS: Exchange.ValueType  # 1
+"""Each rank computes a share of the heads for all tokens of its group."""
+EXCHANGE_KV: Exchange.ValueType  # 2
+"""Each rank computes for its own tokens; keys and values come to it."""
+Global___Exchange: _TypeAlias = Exchange  # noqa: Y015
 
 @_typing.final
 class EngineCommand(_message.Message):
@@ -149,19 +179,31 @@ class RunPrefill(_message.Message):
     CHOICE_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
     SLICE_FLOPS_FIELD_NUMBER: _builtins.int
+    EXCHANGE_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
     """Tokens of the whole prompt."""
-    token_begin: _builtins.int
-    """First token of this rank's slice."""
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def token_begin(self) -> _builtins.int:
+        """First token of this rank's slice; not read any more, see spans."""
+
+    @token_begin.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def token_begin(self, value: _builtins.int) -> None:
+        """First token of this rank's slice; not read any more, see spans."""
+
     slice_flops: _builtins.int
     """FLOPs of one slice: every rank looks for a cancel each time the busiest rank has done so many."""
+    exchange: Global___Exchange.ValueType
+    """How what lies across ranks is exchanged; the same on every rank, because the leader chose."""
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The slice; may be empty."""
+        """This rank's tokens, span after span; may be empty."""
 
     @_builtins.property
     def placement(self) -> _placement_pb2.Placement:
@@ -175,6 +217,12 @@ class RunPrefill(_message.Message):
     def attention(self) -> _placement_pb2.AttentionLayout:
         """The mask of the prompt."""
 
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSpan]:
+        """Where this rank's tokens lie in the prompt, ascending: one span, or two where shards are folded. Empty
+        spans are left out.
+        """
+
     def __init__(
         self,
         *,
@@ -186,14 +234,42 @@ class RunPrefill(_message.Message):
         choice: _prefill_service_pb2.TokenChoice | None = ...,
         attention: _placement_pb2.AttentionLayout | None = ...,
         slice_flops: _builtins.int = ...,
+        exchange: Global___Exchange.ValueType = ...,
+        spans: _abc.Iterable[Global___TokenSpan] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "num_prompt_tokens", b"num_prompt_tokens", "placement", b"placement", "slice_flops", b"slice_flops", "token_begin", b"token_begin", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "exchange", b"exchange", "num_prompt_tokens", b"num_prompt_tokens", "placement", b"placement", "slice_flops", b"slice_flops", "spans", b"spans", "token_begin", b"token_begin", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunPrefill: _TypeAlias = RunPrefill  # noqa: Y015
+
+@_typing.final
+class TokenSpan(_message.Message):
+    """TokenSpan is a run of tokens of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    begin: _builtins.int
+    """First token."""
+    end: _builtins.int
+    """One past the last."""
+    def __init__(
+        self,
+        *,
+        begin: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "end", b"end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenSpan: _TypeAlias = TokenSpan  # noqa: Y015
 
 @_typing.final
 class CancelPrefill(_message.Message):
