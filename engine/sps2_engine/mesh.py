@@ -133,10 +133,6 @@ class TensorShare:
         first = self.index * num_kv_heads // self.tp
         return Part(Span(first, first + max(1, num_kv_heads // self.tp)), num_kv_heads)
 
-    def is_first_with_kv(self, num_kv_heads: int) -> bool:
-        """Whether no rank before it holds the same KV heads: of several only the first gives them away."""
-        return self.index * num_kv_heads % self.tp < num_kv_heads
-
     def columns(self, intermediate_size: int) -> Part:
         """Columns inside a feed-forward block: as many on every rank.
 
