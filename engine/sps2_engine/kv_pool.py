@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from sps2_layout.layout import Span
+
 BLOCK_TOKENS = 64
 
 
@@ -24,7 +26,8 @@ class OutOfBlocksError(Exception):
 class KvArena:
     """All KV of one rank, allocated once; pages that were never written cost no memory.
 
-    `k` and `v` are [num_layers, num_blocks * 64, num_kv_heads, head_dim], contiguous.
+    `k` and `v` are [num_layers, num_blocks * 64, num_kv_heads, head_dim], contiguous. A tensor rank's arena holds
+    `num_kv_heads` of the model's KV heads, from `first_head` on.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class KvArena:
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        first_head: int = 0,
     ) -> None:
         shape = (num_layers, num_blocks * BLOCK_TOKENS, num_kv_heads, head_dim)
         # empty, not zeros: the kernel gives pages on first touch, so a large arena is free until it is used.
@@ -43,6 +48,8 @@ class KvArena:
         self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.num_kv_heads = num_kv_heads
+        self.heads = Span(first_head, first_head + num_kv_heads)
+        """The same, numbered as in the model."""
         self.head_dim = head_dim
 
     @property

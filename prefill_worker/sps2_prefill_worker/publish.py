@@ -6,7 +6,7 @@ Knows nothing of models or ranks: it is told when a layer's KV lies in its block
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
@@ -14,6 +14,7 @@ from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, OutOfBlocksError
 from sps2_engine.kv_transfer.base import TransferError
 from sps2_engine.kv_transfer.sender import KvSender
 from sps2_engine.kv_transfer.transfer import Transfer
+from sps2_layout.layout import Span
 
 ROOM_TIMEOUT_S = 60.0
 """Longest wait for earlier prompts' KV to be delivered when the arena is full."""
@@ -62,16 +63,22 @@ class Publisher:
         return self._pool.num_used
 
     def begin(
-        self, attempt: placement_pb2.Attempt, placement: placement_pb2.Placement, begin: int, end: int
+        self, attempt: placement_pb2.Attempt, placement: placement_pb2.Placement, spans: Sequence[Span]
     ) -> Delivery:
-        """Takes blocks for tokens [begin, end) and opens their transfer, waiting where earlier KV fills the arena.
+        """Takes blocks for tokens and opens their transfer, waiting where earlier KV fills the arena.
+
+        Args:
+            attempt: Whose they are.
+            placement: Where they go.
+            spans: In order and disjoint; the delivery's blocks hold their tokens one after another.
 
         Raises:
             OutOfBlocksError: no room within `ROOM_TIMEOUT_S`.
         """
-        blocks = self._wait_for_blocks(-(-(end - begin) // BLOCK_TOKENS))
+        num_tokens = sum(map(len, spans))
+        blocks = self._wait_for_blocks(-(-num_tokens // BLOCK_TOKENS))
         key = attempt_key(attempt)
-        transfer = self._sender.begin(attempt, placement, begin, end, blocks) if begin < end else None
+        transfer = self._sender.begin(attempt, placement, spans, blocks) if num_tokens else None
         delivery = Delivery(attempt, blocks, transfer, bytes_sent=None if transfer else 0)
         with self._changed:
             self._deliveries[key] = delivery

@@ -18,6 +18,7 @@ from sps2.internal.v1.kv_transfer_service_pb2 import SlabAck, SlabHeader, SlabVe
 from sps2.internal.v1.placement_pb2 import Fence
 from sps2_engine.kv_pool import slot_runs
 from sps2_engine.kv_transfer.slab import ArenaBytes, checksum, header_fault
+from sps2_layout.layout import Span
 
 logger = logging.getLogger(__name__)
 
@@ -29,27 +30,39 @@ class Expectation:
     """KV that will come for one attempt."""
 
     fence: Fence
-    token_begin: int
-    token_end: int
+    tokens: Span
+    heads: Span
     blocks: Sequence[int]
-    """Blocks in token order; `token_begin` lies in the first slot of the first."""
+    """Blocks in token order; the first token lies in the first slot of the first."""
     on_complete: Callable[[], None]
-    seen: NDArray[np.bool_]
-    """[layers, tokens]: in its block."""
+    num_layers: int
     num_missing: int = field(init=False)
+    """(layer, token, head) that are not in their blocks."""
+    _seen: NDArray[np.uint8] = field(init=False)
+    """[layers, tokens, ceil(heads / 8)], a bit for each head: in its block."""
 
     def __post_init__(self) -> None:
-        self.num_missing = int(self.seen.size)
+        num_heads = len(self.heads)
+        self.num_missing = self.num_layers * len(self.tokens) * num_heads
+        # 32 layers by 8 heads of a million tokens: 32 MB as bits, 256 MB as flags.
+        self._seen = np.zeros((self.num_layers, len(self.tokens), -(-num_heads // 8)), dtype=np.uint8)
 
     def runs(self, header: SlabHeader) -> list[tuple[int, int]]:
         """The slots of the tokens of a slab."""
-        first = header.token_begin - self.token_begin
+        first = header.token_begin - self.tokens.begin
         return slot_runs(self.blocks, header.token_end - header.token_begin, first)
 
-    def window(self, header: SlabHeader) -> NDArray[np.bool_]:
-        """The part of `seen` that a slab covers, as a view."""
-        first = header.token_begin - self.token_begin
-        return self.seen[header.layer, first : first + header.token_end - header.token_begin]
+    def mark(self, header: SlabHeader) -> int:
+        """Counts a slab as there; how much of it was not, in (token, head) pairs."""
+        window = self._seen[header.layer, header.token_begin - self.tokens.begin :]
+        window = window[: header.token_end - header.token_begin]
+        heads = np.zeros(len(self.heads), dtype=np.bool_)
+        heads[header.head_begin - self.heads.begin : header.head_end - self.heads.begin] = True
+        bits = np.packbits(heads)
+        num_new = int(np.bitwise_count(bits & ~window).sum())
+        window |= bits
+        self.num_missing -= num_new
+        return num_new
 
 
 class SlabIntake:
@@ -85,10 +98,10 @@ class SlabIntake:
         if not 0 <= token_begin < token_end:
             raise ValueError(f"no tokens in [{token_begin}, {token_end})")
         slot_runs(blocks, token_end - token_begin)  # raises when the blocks are too few
-        seen = np.zeros((self._arena.num_layers, token_end - token_begin), dtype=np.bool_)
         copied = Fence()
         copied.CopyFrom(fence)
-        expectation = Expectation(copied, token_begin, token_end, list(blocks), on_complete, seen)
+        tokens, arena = Span(token_begin, token_end), self._arena
+        expectation = Expectation(copied, tokens, arena.heads, list(blocks), on_complete, arena.num_layers)
         with self._lock:
             if _key(fence) in self._expected:
                 raise ValueError(f"attempt {_key(fence)} is expected already")
@@ -151,19 +164,16 @@ class SlabIntake:
             return None, f"attempt {_key(header.fence)} is not expected"
         if expectation.fence != header.fence:
             return None, f"the attempt is of epoch {expectation.fence.epoch}, not {header.fence.epoch}"
-        fault = header_fault(header, expectation.token_begin, expectation.token_end, self._arena)
+        fault = header_fault(header, expectation.tokens, self._arena)
         return (None, fault) if fault else (expectation, "")
 
     def _store(self, header: SlabHeader, expectation: Expectation, payload: memoryview) -> bool:
         """Scatters under the lock; whether the attempt has all its KV only now."""
         self.bytes_accepted += len(payload)
-        window = expectation.window(header)
-        num_new = int(window.size - np.count_nonzero(window))
-        if num_new == 0:  # sent again: what is there may have been read, or grown by decode, since
+        if expectation.mark(header) == 0:  # sent again: what is there may have been read since
             return False
-        self._arena.scatter(payload, header.layer, expectation.runs(header))
-        window[:] = True
-        expectation.num_missing -= num_new
+        heads = Span(header.head_begin, header.head_end)
+        self._arena.scatter(payload, header.layer, expectation.runs(header), heads)
         return expectation.num_missing == 0
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from sps2.internal.v1.kv_transfer_service_pb2 import OpenRingResponse, SlabAck, SlabHeader, SlabVerdict
-from sps2_engine.kv_pool import slot_runs
 from sps2_engine.kv_transfer.base import Link, SlabBytes, TransferError
 from sps2_engine.kv_transfer.relayout import cut
 from sps2_engine.kv_transfer.slab import ArenaBytes, checksum
@@ -77,11 +76,11 @@ class Outbox:
         if not self._is_silence_counted():
             self._last_progress = now
         try:
-            slabs = cut(share.part, self._arena.token_bytes, self._ring.slot_bytes)
+            slabs = cut(share.part, self._arena.head_bytes, self._ring.slot_bytes)
         except ValueError as error:
             share.transfer.fail(TransferError("REFUSED", f"{self._address}: {error}"))
             return
-        self._queue.extend(Slab(share.transfer, tokens, share.layer) for tokens in slabs)
+        self._queue.extend(Slab(share.transfer, part, share.layer) for part in slabs)
 
     def pump(self, now: float, count_bytes: Callable[[int], None]) -> int:
         """Takes answers and posts what credits allow; how many of both.
@@ -105,28 +104,28 @@ class Outbox:
         return len(acks) + num_posted
 
     def _post(self, slab: Slab) -> int:
-        transfer, tokens = slab.transfer, slab.tokens
-        runs = slot_runs(transfer.blocks, tokens.num_tokens, tokens.begin - transfer.token_begin)
-        pieces = self._arena.pieces(slab.layer, runs)
+        transfer, part = slab.transfer, slab.part
+        runs = transfer.runs(part)
+        pieces = self._arena.pieces(slab.layer, runs, part.heads)
         slot = self._free_slots.pop()
         header = SlabHeader(
-            fence=transfer.shard(tokens).fence,
+            fence=transfer.shard(part).fence,
             source_incarnation=self._source_incarnation,
             slot=slot,
             sequence=next(self._sequences),
             layer=slab.layer,
-            token_begin=tokens.begin,
-            token_end=tokens.end,
-            head_begin=0,
-            head_end=self._arena.num_kv_heads,
-            num_bytes=tokens.num_tokens * self._arena.token_bytes,
+            token_begin=part.tokens.begin,
+            token_end=part.tokens.end,
+            head_begin=part.heads.begin,
+            head_end=part.heads.end,
+            num_bytes=part.num_cells * self._arena.head_bytes,
             crc32=checksum(pieces),
         )
         self._unanswered[header.sequence] = slab
         self._posted[header.sequence] = slab
         transfer.bytes_sent += header.num_bytes
         transfer.slabs_sent += 1
-        self.link.post(header, SlabBytes(pieces, self._arena.addresses(slab.layer, runs)))
+        self.link.post(header, SlabBytes(pieces, self._arena.addresses(slab.layer, runs, part.heads)))
         return header.num_bytes
 
     def _settle(self, ack: SlabAck) -> None:
@@ -139,14 +138,16 @@ class Outbox:
         if not transfer.live:
             return
         if ack.verdict == SlabVerdict.SLAB_VERDICT_ACCEPTED:
-            transfer.count_accepted(slab.tokens.num_tokens)
+            transfer.count_accepted(slab.part)
         elif ack.verdict == SlabVerdict.SLAB_VERDICT_CORRUPT:
             self._resend(slab)
         else:
             transfer.fail(TransferError("REFUSED", f"{self._address}: {ack.detail}"))
 
     def _resend(self, slab: Slab) -> None:
-        what = f"layer {slab.layer}, tokens [{slab.tokens.begin}, {slab.tokens.end}) to {self._address}"
+        tokens, heads = slab.part.tokens, slab.part.heads
+        cells = f"tokens [{tokens.begin}, {tokens.end}), heads [{heads.begin}, {heads.end})"
+        what = f"layer {slab.layer}, {cells} to {self._address}"
         if slab.num_resends >= MAX_RESENDS:
             message = f"{what}: the checksum failed {slab.num_resends + 1} times"
             slab.transfer.fail(TransferError("DATA_LOSS", message))

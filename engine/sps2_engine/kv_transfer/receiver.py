@@ -41,7 +41,7 @@ class KvReceiver:
     """Takes KV from any number of source processes into the blocks of this engine.
 
     Args:
-        arena: Where it goes; host memory.
+        arena: Where it goes: all KV heads of the model, or a range of them.
         kv_format: Must describe the arena; sources with another format are turned away.
         process_incarnation: Life of this engine process, the first part of every fence.
         listen_host: Interface of the handshake server; its port is free and in `address`.
@@ -96,13 +96,15 @@ class KvReceiver:
     ) -> None:
         """Takes the KV of tokens [token_begin, token_end) of that attempt, from now on; returns at once.
 
+        It comes from any number of sources, in slabs of any of the arena's heads.
+
         Args:
             fence: What slabs must carry.
             token_begin: First token of this rank's part of the prompt; lies in the first slot of `blocks[0]`.
             token_end: One past the last.
             blocks: Blocks in token order.
-            on_complete: Called once, from a thread of the receiver, when every (layer, token) is verified and
-                in its block; must return soon. For an empty range it is called at once.
+            on_complete: Called once, from a thread of the receiver, when every (layer, token, head) is
+                verified and in its block; must return soon. For an empty range it is called at once.
 
         Raises:
             ValueError: the attempt is expected already, the fence is of another process, or the blocks are

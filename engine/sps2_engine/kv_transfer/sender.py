@@ -19,10 +19,11 @@ from sps2_engine.kv_pool import KvArena, slot_runs
 from sps2_engine.kv_transfer.base import Link, TransferError, TransportChoice
 from sps2_engine.kv_transfer.nixl import NixlSource, NixlUnavailableError
 from sps2_engine.kv_transfer.outbox import Outbox
-from sps2_engine.kv_transfer.relayout import shares, transfer_bytes
+from sps2_engine.kv_transfer.relayout import num_cells, shares
 from sps2_engine.kv_transfer.route import NixlLinks, Route
 from sps2_engine.kv_transfer.slab import ArenaBytes
 from sps2_engine.kv_transfer.transfer import Share, Transfer
+from sps2_layout.layout import Span
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class KvSender:
     """Sends KV out of this engine's arena, while later layers are computed.
 
     Args:
-        arena: Where KV is read; host memory. With NIXL it is registered once and slabs leave it uncopied.
+        arena: Where KV is read; host memory. With NIXL it is registered once and slabs leave it uncopied. It
+            may hold a range of the model's KV heads: those are what this source sends.
         kv_format: Must describe the arena.
         source_name: For people ("prefill-0/1"); a target keeps one live ring per name.
         source_incarnation: Life of this engine process.
@@ -96,31 +98,30 @@ class KvSender:
         self,
         attempt: Attempt,
         placement: Placement,
-        token_begin: int,
-        token_end: int,
+        spans: Sequence[Span],
         blocks: Sequence[int],
     ) -> Transfer:
-        """Starts a transfer of tokens [token_begin, token_end); the ways to its targets open at once.
+        """Starts a transfer of these tokens, all heads of the arena; the ways to its targets open at once.
 
         Args:
             attempt: For messages; what targets check is each shard's fence.
             placement: Which target takes which tokens.
-            token_begin: First token that this rank has; lies in the first slot of `blocks[0]`.
-            token_end: One past its last. With an empty range the transfer is done at once.
-            blocks: Blocks of this rank's arena, in token order; to be freed when `done` has a result, or when
-                what `abort` returned has.
+            spans: Tokens that this rank sends, in order and disjoint. Without any the transfer is done at once.
+            blocks: Blocks of this rank's arena. They hold the tokens of the spans one after another (no span
+                begins a new block), the first in the first slot of `blocks[0]`; to be freed when `done` has a
+                result, or when what `abort` returned has.
 
         Returns:
             The handle. Every failure comes by its `done`, as TransferError.
         """
-        transfer = Transfer(attempt, placement, token_begin, token_end, list(blocks))
+        transfer = Transfer(attempt, placement, tuple(spans), list(blocks))
         try:
-            transfer.parts = shares(placement, token_begin, token_end)
-            slot_runs(transfer.blocks, token_end - token_begin)
+            transfer.parts = shares(placement, spans, self._bytes.heads, self._bytes.num_model_heads)
+            slot_runs(transfer.blocks, sum(map(len, spans)))
         except ValueError as error:
             transfer.fail(TransferError("BAD_PLACEMENT", str(error)))
             return transfer
-        transfer.num_missing = transfer_bytes(transfer.parts, self._bytes.num_layers, 1)
+        transfer.num_missing = self._bytes.num_layers * num_cells(transfer.parts)
         transfer.finish_if_complete()
         if not self._order(lambda: self._begin(transfer)):
             transfer.fail(_closed())

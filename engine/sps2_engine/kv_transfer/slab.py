@@ -1,27 +1,39 @@
 """The bytes of a slab: where they lie in an arena, their checksum, and what a header must say.
 
-Layout version 1: [K run | V run], each [tokens, heads, head_dim], row-major, in the arena's own element type.
-Knows nothing about transports or threads.
+Layout version 1: [K run | V run], each [tokens, heads, head_dim], row-major, in the arena's own element type; the
+heads are those of the slab's header. Knows nothing about transports or threads.
 """
 
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sps2.internal.v1.kv_transfer_service_pb2 import KvFormat, SlabHeader
 from sps2_engine.kv_pool import KvArena
+from sps2_layout.layout import Span
 
 LAYOUT_VERSION: Final = 1
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Runs = Sequence[tuple[int, int]]
+"""Slots [begin, end) of the tokens of a slab, in token order."""
 
 
 class ArenaBytes:
     """An arena as bytes. Slabs leave an arena in host memory, as views; they can be scattered into any arena.
 
+    Heads are numbered as in the model, and those of a slab must be among the arena's.
+
+    Args:
+        arena: Of all KV heads of the model, or of a range of them.
+        kv_format: What is announced for it, the same on all ranks.
+
     Raises:
-        ValueError: the arena does not have the format that will be announced for it.
+        ValueError: the arena does not have that format.
     """
 
     def __init__(self, arena: KvArena, kv_format: KvFormat) -> None:
@@ -29,48 +41,72 @@ class ArenaBytes:
             raise ValueError(f"the KV format does not describe the arena: {difference}")
         self.arena = arena
         self.num_layers = arena.num_layers
-        self.num_kv_heads = arena.num_kv_heads
+        self.heads = arena.heads
+        self.num_model_heads = kv_format.num_kv_heads
         self.token_bytes = 2 * arena.side_token_bytes
-        """Bytes of one token in one layer, K and V."""
+        """Bytes of one token in one layer, K and V, all heads of the arena."""
+        self.head_bytes = self.token_bytes // arena.num_kv_heads
+        """Bytes of one head of one token in one layer, K and V."""
         self.in_host_memory = arena.k.device.type == "cpu"
-        self._sides: tuple[memoryview, ...] = ()
+        # K and V: [layers, slots, heads, bytes].
+        self._sides: tuple[NDArray[np.uint8], ...] = ()
         if self.in_host_memory:
-            self._sides = tuple(side.view(torch.uint8).numpy().data.cast("B") for side in (arena.k, arena.v))
+            self._sides = tuple(side.view(torch.uint8).numpy() for side in (arena.k, arena.v))
+        self._flat = tuple(side.data.cast("B") for side in self._sides)
 
-    def spans(self, layer: int, runs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-        """(side, byte begin, byte end) of the pieces of a slab, in slab order; side 0 is K, 1 is V."""
+    def extents(self, layer: int, runs: Runs, heads: Span) -> list[tuple[int, int, int]]:
+        """(side, byte begin, byte end) of the pieces of a slab, in slab order; side 0 is K, 1 is V.
+
+        As many as there are runs for the arena's own heads; for fewer heads, which do not lie together, as many as
+        there are tokens.
+        """
         size, base = self.arena.side_token_bytes, layer * self.arena.num_slots
-        return [(side, (base + a) * size, (base + b) * size) for side in (0, 1) for a, b in runs]
+        columns = self._columns(heads)
+        first, last = (column * self.head_bytes // 2 for column in (columns.start, columns.stop))
+        rows = runs if heads == self.heads else [(slot, slot + 1) for run in runs for slot in range(*run)]
+        return [
+            (side, (base + a) * size + first, (base + b - 1) * size + last)
+            for side in (0, 1)
+            for a, b in rows
+        ]
 
-    def pieces(self, layer: int, runs: Sequence[tuple[int, int]]) -> list[memoryview]:
-        """The slab that these slot runs make, as views into the arena."""
-        return [self._sides[side][begin:end] for side, begin, end in self.spans(layer, runs)]
+    def pieces(self, layer: int, runs: Runs, heads: Span) -> list[memoryview]:
+        """The slab that these slot runs and heads make, as views into the arena."""
+        return [self._flat[side][begin:end] for side, begin, end in self.extents(layer, runs, heads)]
 
-    def addresses(self, layer: int, runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    def addresses(self, layer: int, runs: Runs, heads: Span) -> list[tuple[int, int]]:
         """(address, bytes) of the same pieces."""
         bases = (self.arena.k.data_ptr(), self.arena.v.data_ptr())
-        return [(bases[side] + begin, end - begin) for side, begin, end in self.spans(layer, runs)]
+        return [(bases[side] + begin, end - begin) for side, begin, end in self.extents(layer, runs, heads)]
 
-    def scatter(self, payload: memoryview, layer: int, runs: Sequence[tuple[int, int]]) -> None:
-        """Copies a verified slab into the arena; `payload` holds exactly the tokens of `runs`."""
+    def scatter(self, payload: memoryview, layer: int, runs: Runs, heads: Span) -> None:
+        """Copies a verified slab into the arena; `payload` holds exactly the tokens of `runs` and these heads."""
         if not self.in_host_memory:
-            copy_to_device(payload, self.arena, layer, runs)
+            copy_to_device(payload, self.arena, layer, runs, self._columns(heads))
             return
-        position = 0
-        for piece in self.pieces(layer, runs):
-            piece[:] = payload[position : position + len(piece)]
-            position += len(piece)
+        slab, position = np.frombuffer(payload, dtype=np.uint8), 0
+        for side in self._sides:
+            for begin, end in runs:
+                # [tokens, heads, bytes]; with all heads of the arena it is contiguous, and copied as one.
+                rows = side[layer, begin:end, self._columns(heads)]
+                rows[...] = slab[position : position + rows.size].reshape(rows.shape)
+                position += rows.size
+
+    def _columns(self, heads: Span) -> slice:
+        return slice(heads.begin - self.heads.begin, heads.end - self.heads.begin)
 
 
-def copy_to_device(payload: memoryview, arena: KvArena, layer: int, runs: Sequence[tuple[int, int]]) -> None:
-    """Copies a slab's bytes into an arena that has no addresses of ours: one copy for each run of K and of V."""
-    slab = torch.frombuffer(bytearray(payload), dtype=arena.k.dtype)
-    heads, position = (arena.num_kv_heads, arena.head_dim), 0
+def copy_to_device(payload: memoryview, arena: KvArena, layer: int, runs: Runs, columns: slice) -> None:
+    """Copies a slab's bytes into an arena that has no addresses of ours: one copy for each run of K and of V.
+
+    `columns` are the places of the slab's heads in the arena.
+    """
+    slab, position = torch.frombuffer(bytearray(payload), dtype=arena.k.dtype), 0
     for side in (arena.k, arena.v):
         for begin, end in runs:
-            count = (end - begin) * heads[0] * heads[1]
-            side[layer, begin:end].copy_(slab[position : position + count].view(end - begin, *heads))
-            position += count
+            rows = side[layer, begin:end, columns]  # [tokens, heads, head_dim]
+            rows.copy_(slab[position : position + rows.numel()].view(rows.shape))
+            position += rows.numel()
 
 
 def checksum(pieces: Iterable[memoryview]) -> int:
@@ -90,17 +126,18 @@ def format_mismatch(ours: KvFormat, theirs: KvFormat) -> str:
     return ""
 
 
-def header_fault(header: SlabHeader, token_begin: int, token_end: int, arena: ArenaBytes) -> str:
+def header_fault(header: SlabHeader, tokens: Span, arena: ArenaBytes) -> str:
     """In words, why a header does not describe a slab of an expected token range; empty when it does."""
     if not 0 <= header.layer < arena.num_layers:
         return f"layer {header.layer} of {arena.num_layers}"
-    if not token_begin <= header.token_begin < header.token_end <= token_end:
-        return f"tokens [{header.token_begin}, {header.token_end}) are not in [{token_begin}, {token_end})"
-    if (header.head_begin, header.head_end) != (0, arena.num_kv_heads):
-        return f"heads [{header.head_begin}, {header.head_end}), not all {arena.num_kv_heads}"
-    expected = (header.token_end - header.token_begin) * arena.token_bytes
-    if header.num_bytes != expected:
-        return f"{header.num_bytes} bytes where the token range has {expected}"
+    if not tokens.begin <= header.token_begin < header.token_end <= tokens.end:
+        return f"tokens [{header.token_begin}, {header.token_end}) are not in [{tokens.begin}, {tokens.end})"
+    held = arena.heads
+    if not held.begin <= header.head_begin < header.head_end <= held.end:
+        return f"heads [{header.head_begin}, {header.head_end}) are not in [{held.begin}, {held.end})"
+    num_cells = (header.token_end - header.token_begin) * (header.head_end - header.head_begin)
+    if header.num_bytes != num_cells * arena.head_bytes:
+        return f"{header.num_bytes} bytes where the tokens and heads have {num_cells * arena.head_bytes}"
     return ""
 
 
@@ -111,6 +148,7 @@ def _format_of(arena: KvArena, announced: KvFormat) -> KvFormat:
         dtype=names.get(arena.k.dtype, str(arena.k.dtype)),
         layout_version=LAYOUT_VERSION,
         num_layers=arena.num_layers,
-        num_kv_heads=arena.num_kv_heads,
+        # An arena may hold fewer heads than the model has, and never more.
+        num_kv_heads=max(announced.num_kv_heads, arena.heads.end),
         head_dim=arena.head_dim,
     )

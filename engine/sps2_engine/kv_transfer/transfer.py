@@ -5,8 +5,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from sps2.internal.v1.placement_pb2 import Attempt, Placement, ShardPlacement
+from sps2_engine.kv_pool import slot_runs
 from sps2_engine.kv_transfer.base import TransferError
-from sps2_engine.kv_transfer.relayout import TokenRange
+from sps2_engine.kv_transfer.relayout import Part
+from sps2_engine.kv_transfer.rows import row_of
+from sps2_layout.layout import Span
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,18 @@ class Transfer:
 
     attempt: Attempt
     placement: Placement
-    token_begin: int
-    token_end: int
+    spans: Sequence[Span]
+    """Tokens of the source."""
     blocks: Sequence[int]
-    """Of the source, in token order; `token_begin` lies in the first slot of the first."""
+    """Of the source; they hold the tokens of the spans one after another, from the first slot on."""
     done: Future[TransferSummary] = field(default_factory=Future)
     """The summary when every target has accepted every slab, or a TransferError."""
-    parts: list[TokenRange] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     """What each target takes."""
     layers: set[int] = field(default_factory=set)
     """Layers that were said to be ready; the calling thread's."""
     num_missing: int = 0
-    """(layer, token) pairs not accepted yet."""
+    """(layer, token, head) not accepted yet."""
     bytes_sent: int = 0
     slabs_sent: int = 0
     slabs_resent: int = 0
@@ -50,18 +53,22 @@ class Transfer:
         """Whether it is still going on."""
         return not self.done.done()
 
-    def shard(self, part: TokenRange) -> ShardPlacement:
+    def shard(self, part: Part) -> ShardPlacement:
         """Where a part goes."""
         return self.placement.shards[part.shard]
+
+    def runs(self, part: Part) -> list[tuple[int, int]]:
+        """The slots of a part's tokens."""
+        return slot_runs(self.blocks, len(part.tokens), row_of(self.spans, part.tokens.begin))
 
     def fail(self, error: TransferError) -> None:
         """Ends it, unless it has ended."""
         if self.live:
             self.done.set_exception(error)
 
-    def count_accepted(self, num_tokens: int) -> None:
+    def count_accepted(self, part: Part) -> None:
         """Notes that a slab of one layer is in its blocks; ends the transfer with the last one."""
-        self.num_missing -= num_tokens
+        self.num_missing -= part.num_cells
         self.finish_if_complete()
 
     def finish_if_complete(self) -> None:
@@ -75,7 +82,7 @@ class Share:
     """One layer of what one target takes: ready in the arena, not cut into slabs yet."""
 
     transfer: Transfer
-    part: TokenRange
+    part: Part
     layer: int
 
 
@@ -84,6 +91,6 @@ class Slab:
     """One slab to be sent."""
 
     transfer: Transfer
-    tokens: TokenRange
+    part: Part
     layer: int
     num_resends: int = 0

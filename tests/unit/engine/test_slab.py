@@ -12,10 +12,12 @@ from sps2.internal.v1.placement_pb2 import Attempt, Fence
 from sps2_engine.kv_pool import BLOCK_TOKENS, KvArena
 from sps2_engine.kv_transfer.intake import SlabIntake
 from sps2_engine.kv_transfer.slab import ArenaBytes, checksum, copy_to_device, format_mismatch
+from sps2_layout.layout import Span
 
 FORMAT = KvFormat(model_hash="m", dtype="bf16", layout_version=1, num_layers=2, num_kv_heads=2, head_dim=4)
 FENCE = Fence(process_incarnation="target", epoch=3, attempt=Attempt(request_id="r", number=1))
 TOKEN_BYTES = 2 * 2 * 4 * 2
+BOTH = Span(0, 2)
 
 
 def arena_bytes() -> ArenaBytes:
@@ -58,18 +60,18 @@ class Target:
 def test_pieces_are_k_then_v_in_token_order() -> None:
     source = arena_bytes()
     runs = [(192, 256), (0, 6)]
-    payload = b"".join(source.pieces(1, runs))
+    payload = b"".join(source.pieces(1, runs, BOTH))
     slots = [*range(192, 256), *range(6)]
     expected = [side[1, slots].contiguous().view(torch.uint8) for side in (source.arena.k, source.arena.v)]
     assert payload == b"".join(part.numpy().tobytes() for part in expected)
-    assert checksum(source.pieces(1, runs)) == zlib.crc32(payload)
-    assert [size for _, size in source.addresses(1, runs)] == [64 * 16, 6 * 16] * 2
+    assert checksum(source.pieces(1, runs, BOTH)) == zlib.crc32(payload)
+    assert [size for _, size in source.addresses(1, runs, BOTH)] == [64 * 16, 6 * 16] * 2
 
 
 def test_a_slab_lands_in_its_blocks_and_nowhere_else() -> None:
     target, source = Target(), arena_bytes()
     before = target.bytes.arena.k.clone()
-    payload = b"".join(source.pieces(0, [(0, 70)]))
+    payload = b"".join(source.pieces(0, [(0, 70)], BOTH))
     assert target.send(payload) == (SlabVerdict.SLAB_VERDICT_ACCEPTED, "")
     arena = target.bytes.arena
     # Token 10 lies in the first slot of block 3, token 74 in the first of block 0.
@@ -122,8 +124,11 @@ def stale(**changed: object) -> Fence:
         ({"token_begin": 80, "token_end": 150}, "not in"),
         ({"token_begin": 80, "token_end": 80}, "not in"),
         ({"token_end": 81}, "bytes where"),
-        ({"head_begin": 1}, "heads"),
-        ({"head_end": 1}, "heads"),
+        ({"head_begin": 1}, "bytes where"),
+        ({"head_end": 1}, "bytes where"),
+        ({"head_begin": 1, "head_end": 1}, "heads [1, 1) are not in [0, 2)"),
+        ({"head_end": 3}, "heads [0, 3)"),
+        ({"head_begin": -1}, "heads [-1, 2)"),
         ({"num_bytes": 0}, "0 bytes"),
     ],
 )
@@ -224,11 +229,11 @@ def test_a_device_arena_gets_the_same_elements() -> None:
     """What a GPU's arena is filled by, on one in host memory, beside the copy of bytes."""
     source, by_bytes, by_copy = arena_bytes(), arena_bytes(), arena_bytes()
     runs = [(3, 40), (64, 97)]
-    payload = memoryview(b"".join(source.pieces(1, [(0, 37), (100, 133)])))
+    payload = memoryview(b"".join(source.pieces(1, [(0, 37), (100, 133)], BOTH)))
     by_copy.arena.k.copy_(by_bytes.arena.k)
     by_copy.arena.v.copy_(by_bytes.arena.v)
-    by_bytes.scatter(payload, 1, runs)
-    copy_to_device(payload, by_copy.arena, 1, runs)
+    by_bytes.scatter(payload, 1, runs, BOTH)
+    copy_to_device(payload, by_copy.arena, 1, runs, slice(0, 2))
     assert torch.equal(by_bytes.arena.k, by_copy.arena.k)
     assert torch.equal(by_bytes.arena.v, by_copy.arena.v)
     assert torch.equal(by_bytes.arena.k[1, 3:40], source.arena.k[1, 0:37])

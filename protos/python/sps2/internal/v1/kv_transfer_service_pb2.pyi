@@ -63,11 +63,13 @@ class KvFormat(_message.Message):
     dtype: _builtins.str
     """Element type of KV on the wire: "fp32" or "bf16"."""
     layout_version: _builtins.int
-    """Version of the slab layout; 1: [K run | V run], each [tokens, heads, head_dim], row-major."""
+    """Version of the slab layout; 1: [K run | V run], each [tokens, heads of the header, head_dim],
+    row-major.
+    """
     num_layers: _builtins.int
     """Layers."""
     num_kv_heads: _builtins.int
-    """KV heads of the model."""
+    """KV heads of the model; a source or a target may hold some of them."""
     head_dim: _builtins.int
     """Head size."""
     def __init__(
@@ -196,7 +198,7 @@ class SlabHeader(_message.Message):
     token_end: _builtins.int
     """One past the last token."""
     head_begin: _builtins.int
-    """First KV head."""
+    """First KV head, as numbered in the model; the target must hold it."""
     head_end: _builtins.int
     """One past the last KV head."""
     num_bytes: _builtins.int

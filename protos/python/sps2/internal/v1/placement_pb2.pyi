@@ -113,7 +113,9 @@ class Placement(_message.Message):
     """Decode group."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardPlacement]:
-        """Shards in token order; together they cover [0, prompt tokens) without gaps."""
+        """Shards in token order; together they cover [0, prompt tokens) without gaps. Where shards name heads:
+        first all shards of one range of heads, then those of the next, each range covering the prompt.
+        """
 
     def __init__(
         self,
@@ -131,7 +133,9 @@ Global___Placement: _TypeAlias = Placement  # noqa: Y015
 
 @_typing.final
 class ShardPlacement(_message.Message):
-    """ShardPlacement is the part of one decode rank: all layers, all KV heads, a run of tokens."""
+    """ShardPlacement is the part of one decode rank: all layers, a run of tokens, and all KV heads unless
+    it names some.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -140,6 +144,8 @@ class ShardPlacement(_message.Message):
     TOKEN_END_FIELD_NUMBER: _builtins.int
     TRANSFER_ADDRESS_FIELD_NUMBER: _builtins.int
     FENCE_FIELD_NUMBER: _builtins.int
+    HEAD_BEGIN_FIELD_NUMBER: _builtins.int
+    HEAD_END_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Decode rank."""
     token_begin: _builtins.int
@@ -148,6 +154,10 @@ class ShardPlacement(_message.Message):
     """One past the last token."""
     transfer_address: _builtins.str
     """host:port at which the rank's engine takes KV."""
+    head_begin: _builtins.int
+    """First KV head."""
+    head_end: _builtins.int
+    """One past the last KV head; 0: the model's last."""
     @_builtins.property
     def fence(self) -> Global___Fence:
         """What slabs for it must carry."""
@@ -160,10 +170,12 @@ class ShardPlacement(_message.Message):
         token_end: _builtins.int = ...,
         transfer_address: _builtins.str = ...,
         fence: Global___Fence | None = ...,
+        head_begin: _builtins.int = ...,
+        head_end: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "rank", b"rank", "token_begin", b"token_begin", "token_end", b"token_end", "transfer_address", b"transfer_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "head_begin", b"head_begin", "head_end", b"head_end", "rank", b"rank", "token_begin", b"token_begin", "token_end", b"token_end", "transfer_address", b"transfer_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

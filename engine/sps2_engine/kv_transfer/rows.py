@@ -1,0 +1,77 @@
+"""Rows of a source's blocks: its tokens, span after span, and the part of them that each replica sends.
+
+Pure. A source process may host several spans of a prompt's tokens; several may hold the same heads of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sps2_layout.layout import Span
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """What one tensor rank of a source sends, of the tokens that all tensor ranks have.
+
+    Where there are more tensor ranks than KV heads, several hold the same head. They split its tokens, rather than
+    one of them sending all: it takes as many links and rings as there are, the slowest source has the least to do,
+    and each needs blocks for its part only.
+    """
+
+    heads: Span
+    """KV heads that it sends, numbered as in the model; its arena needs no others."""
+    replica: int
+    """Its place among the ranks that send the same heads."""
+    num_replicas: int
+
+    def rows(self, num_rows: int) -> Span:
+        """Which of the source's rows it sends; over the replicas, each row once and of nearly equal number."""
+        ends = (num_rows * i // self.num_replicas for i in (self.replica, self.replica + 1))
+        return Span(*ends)
+
+
+def tensor_source(num_kv_heads: int, tensor_rank: int, tensor_size: int) -> TensorSource:
+    """What that tensor rank sends; together they send each head of each token once.
+
+    A rank computes the KV heads that its query heads read, [floor(t H / T), ceil((t + 1) H / T)); what it sends
+    lies within. Neither of H and T needs to divide the other.
+
+    Raises:
+        ValueError: there is no such rank.
+    """
+    if not 0 <= tensor_rank < tensor_size or num_kv_heads < 1:
+        raise ValueError(f"no tensor rank {tensor_rank} of {tensor_size} with {num_kv_heads} KV heads")
+    first = tensor_rank * num_kv_heads // tensor_size
+    last = (tensor_rank + 1) * num_kv_heads // tensor_size
+    if tensor_size <= num_kv_heads:
+        return TensorSource(Span(first, last), 0, 1)
+    # The ranks t with floor(t H / T) == first.
+    begin, end = (-(-head * tensor_size // num_kv_heads) for head in (first, first + 1))
+    return TensorSource(Span(first, first + 1), tensor_rank - begin, end - begin)
+
+
+def row_of(spans: Sequence[Span], token: int) -> int:
+    """The row of a token of the spans: how many of their tokens come before it.
+
+    Raises:
+        ValueError: it lies in none of them.
+    """
+    row = 0
+    for span in spans:
+        if span.begin <= token < span.end:
+            return row + token - span.begin
+        row += len(span)
+    raise ValueError(f"token {token} lies in none of {list(spans)}")
+
+
+def cut_rows(spans: Sequence[Span], rows: Span) -> list[Span]:
+    """The tokens of rows [begin, end), as spans that are not empty."""
+    found: list[Span] = []
+    position = 0
+    for span in spans:
+        shift = span.begin - position
+        common = Span(position, position + len(span)).cut(rows.begin, rows.end)
+        if common:
+            found.append(Span(common.begin + shift, common.end + shift))
+        position += len(span)
+    return found
