@@ -39,6 +39,10 @@ class TensorRanks(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Leaves the group; peers that wait for this rank fail at once."""
+        ...
+
 
 class WithoutPeers:
     """One rank by itself: for a model that is whole; of a part it makes partial sums, fit only to warm up."""
@@ -52,6 +56,9 @@ class WithoutPeers:
     def gather_columns(self, columns: Tensor, widths: Sequence[int]) -> Tensor:
         """See `TensorRanks.gather_columns`; the columns of absent ranks are zero."""
         return torch.nn.functional.pad(columns, (0, sum(widths) - columns.shape[1]))
+
+    def close(self) -> None:
+        """Nothing to leave."""
 
 
 ALONE: TensorRanks = WithoutPeers()
@@ -80,3 +87,7 @@ class ConnectedRanks:
         arrived = self._communicator.all_to_all(part.repeat(self.size - 1), sent, received, KIND).wait()
         parts = [one.view(dtype).view(rows, -1) for one in torch.split(arrived, received) if len(one)]
         return torch.cat([*parts[:own], columns, *parts[own:]], dim=1)
+
+    def close(self) -> None:
+        """See `TensorRanks.close`."""
+        self._communicator.close()
