@@ -8,8 +8,10 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from sps2_engine.attention.csa_plan import CsaPlan
+from sps2_engine.attention.cost_model import AttentionShape, Choice, plan_attention
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
+from sps2_engine.attention.plan import AttentionPlan
+from sps2_engine.attention.rates import assumed_rates
 from sps2_engine.collectives import Communicator
 from sps2_engine.models import ModelConfig
 from sps2_layout.layout import Layout, exact_layout
@@ -18,7 +20,8 @@ from sps2_layout.profiles import MIN_SHARD_TOKENS, NAMED, RUNG_SHARDS, Ladder, P
 __all__ = [
     "KIND",
     "SHARD_TOKENS",
-    "CsaPlan",
+    "AttentionPlan",
+    "Choice",
     "CsaSchedule",
     "Layout",
     "Profile",
@@ -68,23 +71,30 @@ def without_last(layout: Layout, num_tokens: int) -> Layout:
     )
 
 
-def make_plan(layout: Layout, num_ranks: int, config: ModelConfig, dtype: torch.dtype) -> CsaPlan:
-    """The plan of one prompt on `num_ranks` ranks.
+def make_plan(
+    layout: Layout,
+    num_ranks: int,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    exchange: Choice = "heads",
+    threads: int = 1,
+) -> AttentionPlan:
+    """The plan of one prompt on `num_ranks` CPU ranks of `threads` threads.
 
     Raises:
         ValueError: the ranks do not divide the layout's shards.
     """
-    return CsaPlan(
-        layout, num_ranks, config.num_q_heads, config.num_kv_heads, config.head_dim, dtype.itemsize
-    )
+    shape = AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim, dtype.itemsize)
+    rates = assumed_rates("cpu", "bf16" if dtype == torch.bfloat16 else "fp32", threads)
+    return plan_attention(layout, num_ranks, shape, rates, exchange)
 
 
-def make_schedule(plan: CsaPlan, communicator: Communicator) -> CsaSchedule:
+def make_schedule(plan: AttentionPlan, communicator: Communicator) -> CsaSchedule:
     """The schedule that carries a plan out on this rank."""
     return CsaSchedule(plan, communicator, plan.head_dim**-0.5)
 
 
-def attention_cost(plan: CsaPlan, num_layers: int) -> tuple[int, int]:
+def attention_cost(plan: AttentionPlan, num_layers: int) -> tuple[int, int]:
     """Attention FLOPs and exchanged bytes of all ranks and layers; layers of one phase cost the same."""
     period = min(num_layers, plan.layout.levels[-1].stride)
     flops = [plan.flops_per_layer(layer) for layer in range(period)]

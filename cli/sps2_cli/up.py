@@ -41,6 +41,14 @@ class Dtype(StrEnum):
     BF16 = "bf16"
 
 
+class Exchange(StrEnum):
+    """What prefill ranks exchange in attention."""
+
+    AUTO = "auto"
+    HEADS = "heads"
+    KV = "kv"
+
+
 class Transport(StrEnum):
     """How KV travels from prefill to decode ranks."""
 
@@ -113,6 +121,12 @@ def up(
     ] = EXACT.name,
     device: Annotated[Device, typer.Option(help="Where ranks compute.")] = Device.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Weights; auto: bf16 where it is fast.")] = Dtype.FP32,
+    exchange: Annotated[
+        Exchange,
+        typer.Option(
+            help="What prefill ranks exchange: shares of the heads, or keys and values of all heads."
+        ),
+    ] = Exchange.AUTO,
     kv_transport: Annotated[Transport, typer.Option(help="How KV travels.")] = Transport.AUTO,
     kv_tokens: Annotated[int, typer.Option(min=64, help="Tokens of KV for each rank.")] = 65_536,
     threads: Annotated[
@@ -159,6 +173,7 @@ def up(
         profile=profile,
         device=device.value,
         dtype=dtype.value,
+        exchange=exchange.value,
         kv_transport=kv_transport.value,
         kv_tokens=kv_tokens,
         threads=threads or default_threads(cores, prefill, decode),

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 LENGTHS = (5, 700, 1_237, 64)
 NUM_TOKENS = 16
+LOG_S = 10.0
 RUNGS = {
     "min_shard_tokens": 128,
     "profiles": [
@@ -33,17 +34,26 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3, 4])
-def test_mixed_prompts(profile: Path, num_ranks: int) -> None:
-    """Three ranks: only two of them divide the shards, the third stays in step; exact prompts use all three."""
+@pytest.mark.parametrize(
+    ("num_ranks", "exchange"), [(1, "auto"), (3, "heads"), (4, "auto"), (2, "kv"), (3, "kv"), (4, "kv")]
+)
+def test_mixed_prompts(profile: Path, num_ranks: int, exchange: str) -> None:
+    """Three ranks: only two of them divide the shards, the third stays in step; exact prompts use all three.
+
+    By `kv` the shards are folded where there are two to a rank; sampled queries are served by it as well.
+    """
     tally, ladder, prompts = Tally(), load_profile(str(profile)), book_prompts(LENGTHS)
     with (
-        deployment(prefill=f"1x{num_ranks}", arguments=["--profile", str(profile)]) as running,
+        deployment(
+            prefill=f"1x{num_ranks}", arguments=["--profile", str(profile), "--exchange", exchange]
+        ) as running,
         running.client() as client,
     ):
         said = check_csa(client, DEMO_MODEL, ladder, prompts, NUM_TOKENS, tally)
         exact = client.generate(token_ids=prompts[1], max_tokens=2, attention_profile="exact")
         wait_for_free_kv(client)
+        if exchange != "auto":
+            running.process.wait_for_line(rf'"?exchange"?[=:] ?"?{exchange}\b', LOG_S)
     assert [one.split(" levels")[0] for one in said] == MASKS
     assert exact.usage.attention_profile == "exact"
     tally.check()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sps2_engine.attention.cost_model import Exchange
 from support import forgetful
 from support.deployment import DEMO_MODEL, LocalDeployment, deployment
 from support.identity import Tally, book_prompts, byte_prompts, check_greedy
@@ -21,11 +22,16 @@ def test_demo_model(demo: LocalDeployment) -> None:
     tally.check()
 
 
-def test_odd_heads_on_many_ranks(odd_heads: Path) -> None:
+@pytest.mark.parametrize("exchange", ["heads", "kv"])
+def test_odd_heads_on_many_ranks(odd_heads: Path, exchange: Exchange) -> None:
     """The bytes come first: they are counted since the beginning of a deployment."""
     tally, prompts = Tally(), byte_prompts([1, 3, 70, 500])
-    with deployment(odd_heads, prefill="1x4", decode="1x3") as running, running.client() as client:
-        total = check_bytes(client, odd_heads, (4, 3), prompts, 9)
+    arguments = ["--exchange", exchange]
+    with (
+        deployment(odd_heads, prefill="1x4", decode="1x3", arguments=arguments) as running,
+        running.client() as client,
+    ):
+        total = check_bytes(client, odd_heads, (4, 3), prompts, 9, exchange)
         check_greedy(client, odd_heads, prompts, 32, tally)
     assert min(total.collective, total.q_exchange, total.kv_transfer) > 0
     tally.check()

@@ -8,7 +8,7 @@ from typing import Self
 
 from sps2_client import BytesMoved, Client
 from sps2_decode_worker.__main__ import DecodeWorkerConfig
-from sps2_engine.attention.csa_plan import CsaPlan
+from sps2_engine.attention.cost_model import AttentionShape, Exchange, make_plan
 from sps2_engine.attention.decode_plan import DecodePlan, DecodeRow, place_tokens
 from sps2_engine.kv_pool import BLOCK_TOKENS
 from sps2_layout.layout import exact_layout
@@ -40,19 +40,15 @@ class Shape:
         head_dim = config.get("head_dim") or config["hidden_size"] // q_heads
         return cls(config["num_hidden_layers"], q_heads, config["num_key_value_heads"], head_dim)
 
-    def planned(self, num_ranks: tuple[int, int], num_prompt: int, num_output: int) -> BytesMoved:
+    def planned(
+        self, num_ranks: tuple[int, int], num_prompt: int, num_output: int, exchange: Exchange
+    ) -> BytesMoved:
         """What a request of so many tokens moves on (prefill, decode) ranks, by the plans.
 
         The first output token is prefill's, so there is one decode step less than there are tokens.
         """
-        prefill = CsaPlan(
-            exact_layout(num_prompt, num_ranks[0]),
-            num_ranks[0],
-            self.num_q_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            ELEMENT_BYTES,
-        )
+        heads = AttentionShape(self.num_q_heads, self.num_kv_heads, self.head_dim, ELEMENT_BYTES)
+        prefill = make_plan(exchange, exact_layout(num_prompt, num_ranks[0]), num_ranks[0], heads)
         shards = place_tokens(
             num_prompt, BLOCK_TOKENS, num_ranks[1], min_tokens=DecodeWorkerConfig.min_holder_tokens
         )
@@ -98,12 +94,17 @@ def settled(client: Client, expected: BytesMoved) -> BytesMoved:
 
 
 def check_bytes(
-    client: Client, folder: Path, num_ranks: tuple[int, int], prompts: Sequence[Prompt], num_tokens: int
+    client: Client,
+    folder: Path,
+    num_ranks: tuple[int, int],
+    prompts: Sequence[Prompt],
+    num_tokens: int,
+    exchange: Exchange,
 ) -> BytesMoved:
     """One request after the other: plan, counters of the ranks and the request's usage agree to the byte.
 
-    For a fresh deployment that serves nothing else. Counters are compared as totals since its beginning, so
-    what a request posts too late to be seen with it is seen with the next.
+    For a fresh deployment that serves nothing else, with `--exchange` as given. Counters are compared as totals
+    since its beginning, so what a request posts too late to be seen with it is seen with the next.
 
     Returns:
         The totals.
@@ -114,7 +115,7 @@ def check_bytes(
         answer = client.generate(
             token_ids=prompt, max_tokens=num_tokens, ignore_eos=True, timeout=GENERATE_TIMEOUT_S
         )
-        plan = shape.planned(num_ranks, len(prompt), num_tokens)
+        plan = shape.planned(num_ranks, len(prompt), num_tokens, exchange)
         where = f"prompt of {len(prompt)} tokens on (R, D) = {num_ranks}"
         told = answer.usage.bytes_moved
         assert told == plan, f"{where}: told {told}, planned {plan}"

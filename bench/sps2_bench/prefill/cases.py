@@ -1,17 +1,18 @@
 """Which prefills are measured, and what they must cost. Pure."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal, cast
 
-from sps2_bench.csa import ProfileName, attention_cost, make_plan, named_layout
+from sps2_bench.csa import Choice, ProfileName, attention_cost, make_plan, named_layout
 from sps2_bench.options import DTYPES
 from sps2_engine.models import ModelConfig
 
 SPS2, TRANSFORMERS = "sps2", "transformers"
 PROFILES: tuple[ProfileName, ...] = ("exact", "paper", "default", "local")
 BASELINES = (TRANSFORMERS,)
+EXCHANGES: tuple[Choice, ...] = ("auto", "heads", "kv")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Case:
     engine: Engine
     length: int
     profile: ProfileName
+    exchange: Choice = "heads"
+    """What its ranks exchange."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,15 @@ def linear_flops(config: ModelConfig, num_tokens: int) -> int:
     return 2 * (matrices * num_tokens + head)
 
 
-def cost_of(case: Case, config: ModelConfig, shard_tokens: int) -> Cost:
-    """The cost of a case.
+def cost_of(case: Case, config: ModelConfig, shard_tokens: int, threads: int = 1) -> Cost:
+    """The cost of a case, where a rank has `threads` threads.
 
     Raises:
         ValueError: its ranks do not divide the shards of its layout.
     """
     ranks = case.engine.ranks
     layout = named_layout(case.profile, case.length, ranks, shard_tokens)
-    plan = make_plan(layout, ranks, config, DTYPES[case.engine.dtype])
+    plan = make_plan(layout, ranks, config, DTYPES[case.engine.dtype], case.exchange, threads)
     flops, moved = attention_cost(plan, config.num_layers)
     return Cost(flops, linear_flops(config, case.length), moved)
 
@@ -91,6 +94,7 @@ def list_cases(
     ranks: Sequence[int],
     dtypes: Sequence[str],
     baselines: Sequence[str],
+    exchange: Choice = "heads",
 ) -> Iterator[Case]:
     """All cases, lengths outermost, so that what is compared runs side by side in time.
 
@@ -102,7 +106,7 @@ def list_cases(
         for dtype in dtypes:
             for count in ranks:
                 for profile in profiles:
-                    yield Case(Engine("sps2", count, dtype), length, cast("ProfileName", profile))
+                    yield Case(Engine("sps2", count, dtype), length, cast("ProfileName", profile), exchange)
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,12 @@ class Row:
     def document(self, rows: Iterable["Row"]) -> dict[str, object]:
         """The row for JSON; speed-ups are against exact attention on the same engine in the same run."""
         engine, cost, ttft_s = self.case.engine, self.cost, self.ttft_s
-        exact = next((row for row in rows if row.case == Case(engine, self.case.length, "exact")), None)
+        exact = next((row for row in rows if row.case == replace(self.case, profile="exact")), None)
         return {
             "program": engine.program,
             "length": self.case.length,
             "profile": self.case.profile,
+            "exchange": self.case.exchange,
             "ranks": engine.ranks,
             "threads": self.threads,
             "dtype": engine.dtype,

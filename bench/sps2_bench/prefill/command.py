@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sps2_bench.csa import SHARD_TOKENS
+from sps2_bench.csa import SHARD_TOKENS, Choice
 from sps2_bench.machine import describe_machine
 from sps2_bench.options import DTYPES, parse_counts, parse_names, parse_settings
 from sps2_bench.output import Json, Plots, print_json, print_table, say
-from sps2_bench.prefill.cases import BASELINES, PROFILES, Case, Row, Sample, cost_of, list_cases
+from sps2_bench.prefill.cases import BASELINES, EXCHANGES, PROFILES, Case, Row, Sample, cost_of, list_cases
 from sps2_bench.prefill.plots import write_plots
 from sps2_bench.prefill.random_model import DEFAULT_SHAPE, model_config, write_random_model
 from sps2_bench.prefill.run import run_cases
@@ -26,6 +26,7 @@ def prefill(
     profiles: Annotated[str, typer.Option(help=f"Among {', '.join(PROFILES)}.")] = "exact,paper,default",
     ranks: Annotated[str, typer.Option(help="SP degrees; the cores are dealt among the ranks.")] = "1,2",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32",
+    exchange: Annotated[str, typer.Option(help=f"One of {', '.join(EXCHANGES)}.")] = "auto",
     repeat: Annotated[int, typer.Option(min=1, help="Runs of a case; from 64k tokens on it is one.")] = 3,
     baselines: Annotated[str, typer.Option(help="transformers, or nothing.")] = "",
     random_model: Annotated[str, typer.Option(metavar="KEY=N,...", help="Sizes of the random model.")] = "",
@@ -50,6 +51,7 @@ def prefill(
             parse_counts(ranks),
             parse_names(dtype, DTYPES),
             parse_names(baselines, BASELINES) if baselines else (),
+            _exchange(exchange),
         )
     )
     config = _config(model, random_model)
@@ -69,10 +71,22 @@ def prefill(
         say(f"sps2 bench prefill: {error}")
         raise typer.Exit(1) from error
     rows = [
-        Row(case, cost_of(case, config, shard_tokens), tuple(samples[case]), threads[case.engine])
+        Row(
+            case,
+            cost_of(case, config, shard_tokens, threads[case.engine]),
+            tuple(samples[case]),
+            threads[case.engine],
+        )
         for case in cases
     ]
     _report([row.document(rows) for row in rows], as_json, plots)
+
+
+def _exchange(text: str) -> Choice:
+    for name in EXCHANGES:
+        if name == text:
+            return name
+    raise typer.BadParameter(f"{text!r} is none of {', '.join(EXCHANGES)}")
 
 
 def _config(model: Path | None, random_model: str) -> ModelConfig:

@@ -36,7 +36,7 @@ def prompt_tokens(num_tokens: int, vocab_size: int) -> Tensor:
 
 
 class PrefillRank:
-    """Answers {"length", "profile"} with what the run gave on this rank."""
+    """Answers {"length", "profile", "exchange"} with what the run gave on this rank."""
 
     def __init__(self, settings: Message) -> None:
         torch.set_num_threads(len(settings["cpus"]))
@@ -51,14 +51,20 @@ class PrefillRank:
         layout = named_layout(
             message["profile"], message["length"], self._communicator.size, self._shard_tokens
         )
-        plan = make_plan(layout, self._communicator.size, config, self._dtype)
-        own = plan.tokens(rank)
-        tokens = prompt_tokens(message["length"], config.vocab_size)[own.slice]
-        positions = torch.arange(own.begin, own.end)
+        plan = make_plan(
+            layout,
+            self._communicator.size,
+            config,
+            self._dtype,
+            message["exchange"],
+            torch.get_num_threads(),
+        )
+        positions = torch.cat([torch.arange(span.begin, span.end) for span in plan.spans(rank)])
+        tokens = prompt_tokens(message["length"], config.vocab_size)[positions]
         forget_peak()
         rss_before, posted_before = rss(), self._communicator.bytes_posted[KIND]
         # KV stays in fp32 on a CPU, whatever the model computes in.
-        blocks = -(-len(own) // BLOCK_TOKENS)
+        blocks = -(-len(tokens) // BLOCK_TOKENS)
         arena = KvArena(config.num_layers, blocks, config.num_kv_heads, config.head_dim)
         schedule = make_schedule(plan, self._communicator)
 

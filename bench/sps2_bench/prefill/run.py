@@ -54,7 +54,7 @@ class Team:
             WorkerError: a rank ended or fell silent.
         """
         for worker in self._workers:
-            worker.ask({"length": case.length, "profile": case.profile})
+            worker.ask({"length": case.length, "profile": case.profile, "exchange": case.exchange})
         return merge([worker.answer(CASE_TIMEOUT_S) for worker in self._workers])
 
 

@@ -67,6 +67,8 @@ class UpOptions:
     """ "auto", "cpu" or "cuda"."""
     profile: str = "exact"
     """Attention of requests that name none: exact, paper, default, or a JSON file."""
+    exchange: str = "auto"
+    """What prefill ranks exchange: "auto", "heads" or "kv"."""
     dtype: str = "fp32"
     """Element type of weights and KV."""
     kv_transport: str = "auto"
@@ -223,6 +225,8 @@ def _worker_spec(
         "--threads": options.threads,
         "--kv-transport": options.kv_transport,
     }
+    if role == "prefill":
+        flags["--exchange"] = options.exchange
     if leader is not None:
         flags["--leader"] = leader
     arguments = [str(part) for pair in flags.items() for part in pair]

@@ -66,6 +66,8 @@ def test_every_rank_is_started_once_with_its_leader() -> None:
         "--leader": "at-decode-0/0",
     }
     assert "--leader" not in leaders[0].command
+    exchanges = [flags(spec.command[3:]).get("--exchange") for spec in (leaders[0], followers[0])]
+    assert exchanges == ["auto", "auto"], "rank 0 decides, the others are told the same all the same"
     router = router_spec(OPTIONS, Commands(), "d:1")
     assert router.listen == "127.0.0.1:50051"
     assert flags(router.command[3:])["--profile"] == "exact"

@@ -3,15 +3,17 @@
 import pytest
 
 from sps2_engine.attention.cost_model import (
+    PLANS,
     AttentionShape,
     Exchange,
-    Rates,
     choose_schedule,
     estimate,
+    make_plan,
     plan_attention,
 )
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.kv_schedule import KvPlan
+from sps2_engine.attention.rates import Rates, assumed_rates
 from sps2_layout.layout import exact_layout
 from sps2_layout.profiles import Profile, paper_profile
 
@@ -42,7 +44,33 @@ def test_fewer_bytes_win_on_a_slow_link() -> None:
 
 def test_balance_wins_on_a_fast_link() -> None:
     """With one shard to a rank `kv` leaves the last rank most of the work."""
-    assert choose_schedule(exact_layout(8_192, 8), 8, SHAPE, FAST_LINK) == "heads"
+    dense = Profile(8, ((1, 1), (8, 2)), dense_queries=True).resolve(8_192)
+    compute_s = {name: estimate(name, dense, 8, SHAPE, FAST_LINK).compute_s for name in PLANS}
+    assert compute_s["kv"] > 1.2 * compute_s["heads"]
+    assert choose_schedule(dense, 8, SHAPE, FAST_LINK) == "heads"
+
+
+def test_dense_attention_is_cut_so_that_kv_can_fold() -> None:
+    """Every rank then computes as much as by `heads`, where the prompt divides."""
+    exact = exact_layout(8_192, 8)
+    folded = make_plan("kv", exact, 8, SHAPE)
+    assert folded.blocks_per_rank == 2
+    assert len({folded.pairs(rank, 0) for rank in range(8)}) == 1
+    compute_s = {name: estimate(name, exact, 8, SHAPE, FAST_LINK).compute_s for name in PLANS}
+    assert compute_s["kv"] == pytest.approx(compute_s["heads"])
+
+
+def test_what_is_hardly_sooner_is_not_chosen() -> None:
+    """Compute hides both exchanges: `heads`, whatever the last bits of the estimate say."""
+    for num_tokens in range(8_000, 8_020):
+        assert choose_schedule(exact_layout(num_tokens, 2), 2, SHAPE, FAST_LINK) == "heads"
+
+
+def test_rates_follow_the_device() -> None:
+    one, four = (assumed_rates("cpu", "fp32", threads) for threads in (1, 4))
+    assert four.flops_per_s == 4 * one.flops_per_s
+    assert assumed_rates("cpu", "bf16", 1).flops_per_s > one.flops_per_s
+    assert assumed_rates("cuda", "bf16", 1).bytes_per_s > one.bytes_per_s
 
 
 @pytest.mark.parametrize("choice", ["heads", "kv"])

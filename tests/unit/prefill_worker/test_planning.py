@@ -1,0 +1,76 @@
+"""The leader's choice of a schedule, and that every rank follows it or refuses."""
+
+import pytest
+
+from sps2.internal.v1 import engine_pb2
+from sps2_engine.attention.cost_model import Choice, Exchange
+from sps2_layout.attention import Attention
+from sps2_layout.profiles import EXACT, Ladder, Profile, paper_profile
+from sps2_layout.wire import pack_attention
+from sps2_prefill_worker.planning import TO_WIRE, PromptPlanner, follow, spans_of
+
+LOADED = engine_pb2.EngineLoaded(device="cpu", dtype="fp32", num_q_heads=8, num_kv_heads=2, head_dim=64)
+DENSE_QUERIES = Ladder("dense", (Profile(8, ((1, 1), (8, 4)), dense_queries=True, tail=5),), 1)
+PAPER = Ladder("paper", (paper_profile(4),), 1)
+LADDERS = [EXACT, DENSE_QUERIES, PAPER]
+
+
+def planner(num_ranks: int, choice: Choice) -> PromptPlanner:
+    return PromptPlanner.of([LOADED] * num_ranks, choice, threads=1)
+
+
+def told(ladder: Ladder, num_tokens: int, num_ranks: int, choice: Choice) -> list[engine_pb2.RunPrefill]:
+    """What each rank of a group is told of a prompt whose tokens are their positions."""
+    attention = Attention.admit(ladder, num_tokens)
+    planned = planner(num_ranks, choice).plan(attention)
+    runs = [engine_pb2.RunPrefill(attention=pack_attention(attention)) for _ in range(num_ranks)]
+    for rank, run in enumerate(runs):
+        planned.assign(rank, run, range(num_tokens))
+    return runs
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: ladder.name)
+@pytest.mark.parametrize("choice", ["auto", "heads", "kv"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_tokens", [1, 5, 333])
+def test_ranks_are_told_one_schedule_and_each_token_once(
+    ladder: Ladder, choice: Choice, num_ranks: int, num_tokens: int
+) -> None:
+    runs = told(ladder, num_tokens, num_ranks, choice)
+    assert len({run.exchange for run in runs}) == 1
+    assert sorted(token for run in runs for token in run.token_ids) == list(range(num_tokens))
+    shape = planner(num_ranks, choice).shape
+    for rank, run in enumerate(runs):
+        spans = spans_of(run)
+        assert [token for span in spans for token in range(span.begin, span.end)] == list(run.token_ids)
+        assert len(run.token_ids) <= follow(run, rank, num_ranks, shape).most_tokens
+
+
+@pytest.mark.parametrize("ladder", [EXACT, DENSE_QUERIES], ids=lambda ladder: ladder.name)
+def test_kv_gives_a_rank_a_block_from_either_end(ladder: Ladder) -> None:
+    first, second = (spans_of(run) for run in told(ladder, 320, 2, "kv"))
+    assert [(span.begin, span.end) for span in first] == [(0, 80), (240, 320)]
+    assert [(span.begin, span.end) for span in second] == [(80, 160), (160, 240)]
+
+
+@pytest.mark.parametrize(("choice", "exchange"), [("heads", "heads"), ("kv", "kv")])
+def test_an_explicit_choice_holds_for_every_mask(choice: Choice, exchange: Exchange) -> None:
+    for ladder in LADDERS:
+        assert {run.exchange for run in told(ladder, 333, 2, choice)} == {TO_WIRE[exchange]}
+
+
+def test_a_short_prompt_is_chosen_the_schedule_with_fewer_exchanges() -> None:
+    """Latency is all that counts there, and `kv` returns nothing; a rank alone has nothing to choose."""
+    assert told(EXACT, 64, 2, "auto")[0].exchange == engine_pb2.EXCHANGE_KV
+    assert told(EXACT, 64, 1, "auto")[0].exchange == engine_pb2.EXCHANGE_HEADS
+
+
+def test_a_rank_that_would_plan_otherwise_refuses() -> None:
+    run = told(EXACT, 320, 2, "kv")[0]
+    shape = planner(2, "kv").shape
+    run.exchange = engine_pb2.EXCHANGE_HEADS
+    with pytest.raises(ValueError, match="rank 0 was given"):
+        follow(run, 0, 2, shape)
+    run.exchange = engine_pb2.EXCHANGE_UNSPECIFIED
+    with pytest.raises(ValueError, match="not known"):
+        follow(run, 0, 2, shape)
