@@ -115,7 +115,7 @@ class PrefillCoordinator:
         """See `Coordinator.on_formed`."""
         self._kv_blocks = min(loaded.kv_blocks_total for loaded in ranks)
         self._slice_flops = min(loaded.slice_flops for loaded in ranks)
-        self._planner = PromptPlanner.of(ranks, self._tp, self._exchange, self._threads)
+        self._planner = PromptPlanner.of(ranks, self._exchange, self._threads, self._tp)
 
     def on_broken(self, error: Unavailable) -> None:
         """See `Coordinator.on_broken`."""

@@ -62,8 +62,8 @@ class PromptPlanner:
     choice: Choice
 
     @classmethod
-    def of(cls, ranks: list[engine_pb2.EngineLoaded], tp: int, choice: Choice, threads: int) -> Self:
-        """That of a group of these ranks, each with `threads` threads where it computes on a CPU.
+    def of(cls, ranks: list[engine_pb2.EngineLoaded], choice: Choice, threads: int, tp: int = 1) -> Self:
+        """That of a group of these ranks, each with `threads` threads where it computes on a CPU, `tp` to a slice.
 
         Raises:
             ValueError: `tp` does not divide the group.

@@ -39,7 +39,7 @@ def test_ranks_are_told_one_schedule_and_each_token_once(
     runs = told(ladder, num_tokens, num_ranks, choice)
     assert len({run.exchange for run in runs}) == 1
     assert sorted(token for run in runs for token in run.token_ids) == list(range(num_tokens))
-    shape = planner(num_ranks, choice).shape
+    shape = planner(num_ranks, choice).model
     for rank, run in enumerate(runs):
         spans = spans_of(run)
         assert [token for span in spans for token in range(span.begin, span.end)] == list(run.token_ids)
@@ -67,7 +67,7 @@ def test_a_short_prompt_is_chosen_the_schedule_with_fewer_exchanges() -> None:
 
 def test_a_rank_that_would_plan_otherwise_refuses() -> None:
     run = told(EXACT, 320, 2, "kv")[0]
-    shape = planner(2, "kv").shape
+    shape = planner(2, "kv").model
     run.exchange = engine_pb2.EXCHANGE_HEADS
     with pytest.raises(ValueError, match="rank 0 was given"):
         follow(run, 0, 2, shape)
