@@ -85,8 +85,11 @@ class ConnectedRanks:
             for of in ([columns.shape[1]] * self.size, widths)
         )
         arrived = self._communicator.all_to_all(part.repeat(self.size - 1), sent, received, KIND).wait()
-        parts = [one.view(dtype).view(rows, -1) for one in torch.split(arrived, received) if len(one)]
-        return torch.cat([*parts[:own], columns, *parts[own:]], dim=1)
+        whole = columns.new_empty(rows, sum(widths))
+        arrivals = zip(torch.split(whole, list(widths), dim=1), torch.split(arrived, received), strict=True)
+        for peer, (place, one) in enumerate(arrivals):
+            place.copy_(columns if peer == own else one.view(dtype).view(place.shape))
+        return whole
 
     def close(self) -> None:
         """See `TensorRanks.close`."""
