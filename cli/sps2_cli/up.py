@@ -127,6 +127,14 @@ def up(
             help="What prefill ranks exchange: shares of the heads, or keys and values of all heads."
         ),
     ] = Exchange.AUTO,
+    prefill_tp: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="T",
+            help="Prefill ranks that split every layer; 1x4 with 2: 2 slices of the prompt x 2 parts of a layer.",
+        ),
+    ] = 1,
     kv_transport: Annotated[Transport, typer.Option(help="How KV travels.")] = Transport.AUTO,
     kv_tokens: Annotated[int, typer.Option(min=64, help="Tokens of KV for each rank.")] = 65_536,
     threads: Annotated[
@@ -156,6 +164,7 @@ def up(
     sps2 up
     sps2 up --model ~/models/qwen3-0.6b --prefill 1x4 --decode 2x2 --listen 0.0.0.0:50051
     sps2 up --prefill 1x8 --profile default
+    sps2 up --prefill 1x4 --prefill-tp 2
     sps2 up --profile my-ladder.json
     sps2 up --json --quiet --listen 127.0.0.1:0
     ```
@@ -164,25 +173,29 @@ def up(
     if folder is None:
         raise typer.BadParameter("no demo model here: give --model DIR")
     cores = len(os.sched_getaffinity(0))
-    options = UpOptions(
-        model=folder,
-        prefill=prefill,
-        decode=decode,
-        listen=listen,
-        redis=redis,
-        profile=profile,
-        device=device.value,
-        dtype=dtype.value,
-        exchange=exchange.value,
-        kv_transport=kv_transport.value,
-        kv_tokens=kv_tokens,
-        threads=threads or default_threads(cores, prefill, decode),
-        log_dir=log_dir,
-        quiet=quiet,
-        restart=restart,
-        ready_timeout=ready_timeout,
-        drain_timeout=drain_timeout,
-    )
+    try:
+        options = UpOptions(
+            model=folder,
+            prefill=prefill,
+            decode=decode,
+            listen=listen,
+            redis=redis,
+            profile=profile,
+            device=device.value,
+            dtype=dtype.value,
+            exchange=exchange.value,
+            prefill_tp=prefill_tp,
+            kv_transport=kv_transport.value,
+            kv_tokens=kv_tokens,
+            threads=threads or default_threads(cores, prefill, decode),
+            log_dir=log_dir,
+            quiet=quiet,
+            restart=restart,
+            ready_timeout=ready_timeout,
+            drain_timeout=drain_timeout,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     raise typer.Exit(run_up(options, Commands(), Reporter(as_json=as_json)))
 
 

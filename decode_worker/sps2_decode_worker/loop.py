@@ -19,6 +19,7 @@ from sps2_engine.attention.q_exchange import KIND, LayerCache, QExchange
 from sps2_engine.choice import finish_reason
 from sps2_engine.collectives import Communicator, SoloCommunicator
 from sps2_engine.models import Attend
+from sps2_engine.rank_groups import RankGroups
 from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.loading import load_model
 from sps2_engine.runtime.options import EngineOptions
@@ -59,9 +60,9 @@ class DecodeRole:
         self._warm_up()
         return self._model.event(self._receiver.address)
 
-    def join(self, communicator: Communicator, epoch: int) -> None:
+    def join(self, groups: RankGroups, epoch: int) -> None:
         """See `Role.join`."""
-        self._communicator, self._epoch = communicator, epoch
+        self._communicator, self._epoch = groups.everyone, epoch
 
     def reset(self) -> None:
         """See `Role.reset`."""

@@ -1,10 +1,11 @@
 """Where a model's tensors come from: a safetensors checkpoint, or a random number generator.
 
 Knows names, shapes and files; knows nothing about what a layer does with its tensors. Layers ask for what
-they hold (`WeightSource.fill`), so a layer that holds a part of a tensor decides so itself.
+they hold (`WeightSource.fill`), so a layer that holds a part of a tensor decides so itself; only that part is read.
 """
 
 import json
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Protocol, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from sps2_engine.mesh import Part
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -53,13 +56,33 @@ class WeightSource(Protocol):
         """Whether `fill` can be asked for this name."""
         ...
 
-    def fill(self, name: str, target: Tensor) -> None:
-        """Writes the tensor of this name into `target`, converting its dtype.
+    def fill(self, name: str, target: Tensor, part: Part | None = None, dim: int = 0) -> None:
+        """Writes the tensor of this name, or a part of it, into `target`, converting its dtype.
+
+        Args:
+            name: of the whole tensor.
+            target: what to write to; along `dim` as long as `part`.
+            part: the range of dimension `dim` that is wanted; None: all of the tensor.
+            dim: the dimension that `part` cuts.
 
         Raises:
-            CheckpointError: if it is missing or its shape is not that of `target`.
+            CheckpointError: if it is missing or its shape is not the one asked for.
         """
         ...
+
+
+def whole_shape(target: Tensor, part: Part | None, dim: int) -> list[int]:
+    """Shape of a tensor of which `target` takes the `part` of dimension `dim`.
+
+    Raises:
+        ValueError: the target is not as long as the part.
+    """
+    shape = list(target.shape)
+    if part is not None:
+        if shape[dim] != len(part):
+            raise ValueError(f"a target of shape {shape} cannot take {part.span} of dimension {dim}")
+        shape[dim] = part.whole
+    return shape
 
 
 class CheckpointWeights:
@@ -69,7 +92,7 @@ class CheckpointWeights:
         folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
         dtype: dtype of the filled tensors.
         device: device of the filled tensors.
-        num_parameters: elements the model will ask for in all; scales the progress.
+        num_parameters: elements of all tensors that the model will ask for, or for parts of; scales the progress.
         progress: called with the fraction loaded, in (0, 1], after each tensor.
 
     Raises:
@@ -93,26 +116,30 @@ class CheckpointWeights:
         """Whether some file holds this tensor."""
         return name in self._home
 
-    def fill(self, name: str, target: Tensor) -> None:
-        """Copies one tensor into `target`; see `WeightSource.fill`."""
+    def fill(self, name: str, target: Tensor, part: Part | None = None, dim: int = 0) -> None:
+        """Copies one tensor, or the pages of it that hold the part, into `target`; see `WeightSource.fill`."""
         if name not in self._home:
             raise CheckpointError(
                 f"{self._folder}: tensor {name!r} is missing; the checkpoint is incomplete or config.json "
                 "describes another model"
             )
         path = self._home[name]
-        tensor = self._files[path].get_tensor(name)
+        view, wanted = self._files[path].get_slice(name), whole_shape(target, part, dim)
+        if view.get_shape() != wanted:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has shape {view.get_shape()} where config.json asks for "
+                f"{wanted}; take both files from the same model"
+            )
+        if part is None or part.is_all:
+            tensor = self._files[path].get_tensor(name)
+        else:
+            tensor = view[(slice(None),) * dim + (part.span.slice,)]
         if tensor.dtype not in LOADABLE_DTYPES:
             raise CheckpointError(
                 f"{path}: tensor {name!r} is {tensor.dtype}; use a checkpoint in bf16, fp16 or fp32"
             )
-        if tensor.shape != target.shape:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {list(tensor.shape)} where config.json asks for "
-                f"{list(target.shape)}; take both files from the same model"
-            )
         target.copy_(tensor)
-        self._num_filled += target.numel()
+        self._num_filled += math.prod(wanted)
         self._progress(min(1.0, self._num_filled / self._num_expected))
 
 
@@ -132,8 +159,16 @@ class RandomWeights:
         """False: only what a layer requires exists, so embeddings that may be tied are tied."""
         return False
 
-    def fill(self, name: str, target: Tensor) -> None:
-        """Draws a matrix; a norm's weight becomes one, a bias zero."""
+    def fill(self, name: str, target: Tensor, part: Part | None = None, dim: int = 0) -> None:
+        """Draws a matrix; a norm's weight becomes one, a bias zero.
+
+        The whole matrix is drawn and the part kept: however a model is split, it is the same model.
+        """
+        if part is not None and not part.is_all:
+            whole = target.new_empty(whole_shape(target, part, dim))
+            self.fill(name, whole)
+            target.copy_(whole.narrow(dim, part.span.begin, len(part)))
+            return
         if target.ndim == 1:
             target.fill_(0.0 if name.endswith(".bias") else 1.0)
             return
@@ -148,6 +183,14 @@ class _TensorFile(Protocol):
 
     def keys(self) -> list[str]: ...
     def get_tensor(self, name: str) -> Tensor: ...
+    def get_slice(self, name: str) -> "_TensorSlice": ...
+
+
+class _TensorSlice(Protocol):
+    """The part of what `get_slice` returns used here: reads no more than it is indexed with."""
+
+    def get_shape(self) -> list[int]: ...
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor: ...
 
 
 def _open(path: Path) -> _TensorFile:

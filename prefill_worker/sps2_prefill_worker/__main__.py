@@ -7,10 +7,11 @@ from typing import Literal
 
 from sps2.internal.v1 import prefill_service_pb2
 from sps2.v1 import cluster_pb2
+from sps2_engine.mesh import Mesh
 from sps2_engine.runtime.options import EngineOptions
 from sps2_prefill_worker.coordinator import PrefillCoordinator
 from sps2_prefill_worker.servicer import PrefillServicer
-from sps2_service.config import load_config
+from sps2_service.config import load_config, setting
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.ranks.worker import LeaderService, WorkerConfig, run_worker
 from sps2_service.run import prepare_process
@@ -19,6 +20,7 @@ _MODEL = "--model models/demo --directory 127.0.0.1:50060"
 EXAMPLES = [
     f"--group prefill-0 --rank 0 --group-size 2 {_MODEL}",
     f"--group prefill-0 --rank 1 --group-size 2 {_MODEL} --leader 127.0.0.1:50070",
+    f"--group prefill-0 --rank 3 --group-size 4 --tp 2 {_MODEL} --leader 127.0.0.1:50070",
 ]
 
 
@@ -28,6 +30,18 @@ class PrefillWorkerConfig(WorkerConfig):
 
     exchange: Literal["auto", "heads", "kv"] = "auto"
     """What travels between ranks: shares of all heads, or keys and values; auto: what is sooner. Rank 0 decides."""
+    tp: int = setting(1, minimum=1)
+    """Tensor ranks: parts that every layer is split into, each on a rank of its own; the same on all ranks of the
+    group, whose size must be a multiple. A group of 4 with 2 is 2 slices of the prompt x 2 parts of the model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Mesh.of(self.group_size, self.tp)
+
+    @property
+    def tensor_ranks(self) -> int:
+        """See `WorkerConfig.tensor_ranks`."""
+        return self.tp
 
 
 def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
@@ -36,7 +50,7 @@ def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> 
 
 def _lead(config: WorkerConfig, _directory: DirectoryClient, _model_hash: str) -> LeaderService:
     assert isinstance(config, PrefillWorkerConfig)
-    coordinator = PrefillCoordinator(config.exchange, config.threads)
+    coordinator = PrefillCoordinator(config.exchange, config.threads, config.tp)
     service = prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"]
     return LeaderService(coordinator, PrefillServicer(coordinator), service)
 

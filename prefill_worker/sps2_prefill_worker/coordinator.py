@@ -54,11 +54,13 @@ class PrefillCoordinator:
     Args:
         exchange: the schedule that serves prompts, or "auto".
         threads: of each rank, on a CPU.
+        tp: tensor ranks; divides the group.
     """
 
-    def __init__(self, exchange: Choice = "auto", threads: int = 1) -> None:
+    def __init__(self, exchange: Choice = "auto", threads: int = 1, tp: int = 1) -> None:
         self._exchange: Choice = exchange
         self._threads = threads
+        self._tp = tp
         self._planner: PromptPlanner | None = None
         self._scheduler = PrefillScheduler()
         self._attempts: dict[AttemptKey, Attempt] = {}
@@ -113,7 +115,7 @@ class PrefillCoordinator:
         """See `Coordinator.on_formed`."""
         self._kv_blocks = min(loaded.kv_blocks_total for loaded in ranks)
         self._slice_flops = min(loaded.slice_flops for loaded in ranks)
-        self._planner = PromptPlanner.of(ranks, self._exchange, self._threads)
+        self._planner = PromptPlanner.of(ranks, self._exchange, self._threads, self._tp)
 
     def on_broken(self, error: Unavailable) -> None:
         """See `Coordinator.on_broken`."""
@@ -157,7 +159,7 @@ class PrefillCoordinator:
             raise InvalidArgument.of_field("placement", "shards must cover the prompt in order, without gaps")
         assert self._planner is not None, "a group that is formed has told its shape"
         planned = self._planner.plan(_attention_of(request))
-        slice_tokens = planned.plan.most_tokens
+        slice_tokens = planned.most_kept
         if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
             raise FailedPrecondition(
                 "PROMPT_TOO_LARGE",
@@ -179,6 +181,7 @@ class PrefillCoordinator:
             num_tokens=job.num_tokens,
             exchange=planned.exchange,
             num_ranks=planned.plan.num_ranks,
+            tp=self._tp,
         )
         for rank in range(self._group.size):
             run = engine_pb2.RunPrefill(

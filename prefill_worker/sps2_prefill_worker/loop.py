@@ -15,11 +15,15 @@ from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
 from sps2_engine.attention.cost_model import AttentionShape, make_plan
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
 from sps2_engine.choice import finish_reason, sampling_params
-from sps2_engine.collectives import Communicator, LeadingRanks, SoloCommunicator
+from sps2_engine.collectives import LeadingRanks, SoloCommunicator
 from sps2_engine.kv_pool import slot_runs
+from sps2_engine.kv_transfer.rows import TensorSource, cut_rows, tensor_source
 from sps2_engine.kv_transfer.sender import KvSender
 from sps2_engine.layers.rows import RowWalk, row_chunks
+from sps2_engine.layers.tensor_ranks import KIND as SUM_KIND
+from sps2_engine.layers.tensor_ranks import TensorRanks, WithoutPeers
 from sps2_engine.models import Attend
+from sps2_engine.rank_groups import RankGroups
 from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.loading import load_model
 from sps2_engine.runtime.options import EngineOptions
@@ -63,12 +67,12 @@ class PrefillRole:
         self._device = device
         self._dtype = dtype
         self._link = link
-        self._communicator: Communicator = SoloCommunicator()
+        self._groups = RankGroups.solo()
         self._epoch = 0
         self._cancelled: set[AttemptKey] = set()
         self._publisher: Publisher | None = None
         self.steps_done = 0
-        self.bytes_posted: Counter[str] = Counter({KIND: 0, "control": 0, "kv_transfer": 0})
+        self.bytes_posted: Counter[str] = Counter({KIND: 0, SUM_KIND: 0, "control": 0, "kv_transfer": 0})
 
     @property
     def kv_blocks_used(self) -> int:
@@ -93,13 +97,13 @@ class PrefillRole:
         loaded.slice_flops = slice_flops(self._device.type, self._dtype, torch.get_num_threads())
         return loaded
 
-    def join(self, communicator: Communicator, epoch: int) -> None:
+    def join(self, groups: RankGroups, epoch: int) -> None:
         """See `Role.join`."""
-        self._communicator, self._epoch = communicator, epoch
+        self._groups, self._epoch = groups, epoch
 
     def reset(self) -> None:
         """See `Role.reset`."""
-        self._communicator = SoloCommunicator()
+        self._groups = RankGroups.solo()
         self._loaded_publisher.give_up_all()
         self._cancelled.clear()
 
@@ -124,24 +128,26 @@ class PrefillRole:
         return self._publisher
 
     def _prefill(self, run: engine_pb2.RunPrefill) -> None:
-        delivery = self._loaded_publisher.begin(run.attempt, run.placement, spans_of(run))
+        sent = self._source.rows(len(run.token_ids))
+        delivery = self._loaded_publisher.begin(run.attempt, run.placement, cut_rows(spans_of(run), sent))
         self._report(run.attempt, started=prefill_service_pb2.PrefillStarted())
         try:
-            self._compute(run, delivery)
+            self._compute(run, delivery, sent)
         except AttemptCancelledError:
             # CancelPrefill follows in order and frees what the attempt holds.
             _log.info("prefill of %s given up", run.attempt.request_id)
 
-    def _compute(self, run: engine_pb2.RunPrefill, delivery: Delivery) -> None:
-        started, communicator = time.perf_counter(), self._communicator
-        plan = follow(run, communicator.rank, communicator.size, self._shape)
+    def _compute(self, run: engine_pb2.RunPrefill, delivery: Delivery, sent: Span) -> None:
+        """Computes this rank's tokens; KV of the rows `sent` among them is its to deliver."""
+        started, ranks = time.perf_counter(), self._groups.sequence
+        plan = follow(run, ranks.rank, ranks.size, self._shape)
         slicer = Slicer(run.slice_flops, lambda: self._end_slice(key))
-        schedule = CsaSchedule(plan, LeadingRanks(communicator, plan.num_ranks), self._model.scale, slicer)
-        runs = slot_runs(delivery.blocks, len(run.token_ids))
-        key, posted_before = attempt_key(run.attempt), self.bytes_posted[KIND]
+        schedule = CsaSchedule(plan, LeadingRanks(ranks, plan.num_ranks), self._model.scale, slicer)
+        runs = slot_runs(delivery.blocks, len(sent))
+        key, posted_before = attempt_key(run.attempt), self._collective_bytes
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._store(layer, runs, k, v)
+            self._store(layer, runs, k[sent.slice], v[sent.slice])
             self._loaded_publisher.layer_ready(delivery, layer)
             o = schedule.attend(layer, q, k, v)
             self.steps_done += 1
@@ -152,19 +158,24 @@ class PrefillRole:
         def walk(num_rows: int, flops_per_row: int) -> Iterator[slice]:
             return slicer.rows(plan.most_tokens, num_rows, flops_per_row)
 
-        hidden = self._forward(run.token_ids, spans_of(run), attend, walk)
-        if communicator.rank == plan.last_rank:
-            self._sample_first(run, hidden[-1:], started)
-        self._loaded_publisher.computed(delivery, self.bytes_posted[KIND] - posted_before, schedule.exposed_s)
+        hidden = self._forward(run.token_ids, spans_of(run), attend, self._groups.tensor, walk)
+        if ranks.rank == plan.last_rank:
+            logits = self._model.decoder.logits(hidden[-1:], self._groups.tensor)[0]
+            if self._model.decoder.share.index == 0:
+                self._sample_first(run, logits, started)
+        self._loaded_publisher.computed(delivery, self._collective_bytes - posted_before, schedule.exposed_s)
+
+    @property
+    def _collective_bytes(self) -> int:
+        return self.bytes_posted[KIND] + self.bytes_posted[SUM_KIND]
 
     def _end_slice(self, key: AttemptKey) -> None:
         """All ranks come here together: they go on together, or none does."""
         self.steps_done += 1
-        if self._communicator.agree(key in self._cancelled):
+        if self._groups.everyone.agree(key in self._cancelled):
             raise AttemptCancelledError
 
-    def _sample_first(self, run: engine_pb2.RunPrefill, hidden: Tensor, started: float) -> None:
-        logits = self._model.decoder.logits(hidden)[0]
+    def _sample_first(self, run: engine_pb2.RunPrefill, logits: Tensor, started: float) -> None:
         try:
             token = sample(logits, sampling_params(run.choice), 0, run.num_prompt_tokens)
         except NonFiniteLogitsError as error:
@@ -182,7 +193,7 @@ class PrefillRole:
         self._report(run.attempt, first_token=first)
 
     def _store(self, layer: int, runs: list[tuple[int, int]], k: Tensor, v: Tensor) -> None:
-        """Writes the slice's keys and values, [tokens, kv_heads, head_dim], to its slots of the arena."""
+        """Writes keys and values to be sent, [tokens, kv_heads, head_dim], to their slots of the arena."""
         taken = 0
         for begin, end in runs:
             rows = slice(taken, taken + end - begin)
@@ -191,25 +202,39 @@ class PrefillRole:
             taken = rows.stop
 
     def _forward(
-        self, token_ids: Sequence[int], spans: Sequence[Span], attend: Attend, walk: RowWalk = row_chunks
+        self,
+        token_ids: Sequence[int],
+        spans: Sequence[Span],
+        attend: Attend,
+        tensor: TensorRanks,
+        walk: RowWalk = row_chunks,
     ) -> Tensor:
         """Hidden states of tokens that lie at these spans of their prompt, one span after another."""
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
         positions = [torch.arange(span.begin, span.end, device=self._device) for span in spans]
-        return self._model.decoder.forward(ids, torch.cat(positions) if positions else ids, attend, walk)
+        together = torch.cat(positions) if positions else ids
+        return self._model.decoder.forward(ids, together, attend, walk, tensor)
 
     def _warm_up(self) -> None:
         """Compiles attention, then one tiny forward: the first prompt pays for nothing that starts lazily."""
         warm_up_attention(self._dtype, self._device)
         plan = make_plan("heads", exact_layout(WARM_UP_TOKENS, 1), 1, self._shape)
         schedule = CsaSchedule(plan, SoloCommunicator(), self._model.scale)
-        hidden = self._forward([0] * WARM_UP_TOKENS, [Span(0, WARM_UP_TOKENS)], schedule.attend)
-        self._model.decoder.logits(hidden[-1:])
+        peers = WithoutPeers(self._options.tp)  # their group forms later
+        hidden = self._forward([0] * WARM_UP_TOKENS, [Span(0, WARM_UP_TOKENS)], schedule.attend, peers)
+        self._model.decoder.logits(hidden[-1:], peers)
 
     @property
     def _shape(self) -> AttentionShape:
-        config = self._model.decoder.config
-        return AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim, self._dtype.itemsize)
+        config, element_bytes = self._model.decoder.config, self._dtype.itemsize
+        model = AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim, element_bytes)
+        return model.of_share(self._model.decoder.share)
+
+    @property
+    def _source(self) -> TensorSource:
+        """What KV this rank sends."""
+        share = self._model.decoder.share
+        return tensor_source(self._model.decoder.config.num_kv_heads, share.index, share.tp)
 
     def _report(self, attempt: placement_pb2.Attempt, **report: object) -> None:
         prefill = engine_pb2.PrefillReport(attempt=attempt, **report)  # type: ignore[arg-type]

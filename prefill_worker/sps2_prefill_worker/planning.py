@@ -12,6 +12,8 @@ from sps2.internal.v1 import engine_pb2
 from sps2_engine.attention.cost_model import AttentionShape, Choice, Exchange, choose_schedule, make_plan
 from sps2_engine.attention.plan import AttentionPlan
 from sps2_engine.attention.rates import Rates, assumed_rates
+from sps2_engine.kv_transfer.rows import tensor_source
+from sps2_engine.mesh import Mesh, TensorShare
 from sps2_layout.attention import Attention
 from sps2_layout.layout import Span
 from sps2_layout.wire import unpack_attention
@@ -31,11 +33,20 @@ class PlannedPrompt:
     exchange: Exchange
     """The schedule."""
     plan: AttentionPlan
+    """Of the sequence ranks that have the first part of the model; those of the others differ only in the heads."""
+    mesh: Mesh
+    num_replicas: int = 1
+    """Tensor ranks that hold the same KV heads, and deliver each its part of the tokens."""
+
+    @property
+    def most_kept(self) -> int:
+        """Tokens whose KV a rank keeps until it is delivered, at most."""
+        return -(-self.plan.most_tokens // self.num_replicas)
 
     def assign(self, rank: int, run: engine_pb2.RunPrefill, token_ids: Sequence[int]) -> None:
         """Tells a rank the schedule, and which of the prompt's tokens it hosts."""
         run.exchange = TO_WIRE[self.exchange]
-        for span in hosted_spans(self.plan, rank):
+        for span in hosted_spans(self.plan, self.mesh.sequence_index(rank)):
             run.spans.add(begin=span.begin, end=span.end)
             run.token_ids.extend(token_ids[span.slice])
 
@@ -44,17 +55,23 @@ class PlannedPrompt:
 class PromptPlanner:
     """How a formed group plans its prompts."""
 
-    group_size: int
-    shape: AttentionShape
+    mesh: Mesh
+    model: AttentionShape
+    """All heads of the model."""
     rates: Rates
     choice: Choice
 
     @classmethod
-    def of(cls, ranks: list[engine_pb2.EngineLoaded], choice: Choice, threads: int) -> Self:
-        """That of a group of these ranks, each with `threads` threads where it computes on a CPU."""
+    def of(cls, ranks: list[engine_pb2.EngineLoaded], choice: Choice, threads: int, tp: int = 1) -> Self:
+        """That of a group of these ranks, each with `threads` threads where it computes on a CPU, `tp` to a slice.
+
+        Raises:
+            ValueError: `tp` does not divide the group.
+        """
         one = ranks[0]
         shape = AttentionShape(one.num_q_heads, one.num_kv_heads, one.head_dim, ELEMENT_BYTES[one.dtype])
-        return cls(len(ranks), shape, assumed_rates(one.device, one.dtype, threads), choice)
+        rates = assumed_rates(one.device, one.dtype, threads)
+        return cls(Mesh.of(len(ranks), tp), shape, rates, choice)
 
     def plan(self, attention: Attention) -> PlannedPrompt:
         """Chooses; counting what each schedule moves and computes takes tens of ms for 64k tokens on 8 ranks.
@@ -62,13 +79,16 @@ class PromptPlanner:
         Raises:
             ValueError: see `AttentionPlan`.
         """
-        num_ranks, layout = attention.num_ranks(self.group_size), attention.sliced(self.group_size)
-        exchange = choose_schedule(layout, num_ranks, self.shape, self.rates, self.choice)
-        return PlannedPrompt(exchange, make_plan(exchange, layout, num_ranks, self.shape))
+        num_ranks, layout = attention.num_ranks(self.mesh.sp), attention.sliced(self.mesh.sp)
+        shape = self.model.of_share(TensorShare(0, self.mesh.tp))  # all tensor ranks have as much to do
+        exchange = choose_schedule(layout, num_ranks, shape, self.rates, self.choice)
+        plan = make_plan(exchange, layout, num_ranks, shape)
+        num_replicas = tensor_source(self.model.num_kv_heads, 0, self.mesh.tp).num_replicas
+        return PlannedPrompt(exchange, plan, self.mesh, num_replicas)
 
 
-def follow(run: engine_pb2.RunPrefill, rank: int, group_size: int, shape: AttentionShape) -> AttentionPlan:
-    """The plan that the leader has made.
+def follow(run: engine_pb2.RunPrefill, rank: int, num_ranks: int, shape: AttentionShape) -> AttentionPlan:
+    """The plan that the leader has made, for the heads of `shape` and sequence rank `rank` of `num_ranks`.
 
     Raises:
         ValueError: it names no schedule, or gives this rank other tokens than the plan does.
@@ -77,7 +97,7 @@ def follow(run: engine_pb2.RunPrefill, rank: int, group_size: int, shape: Attent
         raise ValueError(f"exchange {run.exchange} is not known here: is the leader of another release?")
     attention = unpack_attention(run.attention)
     plan = make_plan(
-        FROM_WIRE[run.exchange], attention.sliced(group_size), attention.num_ranks(group_size), shape
+        FROM_WIRE[run.exchange], attention.sliced(num_ranks), attention.num_ranks(num_ranks), shape
     )
     given, planned = spans_of(run), list(hosted_spans(plan, rank))
     if given != planned:

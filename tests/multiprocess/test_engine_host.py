@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sps2.internal.v1 import engine_pb2
-from sps2_engine.collectives import Communicator
+from sps2_engine.rank_groups import RankGroups
 from sps2_engine.runtime.host import EngineHost
 from support.waiting import wait_until
 
@@ -53,15 +53,15 @@ class FakeRole:
 
     def __init__(self) -> None:
         self.bytes_posted: Counter[str] = Counter()
-        self.sizes: list[int] = []
+        self.sizes: list[tuple[int, int, int]] = []
 
     def load(self, progress: Callable[[float], None]) -> engine_pb2.EngineLoaded:
         progress(1.0)
         return engine_pb2.EngineLoaded()
 
-    def join(self, communicator: Communicator, epoch: int) -> None:
+    def join(self, groups: RankGroups, epoch: int) -> None:
         assert epoch > 0
-        self.sizes.append(communicator.size)
+        self.sizes.append((groups.everyone.size, groups.sequence.size, groups.tensor.size))
 
     def reset(self) -> None:
         """Holds nothing."""
@@ -76,7 +76,7 @@ class FakeRole:
 class Engine:
     """A host in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, tp: int = 1) -> None:
         self.link, self.role = FakeLink(), FakeRole()
         host = EngineHost(
             self.link,  # type: ignore[arg-type] # all that a host uses of one
@@ -84,6 +84,7 @@ class Engine:
             torch.device("cpu"),
             "127.0.0.1",
             timedelta(seconds=30),
+            tp,
         )
         self.thread = threading.Thread(target=host.run, daemon=True)
         self.thread.start()
@@ -111,9 +112,11 @@ def engines() -> Iterator[list[Engine]]:
 
 
 def form(engines: list[Engine], epoch: int) -> None:
-    engines[0].form(epoch, 0, 2)
+    size = len(engines)
+    engines[0].form(epoch, 0, size)
     address = engines[0].link.wait_for("store_ready", epoch).store_ready.address
-    engines[1].form(epoch, 1, 2, address)
+    for rank in range(1, size):
+        engines[rank].form(epoch, rank, size, address)
     for engine in engines:
         engine.link.wait_for("group_formed", epoch, timeout=10.0)
 
@@ -123,7 +126,16 @@ def test_groups_form_one_after_the_other(engines: list[Engine]) -> None:
     for engine in engines:
         engine.abort(5)
     form(engines, 6)
-    assert [engine.role.sizes for engine in engines] == [[2, 2], [2, 2]]
+    assert [engine.role.sizes for engine in engines] == [[(2, 2, 1)] * 2] * 2
+
+
+def test_a_group_forms_as_a_mesh() -> None:
+    engines = [Engine(tp=2) for _ in range(4)]
+    for epoch in (5, 6):
+        form(engines, epoch)
+    assert [engine.role.sizes for engine in engines] == [[(4, 2, 2)] * 2] * 4
+    for engine in engines:
+        engine.shut_down()
 
 
 def test_an_abort_ends_the_wait_for_a_rank_that_does_not_come(engines: list[Engine]) -> None:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sps2_engine.mesh import Part
 from sps2_engine.models import Decoder, ModelConfig
 from sps2_engine.weights import RandomWeights
 
@@ -29,9 +30,9 @@ class RecordedWeights(RandomWeights):
         super().__init__(seed, torch.float32, torch.device("cpu"))
         self.tensors: dict[str, Tensor] = {}
 
-    def fill(self, name: str, target: Tensor) -> None:
+    def fill(self, name: str, target: Tensor, part: Part | None = None, dim: int = 0) -> None:
         """See `WeightSource.fill`."""
-        super().fill(name, target)
+        super().fill(name, target, part, dim)
         self.tensors[name] = target.clone()
 
 

@@ -69,6 +69,8 @@ class UpOptions:
     """Attention of requests that name none: exact, paper, default, or a JSON file."""
     exchange: str = "auto"
     """What prefill ranks exchange: "auto", "heads" or "kv"."""
+    prefill_tp: int = 1
+    """Prefill ranks that split every layer between them; the rest of a group's ranks split the prompt."""
     dtype: str = "fp32"
     """Element type of weights and KV."""
     kv_transport: str = "auto"
@@ -87,6 +89,13 @@ class UpOptions:
     """Seconds until every group must be ready."""
     drain_timeout: float = 40.0
     """Seconds that each kind of process gets to finish its work."""
+
+    def __post_init__(self) -> None:
+        if self.prefill.ranks % self.prefill_tp:
+            raise ValueError(
+                f"{self.prefill.ranks} prefill ranks cannot be cut into tensor groups of {self.prefill_tp}: "
+                f"make --prefill a multiple of {self.prefill_tp}, for example 1x{2 * self.prefill_tp}"
+            )
 
     @property
     def model_name(self) -> str:
@@ -227,6 +236,7 @@ def _worker_spec(
     }
     if role == "prefill":
         flags["--exchange"] = options.exchange
+        flags["--tp"] = options.prefill_tp
     if leader is not None:
         flags["--leader"] = leader
     arguments = [str(part) for pair in flags.items() for part in pair]

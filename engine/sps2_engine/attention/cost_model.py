@@ -5,13 +5,14 @@ exchange its latency at least; a step of the group as long as its slowest rank.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.kv_schedule import KvPlan
 from sps2_engine.attention.plan import AttentionPlan
 from sps2_engine.attention.rates import CPU_CORE, Rates
+from sps2_engine.mesh import TensorShare
 from sps2_layout.layout import Layout, exact_layout
 
 Exchange: TypeAlias = Literal["heads", "kv"]
@@ -34,6 +35,22 @@ class AttentionShape:
     head_dim: int
     element_bytes: int
     """Bytes of an element of q, k, v and o."""
+    first_kv_head: int = 0
+    """Number of its first KV head in the model."""
+
+    def of_share(self, share: TensorShare) -> "AttentionShape":
+        """What a tensor rank computes of a model of this shape.
+
+        Raises:
+            ValueError: the heads cannot be split so.
+        """
+        kv_heads = share.kv_heads(self.num_kv_heads)
+        return replace(
+            self,
+            num_q_heads=len(share.q_heads(self.num_q_heads)),
+            num_kv_heads=len(kv_heads),
+            first_kv_head=kv_heads.span.begin,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,7 @@ def make_plan(exchange: Exchange, layout: Layout, num_ranks: int, shape: Attenti
     if exchange == "kv" and layout.is_exact and num_ranks > 1:
         layout = exact_layout(layout.num_tokens, 2 * num_ranks)
     heads = shape.num_q_heads, shape.num_kv_heads, shape.head_dim
-    return PLANS[exchange](layout, num_ranks, *heads, shape.element_bytes)
+    return PLANS[exchange](layout, num_ranks, *heads, shape.element_bytes, first_kv_head=shape.first_kv_head)
 
 
 def estimate(

@@ -105,7 +105,7 @@ class CsaPlan(AttentionPlan):
         self, level: int, piece: Piece, run: HeadRun, query_rank: int, layer: int
     ) -> Iterator[Work]:
         size, lower = self.group_size(level), self.group_size(level - 1)
-        sampled = self.layout.queries(self.tokens(query_rank), level, run.kv_heads.begin, layer)
+        sampled = self.level_queries(self.tokens(query_rank), level, run, layer)
         queries = row_block(sampled, piece.row_block, piece.num_row_blocks)
         seen = Span(query_rank // size * size, query_rank // lower * lower)
         shards = Span(seen.begin * self.block_shards, seen.end * self.block_shards)

@@ -5,8 +5,9 @@ A rank hosts one block, or two (folded: one from either end, so that causal work
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 from sps2_engine.attention.pieces import LSE_BYTES, HeadRun, head_runs
 from sps2_layout.layout import Layout, Sample, Span
@@ -33,6 +34,9 @@ class Hosting(ABC):
     """Bytes of an element of q, k, v and o."""
     chunk_bytes: int = CHUNK_BYTES
     """Least bytes that a rank sends for a chunk, in and out together."""
+    first_kv_head: int = 0
+    """What the first of these KV heads is numbered in the model: a tensor rank has some of them, and what a head
+    samples goes by that number."""
 
     def __post_init__(self) -> None:
         if self.layout.num_shards % self.num_ranks:
@@ -59,6 +63,15 @@ class Hosting(ABC):
     def block_shards(self) -> int:
         """Shards of a block."""
         return self.layout.num_shards // self.num_blocks
+
+    @cached_property
+    def of_first_tensor_rank(self) -> Self:
+        """The same for the tensor rank with the model's first heads, itself where they sample alike.
+
+        Its counts serve where all tensor ranks must come to the same number, though their heads sample other tokens.
+        """
+        samples_alike = self.first_kv_head % self.layout.levels[-1].stride == 0
+        return self if samples_alike else replace(self, first_kv_head=0)
 
     @property
     def fold(self) -> int:
@@ -129,10 +142,14 @@ class Hosting(ABC):
         for block in blocks:
             inside = shards.cut(block * self.block_shards, (block + 1) * self.block_shards)
             tokens = self.layout.shards(inside.begin, inside.end) if len(inside) else Span(0, 0)
-            sample = self.layout.keys(tokens, level, run.kv_heads.begin, layer)
+            sample = self.layout.keys(tokens, level, self.first_kv_head + run.kv_heads.begin, layer)
             if len(sample):
                 keys.append((self.owner(block), sample))
         return tuple(keys)
+
+    def level_queries(self, span: Span, level: int, run: HeadRun, layer: int) -> Sample:
+        """Queries of a span that read at a level."""
+        return self.layout.queries(span, level, self.first_kv_head + run.kv_heads.begin, layer)
 
     def sinks_of(self, block: int, end: int) -> Sample:
         """Sinks of a block before a token."""

@@ -59,7 +59,7 @@ class KvPlan(AttentionPlan):
         shard = block * self.block_shards
         seen = Span(shard // group * group, shard // lower * lower)
         others = tuple(other for other in range(block) if self.owner(other) != rank)
-        queries = self.layout.queries(self.block_tokens(block), level, run.kv_heads.begin, layer)
+        queries = self.level_queries(self.block_tokens(block), level, run, layer)
         keys = self.level_keys(others, seen, level, run, layer)
         if len(queries) and keys:
             yield Work(level, run, rank, queries, keys)

@@ -53,7 +53,7 @@ class LocalPlan(Hosting):
             for run in head_runs(
                 self.all_heads.q_heads, self.fold, single=self.layout.levels[level].stride > 1
             ):
-                queries = self.layout.queries(self.layout.shard(shard), level, run.kv_heads.begin, layer)
+                queries = self.level_queries(self.layout.shard(shard), level, run, layer)
                 keys = self.level_keys(self.blocks(rank), seen, level, run, layer)
                 if len(queries) and keys:
                     yield Work(level, run, rank, queries, keys)

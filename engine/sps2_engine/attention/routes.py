@@ -57,8 +57,8 @@ class Routes:
         self.local = tuple(plan.local_work(rank, layer))
         runs = (plan.all_heads, *plan.halves())
         self.own_shards = {run: tuple(plan.own_shards(rank, run)) for run in runs}
-        self.own_flops = {run: self._flops(partial(plan.own_shards, run=run)) for run in runs}
-        self.local_flops = self._flops(lambda peer: plan.local_work(peer, layer))
+        self.own_flops = {run: self._flops(partial(_own_shards, run)) for run in runs}
+        self.local_flops = self._flops(lambda some, peer: some.local_work(peer, layer))
         self.longest = self._find_longest()
         """The work of each key run that has the most keys."""
         self._placed = tuple(self._place())
@@ -96,14 +96,19 @@ class Routes:
                 tuple(tuple(plan.out_planes(peer, rank, layer, stage)) for peer in peers),
                 vector + LSE_BYTES,
             )
-        flops = self._flops(lambda peer: plan.works(peer, layer, stage))
+        flops = self._flops(lambda some, peer: some.works(peer, layer, stage))
         return Route(stage, tuple(plan.works(rank, layer, stage)), flops, ins, outs)
 
-    def _flops(self, works_of: Callable[[int], Iterable[Work]]) -> StageFlops:
-        """FLOPs of the busiest rank and of this one, which may be none of the plan's and idle."""
-        peers = range(self._plan.num_ranks)
-        flops = [4 * self._plan.head_dim * sum(work.pairs for work in works_of(peer)) for peer in peers]
-        return max(flops), flops[self._rank] if self._rank < len(flops) else 0
+    def _flops(self, works_of: Callable[[AttentionPlan, int], Iterable[Work]]) -> StageFlops:
+        """FLOPs of the busiest rank and of this one, which may be none of the plan's and idle.
+
+        Who is busiest is counted by the heads of the first tensor rank: slices end where all of a mesh agree.
+        """
+        plan, counted = self._plan, self._plan.of_first_tensor_rank
+        flops = [_flops(plan, works_of(counted, peer)) for peer in range(plan.num_ranks)]
+        if self._rank >= plan.num_ranks:
+            return max(flops), 0
+        return max(flops), flops[self._rank] if counted is plan else _flops(plan, works_of(plan, self._rank))
 
     def _find_longest(self) -> dict[KeyRun, Work]:
         longest: dict[KeyRun, Work] = {}
@@ -112,6 +117,14 @@ class Routes:
                 kept = longest.setdefault(key_run(work), work)
                 longest[key_run(work)] = max(kept, work, key=lambda one: one.num_keys)
         return longest
+
+
+def _flops(plan: AttentionPlan, works: Iterable[Work]) -> int:
+    return 4 * plan.head_dim * sum(work.pairs for work in works)
+
+
+def _own_shards(run: HeadRun, plan: AttentionPlan, rank: int) -> Iterator[Work]:
+    return plan.own_shards(rank, run)
 
 
 def _leg(sent: PlanesByPeer, received: PlanesByPeer, vector_bytes: int) -> Leg:

@@ -7,18 +7,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sps2_engine.layers.tensor_ranks import ALONE, TensorRanks
+from sps2_engine.mesh import Part
 from sps2_engine.weights import WeightSource
 
 
 class Linear:
-    """y = x Wᵀ + b, with W [out_features, in_features]."""
+    """y = x Wᵀ + b, with W [out_features, in_features], or with what a tensor rank holds of it.
+
+    A part of the rows makes a part of y out of all of x ("column parallel": Wᵀ is cut by columns). A part of the
+    columns makes a summand of y out of a part of x ("row parallel"): `add_to` sums it over the tensor ranks.
+    Source: Shoeybi et al., "Megatron-LM", 2019.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
 
     @classmethod
-    def load(cls, source: WeightSource, parts: Mapping[str, int], in_features: int, *, bias: bool) -> Self:
+    def load(cls, source: WeightSource, parts: Mapping[str, Part], in_features: Part, *, bias: bool) -> Self:
         """Reads one or several matrices from a checkpoint.
 
         Matrices that read the same input (q, k, v; gate, up) are stacked by rows into one W: one kernel
@@ -26,18 +33,21 @@ class Linear:
 
         Args:
             source: where the tensors come from.
-            parts: output size by checkpoint name (`...q_proj`), in the order their outputs are laid out.
-            in_features: columns of every part.
-            bias: whether the parts have a bias.
+            parts: rows of W by checkpoint name (`...q_proj`), in the order their outputs are laid out.
+            in_features: columns of every matrix; either these or the rows are all there are.
+            bias: whether the matrices have a bias.
         """
-        sizes = list(parts.values())
-        linear = cls(torch.empty(sum(sizes), in_features, dtype=source.dtype, device=source.device))
-        for name, weight in zip(parts, torch.split(linear.weight, sizes), strict=True):
-            source.fill(f"{name}.weight", weight)
+        sizes = [len(part) for part in parts.values()]
+        linear = cls(torch.empty(sum(sizes), len(in_features), dtype=source.dtype, device=source.device))
+        for (name, rows), weight in zip(parts.items(), torch.split(linear.weight, sizes), strict=True):
+            if in_features.is_all:
+                source.fill(f"{name}.weight", weight, rows)
+            else:
+                source.fill(f"{name}.weight", weight, in_features, dim=1)
         if bias:
             linear.bias = torch.empty(sum(sizes), dtype=source.dtype, device=source.device)
-            for name, part in zip(parts, torch.split(linear.bias, sizes), strict=True):
-                source.fill(f"{name}.bias", part)
+            for (name, rows), values in zip(parts.items(), torch.split(linear.bias, sizes), strict=True):
+                source.fill(f"{name}.bias", values, rows)
         return linear
 
     @property
@@ -49,14 +59,19 @@ class Linear:
         """Takes x [rows, in_features] to [rows, out_features] in the weight's dtype, to which x is converted."""
         return functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
-    def add_to(self, out: Tensor, x: Tensor) -> None:
+    def add_to(self, out: Tensor, x: Tensor, ranks: TensorRanks = ALONE) -> None:
         """Does out [rows, out_features] += x [rows, in_features] Wᵀ + b, in the wider of their dtypes.
 
-        The product needs no temporary where out has the weight's dtype.
+        The product needs no temporary where out has the weight's dtype and W all its columns.
         """
-        if out.dtype != self.weight.dtype:
+        if ranks.size > 1:
+            product = functional.linear(x.to(self.weight.dtype), self.weight).to(out.dtype)
+            ranks.sum(product)
+            out.add_(product)
+        elif out.dtype != self.weight.dtype:
             out.add_(self(x))
             return
-        out.addmm_(x, self.weight.T)
-        if self.bias is not None:
+        else:
+            out.addmm_(x, self.weight.T)
+        if self.bias is not None:  # once, after the sum
             out.add_(self.bias)

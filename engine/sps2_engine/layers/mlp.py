@@ -4,28 +4,31 @@ from torch import Tensor
 from torch.nn import functional
 
 from sps2_engine.layers.linear import Linear
+from sps2_engine.layers.tensor_ranks import TensorRanks
+from sps2_engine.mesh import Part
 from sps2_engine.weights import WeightSource
 
 
 class SwiGLU:
-    """down(silu(gate(x)) * up(x)).
+    """down(silu(gate(x)) * up(x)), of all columns between them or of a tensor rank's.
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
 
     def __init__(
-        self, source: WeightSource, name: str, hidden_size: int, intermediate_size: int, *, bias: bool
+        self, source: WeightSource, name: str, hidden_size: int, intermediate: Part, *, bias: bool
     ) -> None:
-        gate_up = {f"{name}.gate_proj": intermediate_size, f"{name}.up_proj": intermediate_size}
-        self.gate_up = Linear.load(source, gate_up, hidden_size, bias=bias)
-        self.down = Linear.load(source, {f"{name}.down_proj": hidden_size}, intermediate_size, bias=bias)
+        hidden = Part.all(hidden_size)
+        gate_up = {f"{name}.gate_proj": intermediate, f"{name}.up_proj": intermediate}
+        self.gate_up = Linear.load(source, gate_up, hidden, bias=bias)
+        self.down = Linear.load(source, {f"{name}.down_proj": hidden}, intermediate, bias=bias)
 
     @property
     def flops_per_row(self) -> int:
         """FLOPs of one row's products."""
         return self.gate_up.flops_per_row + self.down.flops_per_row
 
-    def add_to(self, out: Tensor, x: Tensor) -> None:
-        """Does out [rows, hidden] += SwiGLU(x [rows, hidden]); holds 2 * intermediate_size values per row."""
+    def add_to(self, out: Tensor, x: Tensor, ranks: TensorRanks) -> None:
+        """Does out [rows, hidden] += SwiGLU(x [rows, hidden]); holds 2 values per row and own column between."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [rows, intermediate] each
-        self.down.add_to(out, functional.silu(gate, inplace=True).mul_(up))
+        self.down.add_to(out, functional.silu(gate, inplace=True).mul_(up), ranks)

@@ -14,18 +14,19 @@ from datetime import timedelta
 from typing import Protocol
 
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from sps2.internal.v1 import engine_pb2
 from sps2_engine.collectives import (
-    Communicator,
     GroupError,
-    SoloCommunicator,
     TorchCommunicator,
     connect_store,
     form_groups,
     meet,
     open_store,
 )
+from sps2_engine.mesh import Mesh
+from sps2_engine.rank_groups import RankGroups, form_rank_groups
 from sps2_engine.runtime.link import SupervisorLink
 
 _log = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ class Role(Protocol):
         """Loads weights and warms up; called once."""
         ...
 
-    def join(self, communicator: Communicator, epoch: int) -> None:
-        """A group stands; commands follow."""
+    def join(self, groups: RankGroups, epoch: int) -> None:
+        """The groups of a mesh stand; commands follow."""
         ...
 
     def reset(self) -> None:
@@ -80,18 +81,34 @@ class Role(Protocol):
 
 
 class EngineHost:
-    """Runs a role until the supervisor says Shutdown."""
+    """Runs a role until the supervisor says Shutdown.
+
+    Args:
+        link: to the supervisor.
+        role: what it does with its weights.
+        device: where it computes.
+        host: interface address that collectives and stores are bound to.
+        collective_timeout: longest wait for a peer inside a collective.
+        tp: tensor ranks of every mesh that forms.
+    """
 
     def __init__(
-        self, link: SupervisorLink, role: Role, device: torch.device, host: str, collective_timeout: timedelta
+        self,
+        link: SupervisorLink,
+        role: Role,
+        device: torch.device,
+        host: str,
+        collective_timeout: timedelta,
+        tp: int = 1,
     ) -> None:
         self._link = link
         self._role = role
         self._device = device
         self._host = host
         self._collective_timeout = collective_timeout
+        self._tp = tp
         self._commands: queue.SimpleQueue[engine_pb2.EngineCommand] = queue.SimpleQueue()
-        self._communicator: Communicator | None = None
+        self._groups: RankGroups | None = None
         self._epoch = 0
         self._ended_epoch = 0
         """Epochs up to this one are over, also while the command that says so waits for its turn."""
@@ -124,7 +141,7 @@ class EngineHost:
             elif kind == "abort_group":
                 _log.info("epoch %d ends: %s", self._epoch, command.abort_group.reason)
                 self._leave_group()
-            elif self._communicator is not None:
+            elif self._groups is not None:
                 self._role.execute(command)
         except GroupError as error:
             self._fail(str(error))
@@ -135,24 +152,28 @@ class EngineHost:
     def _form(self, epoch: int, form: engine_pb2.FormGroup) -> None:
         self._leave_group()
         self._epoch = epoch
-        self._communicator = self._open_group(epoch, form)
-        self._role.join(self._communicator, epoch)
+        self._groups = self._open_groups(epoch, form)
+        self._role.join(self._groups, epoch)
         self._send(group_formed=engine_pb2.GroupFormed())
         _log.info("epoch %d: rank %d of %d", epoch, form.rank, form.world_size)
 
-    def _open_group(self, epoch: int, form: engine_pb2.FormGroup) -> Communicator:
-        if form.world_size == 1:
-            return SoloCommunicator(self._role.bytes_posted)
+    def _open_groups(self, epoch: int, form: engine_pb2.FormGroup) -> RankGroups:
+        mesh = Mesh.of(form.world_size, self._tp)
+        if mesh.size == 1:
+            return RankGroups.solo(self._role.bytes_posted)
         if form.rank == 0:
             store, address = open_store(self._host, FORM_TIMEOUT)
             self._send(store_ready=engine_pb2.StoreReady(address=address))
         else:
             store = connect_store(form.store_address, CONNECT_TIMEOUT)
         meet(store, epoch, form.rank, form.world_size, FORM_TIMEOUT, lambda: self._ended_epoch >= epoch)
-        lanes = form_groups(
-            store, epoch, form.rank, form.world_size, self._device, self._host, self._collective_timeout
-        )
-        return TorchCommunicator(lanes, self._device, self._role.bytes_posted)
+
+        def form_one(store: Store, rank: int, size: int) -> TorchCommunicator:
+            device, timeout = self._device, self._collective_timeout
+            lanes = form_groups(store, epoch, rank, size, device, self._host, timeout)
+            return TorchCommunicator(lanes, device, self._role.bytes_posted)
+
+        return form_rank_groups(mesh, form.rank, store, form_one)
 
     def _fail(self, reason: str) -> None:
         _log.warning("epoch %d failed: %s", self._epoch, reason)
@@ -160,9 +181,9 @@ class EngineHost:
         self._send(group_failed=engine_pb2.GroupFailed(reason=reason))
 
     def _leave_group(self) -> None:
-        if self._communicator is not None:
-            self._communicator.close()
-            self._communicator = None
+        if self._groups is not None:
+            self._groups.close()
+            self._groups = None
             self._role.reset()
 
     def _on_command(self, command: engine_pb2.EngineCommand) -> None:

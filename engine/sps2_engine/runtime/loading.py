@@ -69,7 +69,7 @@ def load_model(
     progress: Callable[[float], None],
     arena_device: torch.device,
 ) -> LoadedModel:
-    """Loads the weights and allocates the KV arena, once in the life of the process.
+    """Loads the rank's share of the weights and allocates its KV arena, once in the life of the process.
 
     Args:
         arena_device: where KV lies; prefill keeps it in host memory, from which it leaves, since its attention
@@ -77,12 +77,20 @@ def load_model(
 
     Raises:
         CheckpointError: in one line, what is wrong with the model folder.
+        ValueError: in one line, why the model cannot be split among so many tensor ranks.
     """
-    decoder = load_decoder(Path(options.model), dtype, device, progress)
+    decoder = load_decoder(Path(options.model), dtype, device, progress, options.share)
     config = decoder.config
+    heads = options.share.kv_heads(config.num_kv_heads)
     num_blocks = -(-options.kv_tokens // BLOCK_TOKENS)
     kept_in = DTYPES[kv_dtype(options.dtype, device)]
     arena = KvArena(
-        config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, kept_in, arena_device
+        config.num_layers,
+        num_blocks,
+        len(heads),
+        config.head_dim,
+        kept_in,
+        arena_device,
+        first_head=heads.span.begin,
     )
     return LoadedModel(options, device, decoder, arena, BlockPool(num_blocks), uuid.uuid4().hex)

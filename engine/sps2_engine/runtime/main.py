@@ -41,7 +41,7 @@ def run_engine(make_role: MakeRole) -> None:
         _log.info("dtype %s", options.dtype)
         role = make_role(options, device, DTYPES[options.dtype], link)
         timeout = timedelta(seconds=options.collective_timeout_s)
-        EngineHost(link, role, device, options.host, timeout).run()
+        EngineHost(link, role, device, options.host, timeout, options.tp).run()
     except (CheckpointError, ValueError) as error:
         link.send(engine_pb2.EngineEvent(load_failed=engine_pb2.LoadFailed(reason=str(error))))
         os._exit(EXIT_BAD_CHECKPOINT)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from sps2_engine.mesh import TensorShare
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -33,6 +35,13 @@ class EngineOptions:
     """auto, nixl or grpc."""
     collective_timeout_s: float
     """Longest wait for a peer inside a collective."""
+    tp: int
+    """Tensor ranks: parts that every layer is split into; divides the group."""
+
+    @property
+    def share(self) -> TensorShare:
+        """What this rank holds of the model."""
+        return TensorShare(self.rank % self.tp, self.tp)
 
     def arguments(self, socket_fd: int) -> list[str]:
         """Command line arguments from which `parse_engine_arguments` makes the same options."""

@@ -17,9 +17,10 @@ log = structlog.get_logger(__name__)
 class GroupServicer:
     """Implements `sps2.internal.v1.GroupService` on rank 0."""
 
-    def __init__(self, leader: GroupLeader, model_hash: str) -> None:
+    def __init__(self, leader: GroupLeader, model_hash: str, tensor_ranks: int = 1) -> None:
         self._leader = leader
         self._model_hash = model_hash
+        self._tensor_ranks = tensor_ranks
 
     async def JoinGroup(  # noqa: N802 - named by the proto
         self,
@@ -66,6 +67,12 @@ class GroupServicer:
                 "WRONG_GROUP",
                 f"rank {hello.rank} of {hello.group!r} ({hello.group_size} ranks) has no place in "
                 f"{leader.name!r} ({leader.size} ranks): check --group, --rank and --group-size",
+            )
+        if hello.tensor_ranks != self._tensor_ranks:
+            raise InvalidArgument(
+                "WRONG_MESH",
+                f"rank {hello.rank} of {hello.group!r} splits layers {hello.tensor_ranks} ways, rank 0 "
+                f"{self._tensor_ranks}: check --tp",
             )
         if hello.model_hash != self._model_hash:
             raise FailedPrecondition(

@@ -72,6 +72,11 @@ class WorkerConfig(ServiceConfig):
         """Name of this rank: "<group>/<rank>"."""
         return f"{self.group}/{self.rank}"
 
+    @property
+    def tensor_ranks(self) -> int:
+        """Parts that every layer is split into."""
+        return 1
+
     def engine_settings(self, model_hash: str) -> dict[str, Any]:
         """What the engine is told of this, by the names of `sps2_engine.runtime.options.EngineOptions`."""
         return {
@@ -86,6 +91,7 @@ class WorkerConfig(ServiceConfig):
             "kv_tokens": self.kv_tokens,
             "kv_transport": self.kv_transport,
             "collective_timeout_s": self.collective_timeout_s,
+            "tp": self.tensor_ranks,
         }
 
     @property
@@ -229,7 +235,7 @@ class RankSupervisor:
         self._leader, self._coordinator = leader, service.coordinator
         self._server.add(service.servicer, service.descriptor)
         groups = group_service_pb2.DESCRIPTOR.services_by_name["GroupService"]
-        self._server.add(GroupServicer(leader, self._model_hash), groups)
+        self._server.add(GroupServicer(leader, self._model_hash, config.tensor_ranks), groups)
         self._member = leader.join(0, self._engine.send)
 
     def _follow(self) -> None:
@@ -240,6 +246,7 @@ class RankSupervisor:
             group_size=config.group_size,
             process_incarnation=self._incarnation,
             model_hash=self._model_hash,
+            tensor_ranks=config.tensor_ranks,
         )
         self._follower = Follower(hello, config.leader, config.worker_id)
         self._follower.attach(self._engine)

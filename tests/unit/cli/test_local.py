@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,21 @@ def test_every_rank_is_started_once_with_its_leader() -> None:
     assert "--leader" not in leaders[0].command
     exchanges = [flags(spec.command[3:]).get("--exchange") for spec in (leaders[0], followers[0])]
     assert exchanges == ["auto", "auto"], "rank 0 decides, the others are told the same all the same"
+    assert flags(leaders[0].command[3:])["--tp"] == "1"
     router = router_spec(OPTIONS, Commands(), "d:1")
     assert router.listen == "127.0.0.1:50051"
     assert flags(router.command[3:])["--profile"] == "exact"
     assert last.at("h:9").listen == "h:9"
+
+
+def test_prefill_ranks_that_split_layers() -> None:
+    options = replace(OPTIONS, prefill=Pool(1, 4), prefill_tp=2)
+    specs = leader_specs(options, Commands(), "d:1")
+    assert [flags(spec.command[3:]).get("--tp") for spec in specs] == ["2", None], (
+        "decode ranks are never split"
+    )
+    with pytest.raises(ValueError, match="make --prefill a multiple of 4, for example 1x8"):
+        replace(OPTIONS, prefill=Pool(1, 6), prefill_tp=4)
 
 
 def test_the_password_of_redis_stands_in_no_command_line() -> None:

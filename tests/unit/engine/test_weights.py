@@ -109,7 +109,7 @@ def test_tied_config_with_the_same_head_in_the_file_holds_one_matrix(folder: Pat
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     replace(folder, "lm_head.weight", load_file(folder / SINGLE)["model.embed_tokens.weight"].clone())
     decoder = load(folder)
-    assert decoder._head.weight is decoder._embedding
+    assert decoder._vocabulary.head.weight is decoder._vocabulary.embedding
 
 
 def test_missing_tensor(folder: Path) -> None:

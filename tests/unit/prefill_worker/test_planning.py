@@ -4,6 +4,7 @@ import pytest
 
 from sps2.internal.v1 import engine_pb2
 from sps2_engine.attention.cost_model import Choice, Exchange
+from sps2_engine.mesh import TensorShare
 from sps2_layout.attention import Attention
 from sps2_layout.profiles import EXACT, Ladder, Profile, paper_profile
 from sps2_layout.wire import pack_attention
@@ -39,7 +40,7 @@ def test_ranks_are_told_one_schedule_and_each_token_once(
     runs = told(ladder, num_tokens, num_ranks, choice)
     assert len({run.exchange for run in runs}) == 1
     assert sorted(token for run in runs for token in run.token_ids) == list(range(num_tokens))
-    shape = planner(num_ranks, choice).shape
+    shape = planner(num_ranks, choice).model
     for rank, run in enumerate(runs):
         spans = spans_of(run)
         assert [token for span in spans for token in range(span.begin, span.end)] == list(run.token_ids)
@@ -67,10 +68,28 @@ def test_a_short_prompt_is_chosen_the_schedule_with_fewer_exchanges() -> None:
 
 def test_a_rank_that_would_plan_otherwise_refuses() -> None:
     run = told(EXACT, 320, 2, "kv")[0]
-    shape = planner(2, "kv").shape
+    shape = planner(2, "kv").model
     run.exchange = engine_pb2.EXCHANGE_HEADS
     with pytest.raises(ValueError, match="rank 0 was given"):
         follow(run, 0, 2, shape)
     run.exchange = engine_pb2.EXCHANGE_UNSPECIFIED
     with pytest.raises(ValueError, match="not known"):
         follow(run, 0, 2, shape)
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: ladder.name)
+@pytest.mark.parametrize(("tp", "num_replicas"), [(2, 1), (4, 2)])
+def test_tensor_ranks_are_told_the_same_tokens(ladder: Ladder, tp: int, num_replicas: int) -> None:
+    """Of 8/2 heads: 4 of the query heads and one KV head to a rank, then 2 and a KV head that another rank has too."""
+    attention = Attention.admit(ladder, 333)
+    planner = PromptPlanner.of([LOADED] * 4, "auto", threads=1, tp=tp)
+    planned = planner.plan(attention)
+    runs = [engine_pb2.RunPrefill(attention=pack_attention(attention)) for _ in range(4)]
+    for rank, run in enumerate(runs):
+        planned.assign(rank, run, range(333))
+        shape = planner.model.of_share(TensorShare(rank % tp, tp))
+        followed = follow(run, rank // tp, 4 // tp, shape)
+        assert (followed.num_q_heads, followed.num_kv_heads) == (8 // tp, 1)
+        assert run.token_ids == runs[rank // tp * tp].token_ids
+    assert sorted(token for run in runs[::tp] for token in run.token_ids) == list(range(333))
+    assert planned.most_kept == -(-planned.plan.most_tokens // num_replicas)

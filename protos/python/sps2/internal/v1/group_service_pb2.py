@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sps2.internal.v1 import engine_pb2 as sps2_dot_internal_dot_v1_dot_engine__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$sps2/internal/v1/group_service.proto\x12\x10sps2.internal.v1\x1a\x1dsps2/internal/v1/engine.proto\"\xad\x01\n\x10JoinGroupRequest\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.FollowerHelloH\x00\x12.\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1d.sps2.internal.v1.EngineEventH\x00\x12,\n\x04lost\x18\x03 \x01(\x0b\x32\x1c.sps2.internal.v1.EngineLostH\x00\x42\t\n\x07message\"q\n\rFollowerHello\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x12\n\ngroup_size\x18\x03 \x01(\x05\x12\x1b\n\x13process_incarnation\x18\x04 \x01(\t\x12\x12\n\nmodel_hash\x18\x05 \x01(\t\"\x1c\n\nEngineLost\x12\x0e\n\x06reason\x18\x01 \x01(\t\"E\n\x11JoinGroupResponse\x12\x30\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.EngineCommand2h\n\x0cGroupService\x12X\n\tJoinGroup\x12\".sps2.internal.v1.JoinGroupRequest\x1a#.sps2.internal.v1.JoinGroupResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$sps2/internal/v1/group_service.proto\x12\x10sps2.internal.v1\x1a\x1dsps2/internal/v1/engine.proto\"\xad\x01\n\x10JoinGroupRequest\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.FollowerHelloH\x00\x12.\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1d.sps2.internal.v1.EngineEventH\x00\x12,\n\x04lost\x18\x03 \x01(\x0b\x32\x1c.sps2.internal.v1.EngineLostH\x00\x42\t\n\x07message\"\x87\x01\n\rFollowerHello\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x12\n\ngroup_size\x18\x03 \x01(\x05\x12\x1b\n\x13process_incarnation\x18\x04 \x01(\t\x12\x12\n\nmodel_hash\x18\x05 \x01(\t\x12\x14\n\x0ctensor_ranks\x18\x06 \x01(\x05\"\x1c\n\nEngineLost\x12\x0e\n\x06reason\x18\x01 \x01(\t\"E\n\x11JoinGroupResponse\x12\x30\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.EngineCommand2h\n\x0cGroupService\x12X\n\tJoinGroup\x12\".sps2.internal.v1.JoinGroupRequest\x1a#.sps2.internal.v1.JoinGroupResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,12 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_JOINGROUPREQUEST']._serialized_start=90
   _globals['_JOINGROUPREQUEST']._serialized_end=263
-  _globals['_FOLLOWERHELLO']._serialized_start=265
-  _globals['_FOLLOWERHELLO']._serialized_end=378
-  _globals['_ENGINELOST']._serialized_start=380
-  _globals['_ENGINELOST']._serialized_end=408
-  _globals['_JOINGROUPRESPONSE']._serialized_start=410
-  _globals['_JOINGROUPRESPONSE']._serialized_end=479
-  _globals['_GROUPSERVICE']._serialized_start=481
-  _globals['_GROUPSERVICE']._serialized_end=585
+  _globals['_FOLLOWERHELLO']._serialized_start=266
+  _globals['_FOLLOWERHELLO']._serialized_end=401
+  _globals['_ENGINELOST']._serialized_start=403
+  _globals['_ENGINELOST']._serialized_end=431
+  _globals['_JOINGROUPRESPONSE']._serialized_start=433
+  _globals['_JOINGROUPRESPONSE']._serialized_end=502
+  _globals['_GROUPSERVICE']._serialized_start=504
+  _globals['_GROUPSERVICE']._serialized_end=608
 # @@protoc_insertion_point(module_scope)

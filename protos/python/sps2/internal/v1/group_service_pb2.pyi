@@ -66,6 +66,7 @@ class FollowerHello(_message.Message):
     GROUP_SIZE_FIELD_NUMBER: _builtins.int
     PROCESS_INCARNATION_FIELD_NUMBER: _builtins.int
     MODEL_HASH_FIELD_NUMBER: _builtins.int
+    TENSOR_RANKS_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """Group it belongs to."""
     rank: _builtins.int
@@ -76,6 +77,8 @@ class FollowerHello(_message.Message):
     """Life of the supervisor process."""
     model_hash: _builtins.str
     """Model hash; must equal the leader's."""
+    tensor_ranks: _builtins.int
+    """Parts that every layer is split into; must equal the leader's."""
     def __init__(
         self,
         *,
@@ -84,10 +87,11 @@ class FollowerHello(_message.Message):
         group_size: _builtins.int = ...,
         process_incarnation: _builtins.str = ...,
         model_hash: _builtins.str = ...,
+        tensor_ranks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "group_size", b"group_size", "model_hash", b"model_hash", "process_incarnation", b"process_incarnation", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "group_size", b"group_size", "model_hash", b"model_hash", "process_incarnation", b"process_incarnation", "rank", b"rank", "tensor_ranks", b"tensor_ranks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,123 @@
+"""A whole model on the ranks of a mesh, held against the same model in one process."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sps2_engine.attention.cost_model import AttentionShape, Exchange, make_plan
+from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
+from sps2_engine.collectives import LeadingRanks
+from sps2_engine.layers.tensor_ranks import KIND as SUM_KIND
+from sps2_engine.mesh import Mesh, TensorShare
+from sps2_engine.models import ModelConfig, load_decoder
+from sps2_engine.rank_groups import RankGroups
+from sps2_engine.slices import Slicer
+from sps2_layout.attention import Attention
+from sps2_layout.profiles import EXACT, Ladder, Profile
+from support.ranks import run_mesh
+
+CPU = torch.device("cpu")
+ELEMENT_BYTES = 4
+LOGIT_TOLERANCE = 2e-4
+"""fp32: about what transformers' own logits differ from ours by."""
+MESHES = (Mesh(4, 1), Mesh(2, 2), Mesh(1, 4), Mesh(1, 2))
+CSA = Ladder("csa", (Profile(8, ((1, 1), (2, 2), (8, 4)), sinks=3, tail=5),), 1)
+DENSE_QUERIES = Ladder("dense queries", (Profile(8, ((1, 1), (8, 4)), dense_queries=True, tail=2),), 1)
+MASKS = {ladder.name: ladder for ladder in (EXACT, CSA, DENSE_QUERIES)}
+
+
+@dataclass(frozen=True)
+class RankRun:
+    """What one rank made of its tokens."""
+
+    tokens: Tensor
+    """Their places in the prompt."""
+    logits: Tensor
+    """[own tokens, vocab]."""
+    num_slices: int
+    """How often the mesh agreed to go on."""
+    exchanged: int
+    """Bytes posted by attention, and below what the plan says."""
+    planned: int
+    summed: int
+    """Bytes posted to tensor ranks, and below what they are by hand."""
+    counted: int
+
+
+@cache
+def reference_logits(folder: Path, mask: str, prompt: tuple[int, ...]) -> Tensor:
+    """Logits [tokens, vocab] of one process."""
+    (run,) = run_model(folder, Mesh(), mask, prompt)
+    return run.logits
+
+
+def run_model(
+    folder: Path, mesh: Mesh, mask: str, prompt: tuple[int, ...], exchange: Exchange = "heads"
+) -> list[RankRun]:
+    """Prefills a prompt on every rank of a mesh, thread by thread over Gloo."""
+    attention = Attention.admit(MASKS[mask], len(prompt))
+    return run_mesh(mesh, lambda groups: _run_rank(folder, mesh, groups, attention, prompt, exchange))
+
+
+def assembled(runs: list[RankRun], mesh: Mesh) -> Tensor:
+    """Logits of the whole prompt; those of tensor ranks with the same tokens are equal to the bit."""
+    num_tokens = max(int(run.tokens.max()) for run in runs if len(run.tokens)) + 1
+    logits = runs[0].logits.new_full((num_tokens, runs[0].logits.shape[1]), torch.nan)
+    for rank, run in enumerate(runs):
+        first = runs[mesh.tensor_ranks(rank)[0]]
+        assert torch.equal(run.logits, first.logits)
+        logits[run.tokens] = run.logits
+    return logits
+
+
+def _run_rank(
+    folder: Path,
+    mesh: Mesh,
+    groups: RankGroups,
+    attention: Attention,
+    prompt: tuple[int, ...],
+    exchange: Exchange,
+) -> RankRun:
+    rank, ranks = groups.everyone.rank, groups.sequence
+    share = TensorShare(mesh.tensor_index(rank), mesh.tp)
+    decoder = load_decoder(folder, torch.float32, CPU, share=share)
+    config = decoder.config
+    shape = AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim, ELEMENT_BYTES)
+    layout, num_ranks = attention.sliced(mesh.sp), attention.num_ranks(mesh.sp)
+    plan = make_plan(exchange, layout, num_ranks, shape.of_share(share))
+    assert ranks.rank == mesh.sequence_index(rank)
+    num_slices = 0
+
+    def end_slice() -> None:
+        nonlocal num_slices
+        num_slices += 1
+        assert not groups.everyone.agree(False)
+
+    slicer = Slicer(1_000_000, end_slice)
+    schedule = CsaSchedule(plan, LeadingRanks(ranks, num_ranks), config.head_dim**-0.5, slicer)
+    tokens = torch.tensor([token for span in plan.spans(ranks.rank) for token in range(span.begin, span.end)])
+
+    def walk(num_rows: int, flops_per_row: int) -> Iterator[slice]:
+        return slicer.rows(plan.most_tokens, num_rows, flops_per_row)
+
+    own = torch.tensor(prompt)[tokens.long()]
+    hidden = decoder.forward(own, tokens.long(), schedule.attend, walk, groups.tensor)
+    logits = decoder.logits(hidden, groups.tensor)
+    posted = groups.everyone.bytes_posted
+    planned = sum(
+        plan.sent_bytes(ranks.rank, layer) if ranks.rank < num_ranks else 0
+        for layer in range(config.num_layers)
+    )
+    counted = _summed_bytes(config, share, len(tokens))
+    return RankRun(tokens.long(), logits, num_slices, posted[KIND], planned, posted[SUM_KIND], counted)
+
+
+def _summed_bytes(config: ModelConfig, share: TensorShare, num_tokens: int) -> int:
+    """Embedding, two sums in each layer, and its part of the logits to every peer."""
+    hidden = num_tokens * config.hidden_size * ELEMENT_BYTES
+    logits = num_tokens * len(share.vocabulary(config.vocab_size)) * ELEMENT_BYTES
+    return (1 + 2 * config.num_layers) * 2 * hidden * (share.tp - 1) // share.tp + logits * (share.tp - 1)
