@@ -10,6 +10,7 @@ import torch
 
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
+from sps2_engine.attention.trace import Trace
 from sps2_engine.collectives import Communicator
 from sps2_engine.models import ModelConfig
 from sps2_layout.layout import Layout, exact_layout
@@ -79,9 +80,9 @@ def make_plan(layout: Layout, num_ranks: int, config: ModelConfig, dtype: torch.
     )
 
 
-def make_schedule(plan: CsaPlan, communicator: Communicator) -> CsaSchedule:
-    """The schedule that carries a plan out on this rank."""
-    return CsaSchedule(plan, communicator, plan.head_dim**-0.5)
+def make_schedule(plan: CsaPlan, communicator: Communicator, trace: Trace | None = None) -> CsaSchedule:
+    """The schedule that carries a plan out on this rank; a trace takes its events."""
+    return CsaSchedule(plan, communicator, plan.head_dim**-0.5, trace=trace)
 
 
 def attention_cost(plan: CsaPlan, num_layers: int) -> tuple[int, int]:
