@@ -14,6 +14,7 @@ from sps2_engine.attention.trace import Trace
 from sps2_engine.collectives import Communicator
 from sps2_engine.models import ModelConfig
 from sps2_layout.layout import Layout, exact_layout
+from sps2_layout.profile_file import ProfileError, load_profile
 from sps2_layout.profiles import MIN_SHARD_TOKENS, NAMED, RUNG_SHARDS, Ladder, Profile
 
 __all__ = [
@@ -21,11 +22,14 @@ __all__ = [
     "SHARD_TOKENS",
     "CsaPlan",
     "CsaSchedule",
+    "Ladder",
     "Layout",
     "Profile",
+    "ProfileError",
     "ProfileName",
     "attention_cost",
     "exact_layout",
+    "load_profile",
     "make_plan",
     "make_schedule",
     "named_layout",
