@@ -12,9 +12,11 @@ from sps2_engine.attention.cost_model import AttentionShape, Choice, plan_attent
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
 from sps2_engine.attention.plan import AttentionPlan
 from sps2_engine.attention.rates import assumed_rates
+from sps2_engine.attention.trace import Trace
 from sps2_engine.collectives import Communicator
 from sps2_engine.models import ModelConfig
 from sps2_layout.layout import Layout, exact_layout
+from sps2_layout.profile_file import ProfileError, load_profile
 from sps2_layout.profiles import MIN_SHARD_TOKENS, NAMED, RUNG_SHARDS, Ladder, Profile
 
 __all__ = [
@@ -23,11 +25,14 @@ __all__ = [
     "AttentionPlan",
     "Choice",
     "CsaSchedule",
+    "Ladder",
     "Layout",
     "Profile",
+    "ProfileError",
     "ProfileName",
     "attention_cost",
     "exact_layout",
+    "load_profile",
     "make_plan",
     "make_schedule",
     "named_layout",
@@ -89,9 +94,9 @@ def make_plan(
     return plan_attention(layout, num_ranks, shape, rates, exchange)
 
 
-def make_schedule(plan: AttentionPlan, communicator: Communicator) -> CsaSchedule:
-    """The schedule that carries a plan out on this rank."""
-    return CsaSchedule(plan, communicator, plan.head_dim**-0.5)
+def make_schedule(plan: AttentionPlan, communicator: Communicator, trace: Trace | None = None) -> CsaSchedule:
+    """The schedule that carries a plan out on this rank; a trace takes its events."""
+    return CsaSchedule(plan, communicator, plan.head_dim**-0.5, trace=trace)
 
 
 def attention_cost(plan: AttentionPlan, num_layers: int) -> tuple[int, int]:

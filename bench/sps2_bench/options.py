@@ -15,7 +15,7 @@ def parse_counts(text: str) -> tuple[int, ...]:
     Raises:
         typer.BadParameter: one of them is none.
     """
-    return tuple(_count(part) for part in _parts(text))
+    return tuple(_count(part) for part in split_list(text))
 
 
 def _count(text: str) -> int:
@@ -33,7 +33,7 @@ def parse_names(text: str, known: Collection[str]) -> tuple[str, ...]:
     Raises:
         typer.BadParameter: one of them is not known.
     """
-    names = tuple(dict.fromkeys(_parts(text)))
+    names = tuple(dict.fromkeys(split_list(text)))
     for name in names:
         if name not in known:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
@@ -47,7 +47,7 @@ def parse_settings(text: str, defaults: Mapping[str, int]) -> dict[str, int]:
         typer.BadParameter: an unknown key, or no positive whole number.
     """
     settings = dict(defaults)
-    for part in _parts(text):
+    for part in split_list(text):
         key, sign, value = part.partition("=")
         if not sign or not value or key not in settings:
             raise typer.BadParameter(
@@ -57,7 +57,12 @@ def parse_settings(text: str, defaults: Mapping[str, int]) -> dict[str, int]:
     return settings
 
 
-def _parts(text: str) -> list[str]:
+def split_list(text: str) -> list[str]:
+    """What commas separate.
+
+    Raises:
+        typer.BadParameter: a part is empty.
+    """
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise typer.BadParameter(f"{text!r} is no list separated by commas")

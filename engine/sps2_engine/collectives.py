@@ -42,6 +42,13 @@ class PendingExchange(Protocol):
         """
         ...
 
+    def when_complete(self, call: Callable[[float], None]) -> None:
+        """Calls back with the time (`time.perf_counter`) of completion, on any thread; for measurements.
+
+        Where a device carries exchanges out on its own, that is when the host has queued it.
+        """
+        ...
+
 
 class Communicator(Protocol):
     """What attention needs of a group of ranks; implemented over torch.distributed and by one rank alone."""
@@ -160,6 +167,11 @@ class _TorchExchange:
         except RuntimeError as error:
             raise GroupError(f"exchange failed: {error}") from error
         return self.received
+
+    def when_complete(self, call: Callable[[float], None]) -> None:
+        # torch's stubs do not know that the futures of process groups take callbacks.
+        future: Any = self.work.get_future()
+        future.add_done_callback(lambda _: call(time.perf_counter()))
 
 
 class TorchCommunicator:

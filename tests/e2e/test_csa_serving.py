@@ -1,6 +1,7 @@
 """A deployment with a CSA profile answers as one process does under the same mask, at every degree."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from sps2_layout.profiles import EXACT
 from support.csa_oracle import check_csa, csa_tokens
 from support.deployment import DEMO_MODEL, deployment
 from support.identity import Tally, book_prompts
+from support.in_a_row import check_in_a_row
 from support.streams import wait_for_free_kv
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -56,6 +58,13 @@ def test_mixed_prompts(profile: Path, num_ranks: int, exchange: str) -> None:
             running.process.wait_for_line(rf'"?exchange"?[=:] ?"?{exchange}\b', LOG_S)
     assert [one.split(" levels")[0] for one in said] == MASKS
     assert exact.usage.attention_profile == "exact"
+    tally.check()
+
+
+def test_two_prompts_in_a_row(profile: Path) -> None:
+    """The second is the beginning of the first: nothing of it may be taken over."""
+    tally, start = Tally(), partial(deployment, prefill="1x2", arguments=["--profile", str(profile)])
+    check_in_a_row(start, DEMO_MODEL, load_profile(str(profile)), book_prompts([1_237, 700]), 4, tally)
     tally.check()
 
 

@@ -8,6 +8,7 @@ from sps2_engine.attention.cost_model import Exchange
 from support import forgetful
 from support.deployment import DEMO_MODEL, LocalDeployment, deployment
 from support.identity import Tally, book_prompts, byte_prompts, check_greedy
+from support.in_a_row import check_a_token_longer
 from support.streams import wait_for_free_kv
 from support.traffic import check_bytes
 
@@ -19,6 +20,13 @@ def test_demo_model(demo: LocalDeployment) -> None:
     with demo.client() as client:
         check_greedy(client, DEMO_MODEL, book_prompts([1, 7, 500, 2_000]), 32, tally)
         wait_for_free_kv(client)
+    tally.check()
+
+
+def test_decode_goes_on_as_a_prefill_would(demo: LocalDeployment) -> None:
+    tally = Tally()
+    with demo.client() as client:
+        check_a_token_longer(client, DEMO_MODEL, book_prompts([63, 300]), 4, tally)
     tally.check()
 
 

@@ -57,7 +57,26 @@ def test_prefill(tmp_path: Path) -> None:
     for length in (128, 250):
         exact = {row["token_id"] for row in rows if (row["length"], row["profile"]) == (length, "exact")}
         assert len(exact) == 1, "exact prefill gives transformers' token on one rank and on two"
-    assert len(found["plots"]) == 3
+    assert len(found["plots"]) == 4
+    assert json.loads((tmp_path / "prefill.json").read_text())["rows"] == rows
+
+
+def test_prefill_in_two_dtypes_with_timelines(tmp_path: Path) -> None:
+    options = ["--lengths", "600", "--shard-tokens", "32", "--repeat", "1", "--random-model", TINY]
+    options += ["--profiles", "default", "--ranks", "2", "--dtypes", "fp32,bf16"]
+    found = document("bench", "prefill", *options, "--timeline", tmp_path)
+    assert [row["dtype"] for row in found["rows"]] == ["fp32", "bf16"]
+    assert all(row["attention_flops_per_s"] > 0 for row in found["rows"])
+    names = {
+        f"timeline_600_default_2_{dtype}.{kind}" for dtype in ("fp32", "bf16") for kind in ("json", "png")
+    }
+    assert {path.name for path in tmp_path.iterdir()} == names
+    events = json.loads((tmp_path / "timeline_600_default_2_fp32.json").read_text())["traceEvents"]
+    kinds = {(event["pid"], event["cat"]) for event in events if event["ph"] != "M"}
+    assert kinds == {
+        (rank, kind) for rank in (0, 1) for kind in ("linear", "compute", "post", "wait", "flight")
+    }
+    assert {event["args"]["layer"] for event in events if event["ph"] == "X"} == {0, 1}
 
 
 def test_kernels(tmp_path: Path) -> None:

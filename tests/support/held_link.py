@@ -6,7 +6,7 @@ meanwhile hides it. The link of a rank carries one exchange after the other, and
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +23,9 @@ class _HeldExchange:
         received = self.pending.wait()
         time.sleep(max(0.0, self.complete_at_s - time.perf_counter()))
         return received
+
+    def when_complete(self, call: Callable[[float], None]) -> None:
+        self.pending.when_complete(lambda at_s: call(max(at_s, self.complete_at_s)))
 
 
 class HeldLink:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sps2_bench.accuracy.candidates import EXACT, MIN_SHARDS, Candidate, catalogue, with_companions
+from sps2_bench.accuracy.candidates import EXACT, MIN_SHARDS, Candidate, catalogue, choose
 from sps2_bench.accuracy.plots import write_plots
 from sps2_bench.accuracy.prompts import Recipe
 from sps2_bench.accuracy.report import COLUMNS, markdown, table_rows, verdict
@@ -20,7 +20,7 @@ from sps2_bench.accuracy.results import Cost, ProfileResult, choose_default, sum
 from sps2_bench.accuracy.worker import prompt_maker
 from sps2_bench.csa import attention_cost, make_plan
 from sps2_bench.machine import describe_machine
-from sps2_bench.options import parse_counts, parse_names
+from sps2_bench.options import parse_counts, split_list
 from sps2_bench.output import Json, Plots, print_json, print_table, say
 from sps2_bench.processes import Message, Worker, WorkerError, available_cpus
 from sps2_engine.models import CheckpointError, ModelConfig, read_model_config
@@ -37,7 +37,9 @@ def accuracy(
         Path | None,
         typer.Option(help="Prose: a file, or a folder of .txt files.", show_default="the model's prompt.txt"),
     ] = None,
-    profiles: Annotated[str, typer.Option(help="Names, or all; local-only ones are added.")] = ALL,
+    profiles: Annotated[
+        str, typer.Option(help="Names and .json files (docs/profiles.md), or all; local-only ones are added.")
+    ] = ALL,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens scored, at least.")] = 200_000,
     lengths: Annotated[str, typer.Option(help="Prompt lengths; they take turns.")] = "4k,6k,8k",
     continuation: Annotated[int, typer.Option(min=1, help="Tokens scored after each prompt.")] = 1024,
@@ -56,7 +58,7 @@ def accuracy(
 
     ```
     sps2 eval accuracy --text /data/books --plots out
-    sps2 eval accuracy --profiles paper,dense-8 --tokens 2000 --lengths 1k --continuation 256
+    sps2 eval accuracy --profiles paper,dense-8,mine.json --tokens 2000 --lengths 1k --continuation 256
     ```
     """
     text = text or model / "prompt.txt"
@@ -83,11 +85,10 @@ def accuracy(
 
 def _candidates(recipe: Recipe, profiles: str) -> tuple[list[str], list[Candidate]]:
     try:
-        known = catalogue(recipe.num_shards, recipe.tail)
+        names = list(catalogue(recipe.num_shards, recipe.tail)) if profiles == ALL else split_list(profiles)
+        return names, choose(names, recipe.lengths, recipe.num_shards, recipe.tail)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    names = list(known) if profiles == ALL else list(parse_names(profiles, known))
-    return names, with_companions([known[name] for name in names], recipe.num_shards)
 
 
 def _check(model: Path, text: Path, recipe: Recipe) -> ModelConfig:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from sps2_bench.accuracy.candidates import catalogue, with_companions
+from sps2_bench.accuracy.candidates import choose
 from sps2_bench.accuracy.facts import FactBook
 from sps2_bench.accuracy.prompts import Ints, PromptMaker, Recipe
 from sps2_bench.accuracy.scoring import Scorer
@@ -55,9 +55,7 @@ class AccuracyWorker:
         recipe = Recipe(**{**settings["recipe"], "lengths": tuple(settings["recipe"]["lengths"])})
         self._decoder = load_decoder(model, torch.float32, torch.device("cpu"))
         self._maker = prompt_maker(model, Path(settings["text"]), recipe, self._decoder.config.bos_id)
-        known = catalogue(recipe.num_shards, recipe.tail)
-        chosen = [known[name] for name in settings["profiles"]]
-        self._candidates = with_companions(chosen, recipe.num_shards)
+        self._candidates = choose(settings["profiles"], recipe.lengths, recipe.num_shards, recipe.tail)
 
     def __call__(self, message: Message) -> Message:
         """Scores one prompt."""

@@ -26,6 +26,9 @@ class Engine:
     """fp32 or bf16."""
 
 
+PEER = Engine("transformers", 1, "fp32")
+
+
 @dataclass(frozen=True)
 class Case:
     """One row: a prompt length on an engine by a profile."""
@@ -55,6 +58,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What an engine computes with nothing in its way, all ranks together."""
+
+    attention_flops_per_s: float
+    linear_flops_per_s: float
+
+
+@dataclass(frozen=True)
 class Cost:
     """What the plan counts for a case, all ranks and layers together."""
 
@@ -66,6 +77,11 @@ class Cost:
     def flops(self) -> int:
         """All of them."""
         return self.attention_flops + self.linear_flops
+
+    def floor_s(self, rates: Rates) -> float:
+        """No prefill takes less: its FLOPs at the rates at which attention and matrices are computed."""
+        linear_s = self.linear_flops / rates.linear_flops_per_s
+        return self.attention_flops / rates.attention_flops_per_s + linear_s
 
 
 def linear_flops(config: ModelConfig, num_tokens: int) -> int:
@@ -102,7 +118,7 @@ def list_cases(
     """
     for length in lengths:
         if TRANSFORMERS in baselines:
-            yield Case(Engine("transformers", 1, "fp32"), length, "exact")
+            yield Case(PEER, length, "exact")
         for dtype in dtypes:
             for count in ranks:
                 for profile in profiles:
@@ -118,6 +134,8 @@ class Row:
     samples: tuple[Sample, ...]
     threads: int
     """Threads of each rank."""
+    rates: Rates | None
+    """Of the engine; None for one that does not tell."""
 
     @property
     def ttft_s(self) -> float:
@@ -125,12 +143,20 @@ class Row:
         return median(sample.seconds for sample in self.samples)
 
     def document(self, rows: Iterable["Row"]) -> dict[str, object]:
-        """The row for JSON; speed-ups are against exact attention on the same engine in the same run."""
-        engine, cost, ttft_s = self.case.engine, self.cost, self.ttft_s
-        exact = next((row for row in rows if row.case == replace(self.case, profile="exact")), None)
+        """The row for JSON; speed-ups are against exact attention on the same engine in the same run.
+
+        `floor_speedup` is what FLOPs allow at the measured rates, `flops_speedup` at one rate for all of them.
+        """
+        engine, cost, ttft_s, length = self.case.engine, self.cost, self.ttft_s, self.case.length
+        by_case = {row.case: row for row in rows}
+        rates = self.rates
+        exact, peer = (
+            by_case.get(replace(self.case, profile="exact")),
+            by_case.get(Case(PEER, length, "exact")),
+        )
         return {
             "program": engine.program,
-            "length": self.case.length,
+            "length": length,
             "profile": self.case.profile,
             "exchange": self.case.exchange,
             "ranks": engine.ranks,
@@ -147,5 +173,9 @@ class Row:
             "peak_rss": max(sample.peak_rss for sample in self.samples),
             "token_id": self.samples[0].token_id,
             "speedup": exact.ttft_s / ttft_s if exact else None,
-            "floor_speedup": exact.cost.flops / cost.flops if exact else None,
+            "floor_speedup": exact.cost.floor_s(rates) / cost.floor_s(rates) if exact and rates else None,
+            "flops_speedup": exact.cost.flops / cost.flops if exact else None,
+            "over_transformers": peer.ttft_s / ttft_s if peer else None,
+            "attention_flops_per_s": rates.attention_flops_per_s if rates else None,
+            "linear_flops_per_s": rates.linear_flops_per_s if rates else None,
         }

@@ -45,7 +45,7 @@ def _ttft(axes: Axes, rows: Rows) -> None:
 
 
 def _speedup(axes: Axes, rows: Rows) -> None:
-    for label, points in _series([row for row in rows if row["speedup"]]).items():
+    for label, points in _series([row for row in rows if row["floor_speedup"]]).items():
         lengths = [p["length"] for p in points]
         (line,) = axes.plot(lengths, [p["speedup"] for p in points], marker="o", label=label)
         floors = [p["floor_speedup"] for p in points]

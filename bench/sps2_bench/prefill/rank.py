@@ -4,6 +4,7 @@ Computes what a prefill worker computes, KV into its arena included, without the
 """
 
 import time
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from sps2_bench.csa import KIND, make_plan, make_schedule, named_layout
 from sps2_bench.options import DTYPES
 from sps2_bench.prefill.memory import forget_peak, peak_rss, rss
+from sps2_bench.prefill.rates import measure_rates
 from sps2_bench.processes import Message, serve
+from sps2_engine.attention.trace import Event, Trace
 from sps2_engine.collectives import (
     Communicator,
     SoloCommunicator,
@@ -23,6 +26,8 @@ from sps2_engine.collectives import (
 )
 from sps2_engine.kv_pool import BLOCK_TOKENS, KvArena
 from sps2_engine.models import load_decoder
+from sps2_engine.runtime.device import use_compile_cache
+from sps2_kernels.segment_attention import warm_up_attention
 
 HOST = "127.0.0.1"
 CPU = torch.device("cpu")
@@ -36,17 +41,28 @@ def prompt_tokens(num_tokens: int, vocab_size: int) -> Tensor:
 
 
 class PrefillRank:
-    """Answers {"length", "profile", "exchange"} with what the run gave on this rank."""
+    """Answers {"length", "profile", "exchange", "timeline"} with what the run gave on this rank, {} with its rates.
+
+    Every rank of a group is asked the same at the same time.
+    """
 
     def __init__(self, settings: Message) -> None:
         torch.set_num_threads(len(settings["cpus"]))
+        use_compile_cache()
         self._dtype = DTYPES[settings["dtype"]]
+        warm_up_attention(self._dtype, CPU)
         self._shard_tokens: int = settings["shard_tokens"]
         self._decoder = load_decoder(Path(settings["folder"]), self._dtype, CPU)
         self._communicator = _join(settings)
 
     def __call__(self, message: Message) -> Message:
-        """Runs one prefill; every rank of the group is asked the same at the same time."""
+        """Runs one prefill, or measures the rates."""
+        if message:
+            return self._prefill(message)
+        self._communicator.agree(False)  # all compute together, as in a prefill
+        return asdict(measure_rates(self._decoder.config, self._dtype))
+
+    def _prefill(self, message: Message) -> Message:
         config, rank = self._decoder.config, self._communicator.rank
         layout = named_layout(
             message["profile"], message["length"], self._communicator.size, self._shard_tokens
@@ -66,15 +82,21 @@ class PrefillRank:
         # KV stays in fp32 on a CPU, whatever the model computes in.
         blocks = -(-len(tokens) // BLOCK_TOKENS)
         arena = KvArena(config.num_layers, blocks, config.num_kv_heads, config.head_dim)
-        schedule = make_schedule(plan, self._communicator)
+        trace = Trace(rank)
+        schedule = make_schedule(plan, self._communicator, trace if message["timeline"] else None)
+        left_s = 0.0
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             arena.k[layer, : len(k)] = k
             arena.v[layer, : len(v)] = v
-            return schedule.attend(layer, q, k, v)
+            nonlocal left_s
+            trace.events.append(Event("linear", "linear layers", layer, left_s, time.perf_counter()))
+            o = schedule.attend(layer, q, k, v)
+            left_s = time.perf_counter()
+            return o
 
         self._communicator.agree(False)  # all start together
-        started = time.perf_counter()
+        started = left_s = time.perf_counter()
         hidden = self._decoder.forward(tokens, positions, attend)
         token = None
         if rank == plan.last_rank:
@@ -87,6 +109,7 @@ class PrefillRank:
             "posted_bytes": self._communicator.bytes_posted[KIND] - posted_before,
             "rss_before": rss_before,
             "peak_rss": peak_rss(),
+            "events": [asdict(event) for event in trace.events] if message["timeline"] else [],
         }
 
 

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sps2_bench.prefill.cases import Case, Engine, Sample
+from sps2_bench.prefill.cases import SPS2, Case, Engine, Rates, Sample
 from sps2_bench.prefill.rank import GROUP_TIMEOUT, HOST
 from sps2_bench.processes import Message, Worker
+from sps2_engine.attention.trace import Event, Trace
 from sps2_engine.collectives import open_store
 
 CASE_TIMEOUT_S = GROUP_TIMEOUT.total_seconds()
-Progress = Callable[[int, Case, Sample], None]
+Progress = Callable[[Case, Sample], None]
 
 
 class Team:
@@ -24,6 +26,7 @@ class Team:
         Raises:
             ValueError: there are more ranks than cores.
         """
+        self._program = engine.program
         self.threads = len(cpus) // engine.ranks
         if not self.threads:
             raise ValueError(f"{engine.ranks} ranks want {engine.ranks} cores, and there are {len(cpus)}")
@@ -53,9 +56,45 @@ class Team:
         Raises:
             WorkerError: a rank ended or fell silent.
         """
+        return merge(self._ask(_prompt(case, timeline=False)))
+
+    def timeline(self, case: Case) -> list[Trace]:
+        """One more prefill, what each rank did when.
+
+        Raises:
+            WorkerError: a rank ended or fell silent.
+        """
+        answers = self._ask(_prompt(case, timeline=True))
+        return [
+            Trace(rank, [Event(**event) for event in answer["events"]]) for rank, answer in enumerate(answers)
+        ]
+
+    def rates(self) -> Rates | None:
+        """What the ranks compute together, measured now; None of a program that does not tell.
+
+        Raises:
+            WorkerError: a rank ended or fell silent.
+        """
+        if self._program != SPS2:
+            return None
+        rates = [Rates(**answer) for answer in self._ask({})]
+        return Rates(
+            sum(one.attention_flops_per_s for one in rates), sum(one.linear_flops_per_s for one in rates)
+        )
+
+    def _ask(self, message: Message) -> list[Message]:
         for worker in self._workers:
-            worker.ask({"length": case.length, "profile": case.profile, "exchange": case.exchange})
-        return merge([worker.answer(CASE_TIMEOUT_S) for worker in self._workers])
+            worker.ask(message)
+        return [worker.answer(CASE_TIMEOUT_S) for worker in self._workers]
+
+
+def _prompt(case: Case, *, timeline: bool) -> Message:
+    return {
+        "length": case.length,
+        "profile": case.profile,
+        "exchange": case.exchange,
+        "timeline": timeline,
+    }
 
 
 def merge(answers: Sequence[Message]) -> Sample:
@@ -71,6 +110,18 @@ def merge(answers: Sequence[Message]) -> Sample:
     )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a run gave."""
+
+    samples: dict[Case, list[Sample]]
+    threads: dict[Engine, int]
+    """Threads of a rank."""
+    rates: dict[Engine, Rates | None]
+    traces: dict[Case, list[Trace]]
+    """Of each rank, where they were asked for."""
+
+
 def run_cases(
     cases: Sequence[Case],
     folder: Path,
@@ -78,7 +129,8 @@ def run_cases(
     shard_tokens: int,
     repeats: Callable[[int], int],
     progress: Progress,
-) -> tuple[dict[Case, list[Sample]], dict[Engine, int]]:
+    traced: Callable[[Case], bool],
+) -> Measured:
     """Measures every case.
 
     Args:
@@ -87,10 +139,8 @@ def run_cases(
         cpus: cores to use.
         shard_tokens: fewest tokens of a shard.
         repeats: runs of a case by its prompt length.
-        progress: told the round, the case and the sample of each run.
-
-    Returns:
-        The samples of each case, and the threads of a rank of each engine.
+        progress: told the case and the sample of each run.
+        traced: whether to run a case once more and record what each rank does when.
 
     Raises:
         ValueError: an engine has more ranks than there are cores.
@@ -106,10 +156,12 @@ def run_cases(
         for case in cases:
             if case.length == shortest:
                 teams[case.engine].run(case)  # first runs pay for what initialises itself lazily
+        rates = {engine: team.rates() for engine, team in teams.items()}
         for round_ in range(max(repeats(case.length) for case in cases)):
             for case in cases:
                 if round_ < repeats(case.length):
                     sample = teams[case.engine].run(case)
                     samples[case].append(sample)
-                    progress(round_, case, sample)
-        return samples, {engine: team.threads for engine, team in teams.items()}
+                    progress(case, sample)
+        traces = {case: teams[case.engine].timeline(case) for case in cases if traced(case)}
+        return Measured(samples, {engine: team.threads for engine, team in teams.items()}, rates, traces)

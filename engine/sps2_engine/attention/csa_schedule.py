@@ -13,6 +13,7 @@ Compute between two of these steps is a stage of the slicer: at the ends of slic
 on, beside the exchanges that are under way, and equally often on every rank because the plan is the same.
 """
 
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from sps2_engine.attention.pieces import HeadRun
 from sps2_engine.attention.plan import AttentionPlan
 from sps2_engine.attention.routes import Leg, Routes
 from sps2_engine.attention.sliced import SegmentAttention
-from sps2_engine.attention.trace import Kind, Trace
+from sps2_engine.attention.trace import Event, Kind, Trace
 from sps2_engine.collectives import Communicator, PendingExchange
 from sps2_engine.slices import Slicer
 from sps2_kernels.segment_attention import segment_attention
@@ -41,8 +42,16 @@ class _Posted:
     pending: PendingExchange
     name: str
     layer: int
+    begin_s: float
+    """When it was posted, on the clock of `time.perf_counter`."""
+    complete_s: float = math.inf
+    """When it was complete, once that is known."""
     received: Tensor | None = None
     """What came, once it has been waited for."""
+
+    def note(self, at_s: float) -> None:
+        """It was complete at that time."""
+        self.complete_s = at_s
 
 
 class CsaSchedule:
@@ -139,9 +148,12 @@ class CsaSchedule:
             step.own_shards(run, stage)
 
     def _post(self, name: str, layer: int, packed: Tensor, leg: Leg, lane: int) -> _Posted:
+        begin_s = time.perf_counter()
         with self._span("post", name, layer):
             pending = self._communicator.all_to_all(packed, leg.sent_bytes, leg.received_bytes, KIND, lane)
-        posted = _Posted(pending, name, layer)
+        posted = _Posted(pending, name, layer, begin_s)
+        if self._trace:
+            pending.when_complete(posted.note)
         if not self._pipelined:
             self._wait(posted)
         return posted
@@ -151,7 +163,12 @@ class CsaSchedule:
             started = time.perf_counter()
             with self._span("wait", posted.name, posted.layer):
                 posted.received = posted.pending.wait()
-            self.exposed_s += time.perf_counter() - started
+            ended = time.perf_counter()
+            self.exposed_s += ended - started
+            if self._trace:
+                # Its completion may be reported just after a wait that was for nothing else.
+                end_s = min(posted.complete_s, ended)
+                self._trace.events.append(Event("flight", posted.name, posted.layer, posted.begin_s, end_s))
         return posted.received
 
     def _span(self, kind: Kind, name: str, layer: int) -> AbstractContextManager[None]:

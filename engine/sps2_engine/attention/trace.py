@@ -1,4 +1,4 @@
-"""What a rank did when in a layer's attention: events of post, wait and compute, written as a Chrome trace.
+"""What a rank did when: events of compute, posts, waits and exchanges under way, written as a Chrome trace.
 
 Knows nothing of tensors. Times are of the host: on a GPU they are those of launches.
 """
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["post", "wait", "compute"]
+Kind = Literal["post", "wait", "compute", "linear", "flight"]
+"""`compute` is attention's, `linear` all that lies between two layers' attention, and `flight` an exchange from its
+post until it is complete, whatever the rank does meanwhile."""
 
 US = 1e6
 """Chrome traces count microseconds."""
@@ -31,11 +33,11 @@ class Event:
 
 
 class Trace:
-    """Events of one rank in the order of their ends."""
+    """Events of one rank in the order in which they were recorded."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, events: Sequence[Event] = ()) -> None:
         self.rank = rank
-        self.events: list[Event] = []
+        self.events = list(events)
 
     @contextmanager
     def span(self, kind: Kind, name: str, layer: int) -> Iterator[None]:
@@ -43,13 +45,6 @@ class Trace:
         begin = time.perf_counter()
         yield
         self.events.append(Event(kind, name, layer, begin, time.perf_counter()))
-
-    def flights(self) -> Iterator[Event]:
-        """Each exchange from its post to the end of its wait: as long as it may have been under way."""
-        posts = {(event.layer, event.name): event for event in self.events if event.kind == "post"}
-        for wait in (event for event in self.events if event.kind == "wait"):
-            post = posts[wait.layer, wait.name]
-            yield Event("wait", wait.name, wait.layer, post.begin_s, wait.end_s)
 
 
 def chrome_trace(traces: Sequence[Trace]) -> dict[str, list[dict[str, object]]]:
@@ -61,21 +56,21 @@ def chrome_trace(traces: Sequence[Trace]) -> dict[str, list[dict[str, object]]]:
             {"ph": "M", "pid": trace.rank, "name": "process_name", "args": {"name": f"rank {trace.rank}"}}
         )
         for event in trace.events:
-            row = _row(trace, event, event.kind)
-            begin, length = (event.begin_s - start) * US, (event.end_s - event.begin_s) * US
-            rows.append({**row, "ph": "X", "ts": begin, "dur": length})
-        for flight in trace.flights():
-            row = {**_row(trace, flight, "exchange"), "id": f"{trace.rank}.{flight.layer}.{flight.name}"}
-            rows.append({**row, "ph": "b", "ts": (flight.begin_s - start) * US})
-            rows.append({**row, "ph": "e", "ts": (flight.end_s - start) * US})
+            row = _row(trace, event)
+            begin, end = (event.begin_s - start) * US, (event.end_s - start) * US
+            if event.kind == "flight":
+                row["id"] = f"{trace.rank}.{event.layer}.{event.name}"
+                rows += [{**row, "ph": "b", "ts": begin}, {**row, "ph": "e", "ts": end}]
+            else:
+                rows.append({**row, "ph": "X", "ts": begin, "dur": end - begin})
     return {"traceEvents": rows}
 
 
-def _row(trace: Trace, event: Event, category: str) -> dict[str, object]:
+def _row(trace: Trace, event: Event) -> dict[str, object]:
     return {
         "pid": trace.rank,
         "tid": 0,
-        "cat": category,
+        "cat": event.kind,
         "name": event.name,
         "args": {"layer": event.layer},
     }

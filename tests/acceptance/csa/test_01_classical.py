@@ -1,18 +1,19 @@
 """Must show 1: the tests that catch the classical mistakes (`attention.md`), one line each.
 
-Shown here: 1 to 11 within the attention of one layer. Elsewhere: 11 for (sp, tp) meshes and 12 (two prompts in
-a row) need the served model; 13 is `tests/unit/engine/test_models.py`; 14 and 15 are the kernels' own.
+Shown here: 1 to 11 within the attention of one layer. `test_01_model` has 12 and 13, `test_01_kernels` 14 and 15.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
 import torch
 
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_kernels import reference
-from sps2_kernels.merge_states import merge_pair
+from sps2_kernels.csa_pack import csa_pack, csa_unpack
+from sps2_kernels.merge_states import merge_pair, merge_states
+from sps2_kernels.paged_decode import PAGE_TOKENS, PagedRows, paged_decode_partial
 from sps2_kernels.segment_attention import UNMASKED, segment_attention
 from sps2_layout.layout import Layout, exact_layout
 from sps2_layout.profiles import Profile
@@ -23,6 +24,7 @@ from support.csa_cases import (
     PROFILES,
     SCALE,
     Inputs,
+    closed_forms,
     draw,
     oracle,
     run_plan,
@@ -86,7 +88,12 @@ def constant_values_give_one() -> str:
     assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
     worst = max(float((o - 1).abs().max()) for o in outputs)
     assert worst < 1e-5
-    return f"off by {worst:.0e}; inputs unchanged"
+    states = [torch.randn(3, 9, 4, 8), torch.randn(3, 9, 4)]
+    copies = [x.clone() for x in states]
+    merge_states(*states)
+    merge_pair(states[0][0], states[1][0], states[0][1], states[1][1])
+    assert all(torch.equal(x, copy) for x, copy in zip(states, copies, strict=True))
+    return f"off by {worst:.0e}; no input of attention or of a merge changed"
 
 
 def the_past_ignores_the_future() -> str:
@@ -124,7 +131,11 @@ def merging_is_a_sum() -> str:
         (merge_pair(*empty, *empty), empty),
     ):
         torch.testing.assert_close(one, other)
-    return "associative, commutative, -inf is the identity"
+    o, lse = (torch.stack(parts) for parts in zip(a, b, c, empty, strict=True))
+    orders = list(permutations(range(4)))
+    for order in orders:
+        torch.testing.assert_close(merge_states(o[list(order)], lse[list(order)]), merge_states(o, lse))
+    return f"associative, the same in {len(orders)} orders, -inf is the identity"
 
 
 def ragged_prompts() -> str:
@@ -132,7 +143,20 @@ def ragged_prompts() -> str:
     for num_tokens in (1, 5, 8, 63, 65, 129):
         for name in ("exact", "paper", "two levels, tail, sinks", "long tail, long sinks"):
             count += check_oracle(PROFILES[name].resolve(num_tokens), 1, (4, 2))
-    return f"{count} runs from 1 token on"
+    lengths = (0, 1, PAGE_TOKENS - 1, PAGE_TOKENS, PAGE_TOKENS + 1, 3 * PAGE_TOKENS)
+    check_kv_lengths(lengths)
+    return f"{count} runs from 1 token on; decode over {', '.join(map(str, lengths))} keys"
+
+
+def check_kv_lengths(lengths: tuple[int, ...]) -> None:
+    """Decode of a row for each number of keys, in blocks that do not begin at the cache's first."""
+    (q, _, _), (_, k, v) = draw(len(lengths), 4, 2), draw(5 * PAGE_TOKENS, 4, 2)
+    runs = tuple([(PAGE_TOKENS, PAGE_TOKENS + length)] if length else [] for length in lengths)
+    slots = [[slot for begin, end in row for slot in range(begin, end)] for row in runs]
+    o, lse = paged_decode_partial(q, k, v, PagedRows(runs, q.device), SCALE)
+    wanted_o, wanted_lse = reference.paged_decode_partial(q, k, v, slots, SCALE)
+    assert_close(o, wanted_o)
+    assert_close(lse, wanted_lse)
 
 
 def few_kv_heads() -> str:
@@ -147,9 +171,28 @@ def nothing_stale_is_read() -> str:
         assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined,unused-ignore]
         assert bool(torch.empty(8).isnan().all())
         count = check_oracle(PROFILES["two levels, tail, sinks"].resolve(150), 2, (14, 2))
+        there_and_back()
     finally:
         torch.use_deterministic_algorithms(mode=False)
-    return f"{count} runs with canaries in every buffer"
+    return f"pack then unpack is identity; {count} runs with canaries in every buffer"
+
+
+def there_and_back() -> None:
+    """Dilated planes packed and unpacked: what they cover is the same, what they do not stays a canary."""
+    q, k, _ = draw(37, 4, 2)
+
+    def planes(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+        return [q[3::8, 1:3], k[1::4, 1:], q[:0], k[:1, :1]]
+
+    packed = torch.empty(sum(plane.numel() for plane in planes(q, k)))
+    csa_pack(planes(q, k), packed)
+    assert bool(packed.isfinite().all())
+    other_q, other_k = torch.full_like(q, torch.nan), torch.full_like(k, torch.nan)
+    csa_unpack(packed, planes(other_q, other_k))
+    for found, meant in zip(planes(other_q, other_k), planes(q, k), strict=True):
+        assert torch.equal(found, meant)
+    covered = int(other_q.isfinite().sum() + other_k.isfinite().sum())
+    assert covered == packed.numel(), "an element outside the planes was written"
 
 
 def bytes_are_counted() -> str:
@@ -159,7 +202,9 @@ def bytes_are_counted() -> str:
         plan = CsaPlan(layout, num_ranks, 8, 2, HEAD_DIM, ELEMENT_BYTES)
         posted.append(sum(run_plan(plan, 0, draw(layout.num_tokens, 8, 2)).posted))
         assert posted[-1] == plan.bytes_per_layer()
-    return f"posted {posted} at {RANKS} ranks; the closed form is must show 2"
+        _, moved = closed_forms(plan)
+        assert posted[-1] == pytest.approx(moved * num_ranks, rel=1e-12)
+    return f"posted {posted} at {RANKS} ranks = counted = the closed form"
 
 
 def every_degree_is_the_same() -> str:

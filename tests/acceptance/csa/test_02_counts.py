@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 from sps2_engine.attention.csa_plan import CsaPlan
 from sps2_engine.attention.plan import AttentionPlan
-from sps2_layout.layout import exact_layout
-from sps2_layout.profiles import Profile, paper_profile
+from sps2_layout.layout import Layout, exact_layout
+from sps2_layout.profiles import Profile, default_profile, paper_profile
 from support.csa_cases import (
     ELEMENT_BYTES,
     HEAD_DIM,
@@ -87,24 +88,34 @@ def test_closed_forms(must_show: MustShow) -> None:
         figures.append(f"{num_plans} plans")
 
 
-def test_table_of_savings(must_show: MustShow) -> None:
+def test_table_of_savings(must_show: MustShow, repo_root: Path) -> None:
     """A layer of 32/8 heads of 128, bf16, on 8 ranks: what exact attention costs and CSA saves."""
     with must_show("2 saved against exact, per rank and layer") as figures:
+        far = ((1, 1), (TABLE_SHARDS, 8))
         profiles = {
-            "paper": paper_profile(TABLE_SHARDS),
-            "tail 64": Profile(TABLE_SHARDS, ((1, 1), (TABLE_SHARDS, 8)), tail=64, sinks=4),
-            "dense queries": Profile(TABLE_SHARDS, ((1, 1), (TABLE_SHARDS, 8)), dense_queries=True),
-            "two levels": Profile(TABLE_SHARDS, ((1, 1), (2, 2), (TABLE_SHARDS, 8)), tail=64),
+            "`paper`": paper_profile(TABLE_SHARDS),
+            "`default`": default_profile(TABLE_SHARDS),
+            "stride 8, tail 64": Profile(TABLE_SHARDS, far, tail=64, sinks=4),
+            "stride 8, dense queries": Profile(TABLE_SHARDS, far, dense_queries=True),
+            "strides 2 and 8": Profile(TABLE_SHARDS, ((1, 1), (2, 2), (TABLE_SHARDS, 8)), tail=64),
         }
+        table = [f"| tokens | exact | {' | '.join(profiles)} |", f"|{'---|' * (len(profiles) + 2)}"]
         for num_tokens in TABLE_TOKENS:
-            exact = CsaPlan(exact_layout(num_tokens, TABLE_SHARDS), TABLE_SHARDS, 32, 8, 128, 2)
-            flops, moved = exact.flops_per_layer() / TABLE_SHARDS, exact.bytes_per_layer() / TABLE_SHARDS
-            line = f"\n{num_tokens:>9,} tokens: exact {flops / 1e12:8.2f} TFLOP {moved / 1e6:7.1f} MB"
-            for name, profile in profiles.items():
-                plan = CsaPlan(profile.resolve(num_tokens), TABLE_SHARDS, 32, 8, 128, 2)
-                fewer_flops = exact.flops_per_layer() / plan.flops_per_layer()
-                fewer_bytes = exact.bytes_per_layer() / plan.bytes_per_layer()
-                line += f" | {name} {fewer_flops:.1f}x {fewer_bytes:.1f}x"
-                assert fewer_flops > 1
-                assert fewer_bytes > 1
-            figures.append(line)
+            exact = cost(exact_layout(num_tokens, TABLE_SHARDS))
+            cells = [f"{num_tokens:,}", f"{exact[0] / 1e12:.2f} TFLOP, {exact[1] / 1e6:.0f} MB"]
+            for profile in profiles.values():
+                flops, moved = cost(profile.resolve(num_tokens))
+                cells.append(f"{exact[0] / flops:.1f}x, {exact[1] / moved:.1f}x")
+                assert flops < exact[0]
+                assert moved < exact[1]
+            table.append(f"| {' | '.join(cells)} |")
+        path = repo_root / ".out" / "csa" / "savings.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(table) + "\n", encoding="utf-8")
+        figures += ["fewer FLOPs, fewer bytes", str(path), "\n" + "\n".join(table)]
+
+
+def cost(layout: Layout) -> tuple[float, float]:
+    """FLOPs and bytes of a layer, mean per rank."""
+    plan = CsaPlan(layout, TABLE_SHARDS, 32, 8, 128, 2)
+    return plan.flops_per_layer() / TABLE_SHARDS, plan.bytes_per_layer() / TABLE_SHARDS

@@ -4,7 +4,9 @@ Two ways of compute: a stand-in that sleeps for its FLOPs, as if each rank had a
 uses the cores matters little), and the real kernel with a core for each rank.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from sps2_engine.attention.trace import write_chrome_trace
 from sps2_kernels.segment_attention import segment_attention
 from sps2_layout.layout import exact_layout
 from sps2_layout.profiles import Profile, paper_profile
+from support.bench import sps2_json
 from support.must_show import MustShow
 from support.overlap import draw_timeline, measure_overlap, sleeping_attention, time_step
 
@@ -25,7 +28,7 @@ SHARES = (0.5, 1.0, 2.0)
 MOST_OF_LONGER, LEAST_OF_SUM = 1.15, 0.95
 SLEEPING_FLOPS_PER_S = 4e10
 REPS = 3
-OUT = Path(".out")
+PREFILL_TIMEOUT_S = 1_200
 
 
 def plan_of(layout_name: str) -> AttentionPlan:
@@ -57,13 +60,46 @@ def test_step(must_show: MustShow, compute: str, layout_name: str, share: float)
         assert found.to_sum >= LEAST_OF_SUM
 
 
-def test_timeline(must_show: MustShow) -> None:
+def test_timeline(must_show: MustShow, repo_root: Path) -> None:
     with must_show("3 timeline of a layer") as figures:
-        OUT.mkdir(exist_ok=True)
+        out = repo_root / ".out" / "csa"
+        out.mkdir(parents=True, exist_ok=True)
         plan = plan_of("exact")
         alone = time_step(plan, 1e15, pipelined=True, reps=2)[-1]
         rate = 1e15 * alone.link_s / alone.wall_s
         step = time_step(plan, rate, pipelined=True, reps=2)[-1]
-        write_chrome_trace(OUT / "csa_trace.json", step.traces)
-        draw_timeline(OUT / "csa_trace.json", OUT / "csa_timeline.png")
-        figures.append(f"{OUT / 'csa_trace.json'}, {OUT / 'csa_timeline.png'}")
+        write_chrome_trace(out / "layer.json", step.traces)
+        draw_timeline(out / "layer.json", out / "layer.png")
+        figures.append(f"{out / 'layer.json'}, {out / 'layer.png'}")
+
+
+def test_timeline_of_a_prefill(must_show: MustShow, repo_root: Path) -> None:
+    """The one of docs/prefill.md; each rank computes while exchanges are under way."""
+    with must_show("3 timeline of a real prefill, 32k tokens on 2 ranks") as figures:
+        out = repo_root / ".out" / "csa" / "timeline"
+        options = ["--lengths", "32k", "--profiles", "default", "--ranks", "2", "--repeat", "1"]
+        sps2_json("bench", "prefill", *options, "--timeline", out, timeout_s=PREFILL_TIMEOUT_S)
+        document = json.loads((out / "timeline_32768_default_2_fp32.json").read_text(encoding="utf-8"))
+        for rank in (0, 1):
+            under_way, hidden = hidden_us(document["traceEvents"], rank)
+            figures.append(
+                f"rank {rank}: {hidden / under_way:.0%} of {under_way / 1e6:.2f} s of exchanges hidden"
+            )
+            assert hidden > 0
+        figures.append(str(out))
+
+
+def hidden_us(events: list[dict[str, Any]], rank: int) -> tuple[float, float]:
+    """Microseconds that exchanges were under way, summed up over exchanges, and during how many the rank computed."""
+    own = [event for event in events if event["pid"] == rank]
+    begins = {event["id"]: event["ts"] for event in own if event["ph"] == "b"}
+    flights = [(begins[event["id"]], event["ts"]) for event in own if event["ph"] == "e"]
+    compute = [
+        (event["ts"], event["ts"] + event["dur"])
+        for event in own
+        if event["ph"] == "X" and event["cat"] == "compute"
+    ]
+    hidden = sum(
+        max(0.0, min(end, over) - max(begin, start)) for begin, end in flights for start, over in compute
+    )
+    return sum(end - begin for begin, end in flights), hidden

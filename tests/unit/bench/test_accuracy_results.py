@@ -1,17 +1,18 @@
 """From scores to figures, and the default's rule."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sps2_bench.accuracy.candidates import EXACT, catalogue, with_companions
+from sps2_bench.accuracy.candidates import EXACT, Candidate, catalogue, choose
 from sps2_bench.accuracy.plots import write_plots
 from sps2_bench.accuracy.report import COLUMNS, markdown, table_rows
 from sps2_bench.accuracy.results import Cost, ProfileResult, choose_default, summarise
 
-CATALOGUE = catalogue(8, 64)
-CANDIDATES = with_companions([CATALOGUE[name] for name in ("sampled-8", "dense-8", "dense-2")], 8)
+LENGTHS = (512, 1024)
+CANDIDATES = choose(("sampled-8", "dense-8", "dense-2"), LENGTHS, 8, 64)
 LOCAL = "local-t64-s0"
 COSTS = {
     EXACT: Cost(100, 100),
@@ -43,17 +44,51 @@ def results(**by_profile: dict[str, Any]) -> dict[str, ProfileResult]:
 
 
 def test_every_profile_has_its_local_companion() -> None:
-    everything = with_companions(list(CATALOGUE.values()), 8)
+    everything = choose(list(catalogue(8, 64)), LENGTHS, 8, 64)
     names = [one.name for one in everything]
     assert names[0] == EXACT
     assert len(names) == len(set(names)) >= 12
     for one in everything[1:]:
         assert one.local_name in names
         (local,) = [other for other in everything if other.name == one.local_name]
-        assert local.profile is not None
-        assert one.profile is not None
-        assert (local.profile.tail, local.profile.sinks) == (one.profile.tail, one.profile.sinks)
-        assert len(local.profile.levels) == 1
+        check_local(one, local)
+
+
+def check_local(one: Candidate, local: Candidate) -> None:
+    """Alike but for the levels, at every length."""
+    assert local.is_local
+    for ours, theirs in zip(one.ladder.rungs, local.ladder.rungs, strict=True):
+        assert (theirs.num_shards, theirs.tail, theirs.sinks) == (ours.num_shards, ours.tail, ours.sinks)
+        assert theirs.levels == ((1, 1),)
+
+
+def write_ladder(path: Path, min_shard_tokens: int) -> str:
+    rungs = [{"shards": 4, "levels": [[1, 1], [4, 2]], "tail": 7}, {"shards": 8, "levels": [[1, 1], [8, 4]]}]
+    path.write_text(json.dumps({"min_shard_tokens": min_shard_tokens, "profiles": rungs}))
+    return str(path)
+
+
+def test_a_file_is_a_candidate_with_a_rung_for_each_length(tmp_path: Path) -> None:
+    path = write_ladder(tmp_path / "mine.json", 128)
+    exact, mine, dense, local, other = choose([path, "dense-8"], LENGTHS, 8, 64)
+    assert [one.name for one in (exact, mine, dense)] == [EXACT, "mine", "dense-8"]
+    assert (local.name, other.name) == ("local-mine", "local-t64-s0")
+    assert [mine.layout(length).num_shards for length in LENGTHS] == [4, 8]
+    check_local(mine, local)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    dense = write_ladder(tmp_path / "mine.json", 256)
+    (tmp_path / "dense-8.json").write_text(Path(dense).read_text())
+    for names, message in (
+        ([dense], "dense at 512 tokens"),
+        ([str(tmp_path / "dense-8.json"), "dense-8"], "'dense-8'"),
+        ([str(tmp_path / "none.json")], "none.json"),
+        (["quick"], "'quick' is none of"),
+        (["paper", "paper"], "two profiles are called 'paper'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose(names, (512,) if names == [dense] else (2048,), 8, 64)
 
 
 @pytest.mark.parametrize("num_shards", [4, 12])

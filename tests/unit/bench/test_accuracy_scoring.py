@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sps2_bench.accuracy.candidates import EXACT, catalogue, with_companions
+from sps2_bench.accuracy.candidates import EXACT, catalogue, choose
 from sps2_bench.accuracy.prompts import Prompt, Question
 from sps2_bench.accuracy.scoring import Scorer
 from sps2_bench.accuracy.suffix import SuffixAttention, visible_keys
@@ -18,7 +18,7 @@ from sps2_kernels.reference import csa_mask
 
 SHARDS, TAIL, SUFFIX, LENGTH = 8, 5, 3, 128
 CATALOGUE = catalogue(SHARDS, TAIL)
-LOCAL = with_companions([CATALOGUE["dense-8-sinks"]], SHARDS)[-1]
+LOCAL = choose(["dense-8-sinks"], (LENGTH,), SHARDS, TAIL)[-1]
 
 
 @pytest.fixture(scope="module")

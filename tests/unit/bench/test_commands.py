@@ -12,12 +12,14 @@ from sps2_bench.app import app
         ("bench", "prefill", "--lengths", "no"),
         ("bench", "prefill", "--ranks", "4096"),
         ("bench", "prefill", "--profiles", "quick"),
+        ("bench", "prefill", "--dtypes", "fp8"),
         ("bench", "prefill", "--random-model", "hidden=64,depth=3"),
         ("bench", "prefill", "--random-model", "heads=3,kv_heads=2"),
         ("bench", "kernels", "--dtype", "fp8"),
         ("bench", "nothing"),
         ("eval", "accuracy", "--model", "/nowhere"),
         ("eval", "accuracy", "--shards", "12"),
+        ("eval", "accuracy", "--profiles", "paper,nowhere.json"),
     ],
 )
 def test_usage_errors(arguments: tuple[str, ...]) -> None:

@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from sps2_bench.csa import named_layout, without_last
-from sps2_bench.prefill.cases import Case, Engine, Row, Sample, cost_of, linear_flops, list_cases
+from sps2_bench.prefill.cases import (
+    PEER,
+    Case,
+    Cost,
+    Engine,
+    Rates,
+    Row,
+    Sample,
+    cost_of,
+    linear_flops,
+    list_cases,
+)
 from sps2_bench.prefill.plots import write_plots
 from sps2_bench.prefill.random_model import DEFAULT_SHAPE, model_config, write_random_model
 from sps2_bench.prefill.run import merge
@@ -15,6 +26,7 @@ from sps2_engine.models import load_decoder, random_decoder
 
 CONFIG = model_config(DEFAULT_SHAPE)
 ONE, TWO = Engine("sps2", 1, "fp32"), Engine("sps2", 2, "fp32")
+RATES = Rates(attention_flops_per_s=2e9, linear_flops_per_s=8e9)
 
 
 def sample(seconds: float) -> Sample:
@@ -70,14 +82,24 @@ def test_speed_up_is_against_exact_of_the_same_engine() -> None:
     cases = [Case(engine, 8192, name) for engine in (ONE, TWO) for name in ("exact", "paper")]
     times = [(4.0, 6.0, 5.0), (1.0, 2.0, 2.0), (3.0,), (1.0,)]
     rows = [
-        Row(case, cost_of(case, CONFIG, 4096), tuple(map(sample, ts)), 1)
+        Row(case, cost_of(case, CONFIG, 4096), tuple(map(sample, ts)), 1, RATES)
         for case, ts in zip(cases, times, strict=True)
     ]
+    peer = Case(PEER, 8192, "exact")
+    rows.append(Row(peer, cost_of(peer, CONFIG, 4096), (sample(12.0),), 2, None))
     documents = [row.document(rows) for row in rows]
-    assert [one["ttft_s"] for one in documents] == [5.0, 2.0, 3.0, 1.0]
-    assert [one["speedup"] for one in documents] == [1.0, 2.5, 1.0, 3.0]
-    assert documents[1]["floor_speedup"] == rows[0].cost.flops / rows[1].cost.flops
+    assert [one["ttft_s"] for one in documents] == [5.0, 2.0, 3.0, 1.0, 12.0]
+    assert [one["speedup"] for one in documents] == [1.0, 2.5, 1.0, 3.0, 1.0]
+    assert [one["over_transformers"] for one in documents] == [2.4, 6.0, 4.0, 12.0, 1.0]
+    assert documents[1]["flops_speedup"] == rows[0].cost.flops / rows[1].cost.flops
+    floors = [row.cost.attention_flops / 2e9 + row.cost.linear_flops / 8e9 for row in rows[:2]]
+    assert documents[1]["floor_speedup"] == floors[0] / floors[1]
+    assert documents[4]["floor_speedup"] is None
     assert rows[1].document(rows[1:2])["speedup"] is None
+
+
+def test_a_floor_counts_each_kind_at_its_rate() -> None:
+    assert Cost(attention_flops=6, linear_flops=8, bytes=0).floor_s(Rates(3.0, 2.0)) == 2 + 4
 
 
 def test_first_token_is_the_last_ranks() -> None:
@@ -112,7 +134,7 @@ def test_random_folder_holds_the_random_decoder(tmp_path: Path) -> None:
 
 def test_plots_are_written(tmp_path: Path) -> None:
     cases = [Case(ONE, length, name) for length in (8192, 16384) for name in ("exact", "paper")]
-    rows = [Row(case, cost_of(case, CONFIG, 4096), (sample(1.0),), 1) for case in cases]
+    rows = [Row(case, cost_of(case, CONFIG, 4096), (sample(1.0),), 1, RATES) for case in cases]
     paths = write_plots([row.document(rows) for row in rows], tmp_path / "plots")
     assert len(paths) == 3
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

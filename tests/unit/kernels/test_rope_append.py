@@ -8,6 +8,7 @@ from sps2_engine.layers.rope import DefaultRope, RotaryEmbedding
 from sps2_kernels import reference
 from sps2_kernels.rope_append import rope_append, rope_append_cpu
 from sps2_kernels.shape import HEAD_DIMS
+from support.address_space import vast
 from support.triton_interpreter import assert_near, interpreted_form
 
 NUM_SLOTS, CANARY = 130, -77.0
@@ -47,6 +48,17 @@ def test_every_configuration(dtype: torch.dtype, head_dim: int, heads: tuple[int
                 assert torch.equal(v_cache[slot].double(), held[slot][1])
             else:
                 assert bool((k_cache[slot] == CANARY).all() and (v_cache[slot] == CANARY).all())
+
+
+def test_slots_beyond_two_to_the_31() -> None:
+    inputs, first = draw(2, (2, 1), 32, torch.bfloat16), (1 << 31) // 32 + 1
+    near_k, near_v = torch.zeros(2, 2, 1, 32, dtype=torch.bfloat16)
+    k, v = (vast((first + 2) * 32, torch.bfloat16).view(-1, 1, 32) for _ in range(2))
+    form = interpreted_form("rope_append").rope_append
+    expected = form(*inputs, near_k, near_v, torch.tensor([1, 0]))
+    assert torch.equal(form(*inputs, k, v, torch.tensor([first + 1, first])), expected)
+    assert torch.equal(k[first:], near_k)
+    assert torch.equal(v[first:], near_v)
 
 
 def test_no_tokens() -> None:

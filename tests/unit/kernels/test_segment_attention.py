@@ -1,7 +1,6 @@
 """Segment attention: interpreter == CPU form == fp64 reference, over diagonals, heads, strides and extremes."""
 
 import math
-import mmap
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from torch import Tensor
 from sps2_kernels import reference
 from sps2_kernels.segment_attention import UNMASKED, segment_attention, segment_attention_cpu
 from sps2_kernels.shape import HEAD_DIMS
+from support.address_space import vast
 from support.triton_interpreter import assert_near, interpreted_form
 
-MAP_NORESERVE = 0x4000
-"""Linux: address space that counts against no limit; Python's mmap does not name it."""
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -103,11 +101,9 @@ def test_a_later_key_changes_no_earlier_bit() -> None:
 
 
 def test_keys_beyond_two_to_the_31() -> None:
-    """Rows 2^30 elements apart, in address space that no page backs but the few that are touched."""
+    """Rows 2^30 elements apart."""
     stride, num_keys = 1 << 30, 4
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    space = mmap.mmap(-1, 2 * ((num_keys - 1) * stride + 64), flags=flags)
-    flat = torch.frombuffer(space, dtype=torch.bfloat16)
+    flat = vast((num_keys - 1) * stride + 64, torch.bfloat16)
     k = flat.as_strided((num_keys, 1, 32), (stride, 32, 1))
     q, near, v = draw(3, num_keys, (1, 1), 32, torch.bfloat16)
     k.copy_(near)
