@@ -27,7 +27,7 @@ from sps2.internal.v1 import prefill_service_pb2 as sps2_dot_internal_dot_v1_dot
 from sps2.v1 import generation_pb2 as sps2_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsps2/internal/v1/engine.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a&sps2/internal/v1/prefill_service.proto\x1a\x18sps2/v1/generation.proto\"\xe2\x02\n\rEngineCommand\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x31\n\nform_group\x18\x02 \x01(\x0b\x32\x1b.sps2.internal.v1.FormGroupH\x00\x12\x33\n\x0b\x61\x62ort_group\x18\x03 \x01(\x0b\x32\x1c.sps2.internal.v1.AbortGroupH\x00\x12\x33\n\x0brun_prefill\x18\x04 \x01(\x0b\x32\x1c.sps2.internal.v1.RunPrefillH\x00\x12\x39\n\x0e\x63\x61ncel_prefill\x18\x05 \x01(\x0b\x32\x1f.sps2.internal.v1.CancelPrefillH\x00\x12/\n\tstep_plan\x18\x06 \x01(\x0b\x32\x1a.sps2.internal.v1.StepPlanH\x00\x12.\n\x08shutdown\x18\x07 \x01(\x0b\x32\x1a.sps2.internal.v1.ShutdownH\x00\x42\t\n\x07\x63ommand\"D\n\tFormGroup\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x12\n\nworld_size\x18\x02 \x01(\x05\x12\x15\n\rstore_address\x18\x03 \x01(\t\"\x1c\n\nAbortGroup\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xa9\x02\n\nRunPrefill\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\x05\x12\x13\n\x0btoken_begin\x18\x03 \x01(\x05\x12\x15\n\ttoken_ids\x18\x04 \x03(\x05\x42\x02\x10\x01\x12.\n\tplacement\x18\x05 \x01(\x0b\x32\x1b.sps2.internal.v1.Placement\x12-\n\x06\x63hoice\x18\x06 \x01(\x0b\x32\x1d.sps2.internal.v1.TokenChoice\x12\x34\n\tattention\x18\x07 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\x12\x13\n\x0bslice_flops\x18\x08 \x01(\x04\";\n\rCancelPrefill\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\"\n\n\x08Shutdown\"\x9d\x01\n\x08StepPlan\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12-\n\x07reserve\x18\x02 \x03(\x0b\x32\x1c.sps2.internal.v1.ReserveRow\x12)\n\x05\x61\x64mit\x18\x03 \x03(\x0b\x32\x1a.sps2.internal.v1.AdmitRow\x12\x18\n\x0crelease_rows\x18\x04 \x03(\x04\x42\x02\x10\x01\x12\x0b\n\x03run\x18\x05 \x01(\x08\"\xcd\x01\n\nReserveRow\x12\x0b\n\x03row\x18\x01 \x01(\x04\x12*\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12.\n\tplacement\x18\x03 \x01(\x0b\x32\x1b.sps2.internal.v1.Placement\x12\x0c\n\x04home\x18\x04 \x01(\x05\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\x05\x12-\n\x06\x63hoice\x18\x06 \x01(\x0b\x32\x1d.sps2.internal.v1.TokenChoice\"/\n\x08\x41\x64mitRow\x12\x0b\n\x03row\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_token_id\x18\x02 \x01(\x05\"\xae\x05\n\x0b\x45ngineEvent\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x37\n\rload_progress\x18\x02 \x01(\x0b\x32\x1e.sps2.internal.v1.LoadProgressH\x00\x12\x30\n\x06loaded\x18\x03 \x01(\x0b\x32\x1e.sps2.internal.v1.EngineLoadedH\x00\x12\x33\n\x0bstore_ready\x18\x04 \x01(\x0b\x32\x1c.sps2.internal.v1.StoreReadyH\x00\x12\x35\n\x0cgroup_formed\x18\x05 \x01(\x0b\x32\x1d.sps2.internal.v1.GroupFormedH\x00\x12\x35\n\x0cgroup_failed\x18\x06 \x01(\x0b\x32\x1d.sps2.internal.v1.GroupFailedH\x00\x12\x30\n\theartbeat\x18\x07 \x01(\x0b\x32\x1b.sps2.internal.v1.HeartbeatH\x00\x12\x32\n\x07prefill\x18\x08 \x01(\x0b\x32\x1f.sps2.internal.v1.PrefillReportH\x00\x12\x37\n\rrows_reserved\x18\t \x01(\x0b\x32\x1e.sps2.internal.v1.RowsReservedH\x00\x12\x35\n\x0crow_received\x18\n \x01(\x0b\x32\x1d.sps2.internal.v1.RowReceivedH\x00\x12\x33\n\x0bstep_result\x18\x0b \x01(\x0b\x32\x1c.sps2.internal.v1.StepResultH\x00\x12\x39\n\x0e\x61ttempt_failed\x18\x0c \x01(\x0b\x32\x1f.sps2.internal.v1.AttemptFailedH\x00\x12\x33\n\x0bload_failed\x18\r \x01(\x0b\x32\x1c.sps2.internal.v1.LoadFailedH\x00\x42\x07\n\x05\x65vent\" \n\x0cLoadProgress\x12\x10\n\x08\x66raction\x18\x01 \x01(\x02\"\x1c\n\nLoadFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xe3\x01\n\x0c\x45ngineLoaded\x12\x1b\n\x13process_incarnation\x18\x01 \x01(\t\x12\x18\n\x10transfer_address\x18\x02 \x01(\t\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nnum_layers\x18\x06 \x01(\x05\x12\x13\n\x0bnum_q_heads\x18\x07 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x08 \x01(\x05\x12\x10\n\x08head_dim\x18\t \x01(\x05\x12\x13\n\x0bslice_flops\x18\n \x01(\x04\"\x1d\n\nStoreReady\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\r\n\x0bGroupFormed\"\x1d\n\x0bGroupFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xbd\x01\n\tHeartbeat\x12\x12\n\nsteps_done\x18\x01 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x02 \x01(\x08\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x03\x12\x42\n\x0c\x62ytes_posted\x18\x04 \x03(\x0b\x32,.sps2.internal.v1.Heartbeat.BytesPostedEntry\x1a\x32\n\x10\x42ytesPostedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xd8\x02\n\rPrefillReport\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x33\n\x07started\x18\x02 \x01(\x0b\x32 .sps2.internal.v1.PrefillStartedH\x00\x12\x35\n\x08progress\x18\x03 \x01(\x0b\x32!.sps2.internal.v1.PrefillProgressH\x00\x12\x33\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x1c.sps2.internal.v1.FirstTokenH\x00\x12\x37\n\tdelivered\x18\x05 \x01(\x0b\x32\".sps2.internal.v1.PrefillDeliveredH\x00\x12\x37\n\tcancelled\x18\x06 \x01(\x0b\x32\".sps2.internal.v1.PrefillCancelledH\x00\x42\x08\n\x06report\"\x12\n\x10PrefillCancelled\" \n\x0cRowsReserved\x12\x10\n\x04rows\x18\x01 \x03(\x04\x42\x02\x10\x01\"\x1a\n\x0bRowReceived\x12\x0b\n\x03row\x18\x01 \x01(\x04\"Z\n\nStepResult\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12*\n\x06tokens\x18\x02 \x03(\x0b\x32\x1a.sps2.internal.v1.RowToken\x12\x0e\n\x06step_s\x18\x03 \x01(\x01\"\x80\x01\n\x08RowToken\x12\x0b\n\x03row\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x10\n\x08token_id\x18\x03 \x01(\x05\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.sps2.v1.FinishReason\x12\x18\n\x10q_exchange_bytes\x18\x05 \x01(\x04\"i\n\rAttemptFailed\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0b\n\x03row\x18\x04 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsps2/internal/v1/engine.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a&sps2/internal/v1/prefill_service.proto\x1a\x18sps2/v1/generation.proto\"\xe2\x02\n\rEngineCommand\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x31\n\nform_group\x18\x02 \x01(\x0b\x32\x1b.sps2.internal.v1.FormGroupH\x00\x12\x33\n\x0b\x61\x62ort_group\x18\x03 \x01(\x0b\x32\x1c.sps2.internal.v1.AbortGroupH\x00\x12\x33\n\x0brun_prefill\x18\x04 \x01(\x0b\x32\x1c.sps2.internal.v1.RunPrefillH\x00\x12\x39\n\x0e\x63\x61ncel_prefill\x18\x05 \x01(\x0b\x32\x1f.sps2.internal.v1.CancelPrefillH\x00\x12/\n\tstep_plan\x18\x06 \x01(\x0b\x32\x1a.sps2.internal.v1.StepPlanH\x00\x12.\n\x08shutdown\x18\x07 \x01(\x0b\x32\x1a.sps2.internal.v1.ShutdownH\x00\x42\t\n\x07\x63ommand\"D\n\tFormGroup\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x12\n\nworld_size\x18\x02 \x01(\x05\x12\x15\n\rstore_address\x18\x03 \x01(\t\"\x1c\n\nAbortGroup\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xa9\x02\n\nRunPrefill\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\x05\x12\x13\n\x0btoken_begin\x18\x03 \x01(\x05\x12\x15\n\ttoken_ids\x18\x04 \x03(\x05\x42\x02\x10\x01\x12.\n\tplacement\x18\x05 \x01(\x0b\x32\x1b.sps2.internal.v1.Placement\x12-\n\x06\x63hoice\x18\x06 \x01(\x0b\x32\x1d.sps2.internal.v1.TokenChoice\x12\x34\n\tattention\x18\x07 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\x12\x13\n\x0bslice_flops\x18\x08 \x01(\x04\";\n\rCancelPrefill\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\"\n\n\x08Shutdown\"\x9d\x01\n\x08StepPlan\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12-\n\x07reserve\x18\x02 \x03(\x0b\x32\x1c.sps2.internal.v1.ReserveRow\x12)\n\x05\x61\x64mit\x18\x03 \x03(\x0b\x32\x1a.sps2.internal.v1.AdmitRow\x12\x18\n\x0crelease_rows\x18\x04 \x03(\x04\x42\x02\x10\x01\x12\x0b\n\x03run\x18\x05 \x01(\x08\"\xe6\x01\n\nReserveRow\x12\x0b\n\x03row\x18\x01 \x01(\x04\x12*\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12.\n\tplacement\x18\x03 \x01(\x0b\x32\x1b.sps2.internal.v1.Placement\x12\x0c\n\x04home\x18\x04 \x01(\x05\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\x05\x12-\n\x06\x63hoice\x18\x06 \x01(\x0b\x32\x1d.sps2.internal.v1.TokenChoice\x12\x17\n\x0b\x63hoice_rows\x18\x07 \x03(\x04\x42\x02\x10\x01\"/\n\x08\x41\x64mitRow\x12\x0b\n\x03row\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_token_id\x18\x02 \x01(\x05\"\xae\x05\n\x0b\x45ngineEvent\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x37\n\rload_progress\x18\x02 \x01(\x0b\x32\x1e.sps2.internal.v1.LoadProgressH\x00\x12\x30\n\x06loaded\x18\x03 \x01(\x0b\x32\x1e.sps2.internal.v1.EngineLoadedH\x00\x12\x33\n\x0bstore_ready\x18\x04 \x01(\x0b\x32\x1c.sps2.internal.v1.StoreReadyH\x00\x12\x35\n\x0cgroup_formed\x18\x05 \x01(\x0b\x32\x1d.sps2.internal.v1.GroupFormedH\x00\x12\x35\n\x0cgroup_failed\x18\x06 \x01(\x0b\x32\x1d.sps2.internal.v1.GroupFailedH\x00\x12\x30\n\theartbeat\x18\x07 \x01(\x0b\x32\x1b.sps2.internal.v1.HeartbeatH\x00\x12\x32\n\x07prefill\x18\x08 \x01(\x0b\x32\x1f.sps2.internal.v1.PrefillReportH\x00\x12\x37\n\rrows_reserved\x18\t \x01(\x0b\x32\x1e.sps2.internal.v1.RowsReservedH\x00\x12\x35\n\x0crow_received\x18\n \x01(\x0b\x32\x1d.sps2.internal.v1.RowReceivedH\x00\x12\x33\n\x0bstep_result\x18\x0b \x01(\x0b\x32\x1c.sps2.internal.v1.StepResultH\x00\x12\x39\n\x0e\x61ttempt_failed\x18\x0c \x01(\x0b\x32\x1f.sps2.internal.v1.AttemptFailedH\x00\x12\x33\n\x0bload_failed\x18\r \x01(\x0b\x32\x1c.sps2.internal.v1.LoadFailedH\x00\x42\x07\n\x05\x65vent\" \n\x0cLoadProgress\x12\x10\n\x08\x66raction\x18\x01 \x01(\x02\"\x1c\n\nLoadFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xe3\x01\n\x0c\x45ngineLoaded\x12\x1b\n\x13process_incarnation\x18\x01 \x01(\t\x12\x18\n\x10transfer_address\x18\x02 \x01(\t\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nnum_layers\x18\x06 \x01(\x05\x12\x13\n\x0bnum_q_heads\x18\x07 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x08 \x01(\x05\x12\x10\n\x08head_dim\x18\t \x01(\x05\x12\x13\n\x0bslice_flops\x18\n \x01(\x04\"\x1d\n\nStoreReady\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\r\n\x0bGroupFormed\"\x1d\n\x0bGroupFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xbd\x01\n\tHeartbeat\x12\x12\n\nsteps_done\x18\x01 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x02 \x01(\x08\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x03\x12\x42\n\x0c\x62ytes_posted\x18\x04 \x03(\x0b\x32,.sps2.internal.v1.Heartbeat.BytesPostedEntry\x1a\x32\n\x10\x42ytesPostedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xd8\x02\n\rPrefillReport\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x33\n\x07started\x18\x02 \x01(\x0b\x32 .sps2.internal.v1.PrefillStartedH\x00\x12\x35\n\x08progress\x18\x03 \x01(\x0b\x32!.sps2.internal.v1.PrefillProgressH\x00\x12\x33\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x1c.sps2.internal.v1.FirstTokenH\x00\x12\x37\n\tdelivered\x18\x05 \x01(\x0b\x32\".sps2.internal.v1.PrefillDeliveredH\x00\x12\x37\n\tcancelled\x18\x06 \x01(\x0b\x32\".sps2.internal.v1.PrefillCancelledH\x00\x42\x08\n\x06report\"\x12\n\x10PrefillCancelled\" \n\x0cRowsReserved\x12\x10\n\x04rows\x18\x01 \x03(\x04\x42\x02\x10\x01\"\x1a\n\x0bRowReceived\x12\x0b\n\x03row\x18\x01 \x01(\x04\"Z\n\nStepResult\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12*\n\x06tokens\x18\x02 \x03(\x0b\x32\x1a.sps2.internal.v1.RowToken\x12\x0e\n\x06step_s\x18\x03 \x01(\x01\"\xa8\x01\n\x08RowToken\x12\x0b\n\x03row\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x10\n\x08token_id\x18\x03 \x01(\x05\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.sps2.v1.FinishReason\x12\x18\n\x10q_exchange_bytes\x18\x05 \x01(\x04\x12&\n\x07logprob\x18\x06 \x01(\x0b\x32\x15.sps2.v1.TokenLogprob\"i\n\rAttemptFailed\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0b\n\x03row\x18\x04 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNPREFILL'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_STEPPLAN'].fields_by_name['release_rows']._loaded_options = None
   _globals['_STEPPLAN'].fields_by_name['release_rows']._serialized_options = b'\020\001'
+  _globals['_RESERVEROW'].fields_by_name['choice_rows']._loaded_options = None
+  _globals['_RESERVEROW'].fields_by_name['choice_rows']._serialized_options = b'\020\001'
   _globals['_HEARTBEAT_BYTESPOSTEDENTRY']._loaded_options = None
   _globals['_HEARTBEAT_BYTESPOSTEDENTRY']._serialized_options = b'8\001'
   _globals['_ROWSRESERVED'].fields_by_name['rows']._loaded_options = None
@@ -57,39 +59,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPPLAN']._serialized_start=982
   _globals['_STEPPLAN']._serialized_end=1139
   _globals['_RESERVEROW']._serialized_start=1142
-  _globals['_RESERVEROW']._serialized_end=1347
-  _globals['_ADMITROW']._serialized_start=1349
-  _globals['_ADMITROW']._serialized_end=1396
-  _globals['_ENGINEEVENT']._serialized_start=1399
-  _globals['_ENGINEEVENT']._serialized_end=2085
-  _globals['_LOADPROGRESS']._serialized_start=2087
-  _globals['_LOADPROGRESS']._serialized_end=2119
-  _globals['_LOADFAILED']._serialized_start=2121
-  _globals['_LOADFAILED']._serialized_end=2149
-  _globals['_ENGINELOADED']._serialized_start=2152
-  _globals['_ENGINELOADED']._serialized_end=2379
-  _globals['_STOREREADY']._serialized_start=2381
-  _globals['_STOREREADY']._serialized_end=2410
-  _globals['_GROUPFORMED']._serialized_start=2412
-  _globals['_GROUPFORMED']._serialized_end=2425
-  _globals['_GROUPFAILED']._serialized_start=2427
-  _globals['_GROUPFAILED']._serialized_end=2456
-  _globals['_HEARTBEAT']._serialized_start=2459
-  _globals['_HEARTBEAT']._serialized_end=2648
-  _globals['_HEARTBEAT_BYTESPOSTEDENTRY']._serialized_start=2598
-  _globals['_HEARTBEAT_BYTESPOSTEDENTRY']._serialized_end=2648
-  _globals['_PREFILLREPORT']._serialized_start=2651
-  _globals['_PREFILLREPORT']._serialized_end=2995
-  _globals['_PREFILLCANCELLED']._serialized_start=2997
-  _globals['_PREFILLCANCELLED']._serialized_end=3015
-  _globals['_ROWSRESERVED']._serialized_start=3017
-  _globals['_ROWSRESERVED']._serialized_end=3049
-  _globals['_ROWRECEIVED']._serialized_start=3051
-  _globals['_ROWRECEIVED']._serialized_end=3077
-  _globals['_STEPRESULT']._serialized_start=3079
-  _globals['_STEPRESULT']._serialized_end=3169
-  _globals['_ROWTOKEN']._serialized_start=3172
-  _globals['_ROWTOKEN']._serialized_end=3300
-  _globals['_ATTEMPTFAILED']._serialized_start=3302
-  _globals['_ATTEMPTFAILED']._serialized_end=3407
+  _globals['_RESERVEROW']._serialized_end=1372
+  _globals['_ADMITROW']._serialized_start=1374
+  _globals['_ADMITROW']._serialized_end=1421
+  _globals['_ENGINEEVENT']._serialized_start=1424
+  _globals['_ENGINEEVENT']._serialized_end=2110
+  _globals['_LOADPROGRESS']._serialized_start=2112
+  _globals['_LOADPROGRESS']._serialized_end=2144
+  _globals['_LOADFAILED']._serialized_start=2146
+  _globals['_LOADFAILED']._serialized_end=2174
+  _globals['_ENGINELOADED']._serialized_start=2177
+  _globals['_ENGINELOADED']._serialized_end=2404
+  _globals['_STOREREADY']._serialized_start=2406
+  _globals['_STOREREADY']._serialized_end=2435
+  _globals['_GROUPFORMED']._serialized_start=2437
+  _globals['_GROUPFORMED']._serialized_end=2450
+  _globals['_GROUPFAILED']._serialized_start=2452
+  _globals['_GROUPFAILED']._serialized_end=2481
+  _globals['_HEARTBEAT']._serialized_start=2484
+  _globals['_HEARTBEAT']._serialized_end=2673
+  _globals['_HEARTBEAT_BYTESPOSTEDENTRY']._serialized_start=2623
+  _globals['_HEARTBEAT_BYTESPOSTEDENTRY']._serialized_end=2673
+  _globals['_PREFILLREPORT']._serialized_start=2676
+  _globals['_PREFILLREPORT']._serialized_end=3020
+  _globals['_PREFILLCANCELLED']._serialized_start=3022
+  _globals['_PREFILLCANCELLED']._serialized_end=3040
+  _globals['_ROWSRESERVED']._serialized_start=3042
+  _globals['_ROWSRESERVED']._serialized_end=3074
+  _globals['_ROWRECEIVED']._serialized_start=3076
+  _globals['_ROWRECEIVED']._serialized_end=3102
+  _globals['_STEPRESULT']._serialized_start=3104
+  _globals['_STEPRESULT']._serialized_end=3194
+  _globals['_ROWTOKEN']._serialized_start=3197
+  _globals['_ROWTOKEN']._serialized_end=3365
+  _globals['_ATTEMPTFAILED']._serialized_start=3367
+  _globals['_ATTEMPTFAILED']._serialized_end=3472
 # @@protoc_insertion_point(module_scope)
