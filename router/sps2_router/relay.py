@@ -84,12 +84,8 @@ class ChoiceRelay:
                 "TOKEN_ORDER",
                 f"got {len(token_ids)} tokens from index {first_index}, the next is {self.num_tokens}",
             )
-        text = ""
-        for token_id in token_ids:
-            if self.stopped:
-                break
-            text += self._take(token_id)
-        count = self.num_tokens - first_index
+        text, count = self._text(token_ids)
+        self.num_tokens += count
         taken = token_ids[:count]
         self._digest.update(struct.pack(f"<{count}i", *taken))
         delta = generation_pb2.Delta(
@@ -113,11 +109,20 @@ class ChoiceRelay:
         )
         return [*events, self._events.finish(self.index, finish)]
 
-    def _take(self, token_id: int) -> str:
-        self.num_tokens += 1
-        if token_id in self._stop_token_ids:
-            return ""
-        return self._stops.push(self._detokenizer.push([token_id]), ends=self.num_tokens >= self._min_tokens)
+    def _text(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """The text that the next tokens make certain, and how many of them the choice takes."""
+        if not self._stops.active:
+            return self._detokenize(token_ids), len(token_ids)
+        text = ""
+        for count, token_id in enumerate(token_ids, start=1):
+            ends = self.num_tokens + count >= self._min_tokens
+            text += self._stops.push(self._detokenize([token_id]), ends=ends)
+            if self.stopped:
+                return text, count
+        return text, len(token_ids)
+
+    def _detokenize(self, token_ids: Sequence[int]) -> str:
+        return self._detokenizer.push(one for one in token_ids if one not in self._stop_token_ids)
 
     def _rest(self) -> str:
         """What the end makes certain; half a character may complete a stop string, too."""

@@ -18,6 +18,11 @@ class StopFinder:
         self.found = False
         """Whether a stop string has come; then nothing more does."""
 
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to find."""
+        return bool(self._stop_strings)
+
     def push(self, text: str, *, ends: bool = True) -> str:
         """Takes the next piece and returns the text that is certain.
 

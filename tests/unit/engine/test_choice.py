@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 
 
 def wire(sampling: dict[str, Any] | None = None, **fields: Any) -> TokenChoice:
-    spec = SamplingSpec(top_p=1, **(sampling or {}))
-    return TokenChoice(**{"sampling": spec, "max_tokens": 20} | fields)
+    values: dict[str, Any] = {"sampling": SamplingSpec(top_p=1, **(sampling or {})), "max_tokens": 20}
+    return TokenChoice(**values | fields)
 
 
 def state(choice: TokenChoice, index: int = 0, outputs: tuple[int, ...] = ()) -> ChoiceState:

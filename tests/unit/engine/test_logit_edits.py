@@ -38,9 +38,8 @@ def expected(logits: Tensor, params: EditParams, prompt: list[int], output: list
     ids: Any = torch.tensor([prompt + output])
     scores: Any = logits[None].clone()
     if params.bias:
-        scores = SequenceBiasLogitsProcessor({(token,): bias for token, bias in params.bias.items()})(
-            ids, scores
-        )
+        biases: Any = {(token,): bias for token, bias in params.bias.items()}
+        scores = SequenceBiasLogitsProcessor(biases)(ids, scores)
     if params.repetition_penalty != 1:
         scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
     for token, count in Counter(output).items():
