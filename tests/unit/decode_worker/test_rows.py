@@ -6,6 +6,7 @@ import torch
 from sps2.internal.v1.engine_pb2 import ReserveRow
 from sps2.internal.v1.placement_pb2 import Placement, ShardPlacement
 from sps2.internal.v1.prefill_service_pb2 import TokenChoice
+from sps2.v1.generation_pb2 import SamplingSpec
 from sps2_decode_worker.receive import Receiver
 from sps2_decode_worker.rows import RowState
 from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, KvArena, slot_runs
@@ -39,7 +40,7 @@ def rows_of(holder: Receiver, num_tokens: int, home: int) -> list[RowState]:
         home=home,
         num_prompt_tokens=num_tokens,
         placement=Placement(shards=[ShardPlacement(token_end=num_tokens), ShardPlacement(rank=1)]),
-        choice=TokenChoice(max_tokens=70, num_choices=3),
+        choice=TokenChoice(sampling=SamplingSpec(top_p=1), max_tokens=70, num_choices=3),
     )
     return holder.reserve(reserve, 0, lambda: None)
 
