@@ -2,16 +2,15 @@
 
 from typing import Any
 
-from sps2_client import BytesMoved, ClusterState, Generation, Timings, Usage, Worker
+from sps2_client import BytesMoved, Choice, ClusterState, Generation, Timings, Usage, Worker
 
 
 def generation_document(answer: Generation) -> dict[str, Any]:
     """The document of `sps2 generate --json`."""
-    usage = answer.usage
+    usage, (first, *more) = answer.usage, answer.choices
     return {
-        "text": answer.text,
-        "token_ids": list(answer.token_ids),
-        "finish_reason": answer.finish_reason,
+        **choice_document(first),
+        "more_choices": [choice_document(choice) for choice in more],
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,
@@ -21,6 +20,18 @@ def generation_document(answer: Generation) -> dict[str, Any]:
         "bytes": bytes_document(usage.bytes_moved),
         "attention_profile": usage.attention_profile,
         "request_id": answer.request_id,
+    }
+
+
+def choice_document(choice: Choice) -> dict[str, Any]:
+    """One answer; `logprobs` is empty unless they were asked for."""
+    return {
+        "text": choice.text,
+        "token_ids": list(choice.token_ids),
+        "finish_reason": choice.finish_reason,
+        "logprobs": [
+            {"logprob": one.logprob, "top": [list(pair) for pair in one.top]} for one in choice.logprobs
+        ],
     }
 
 

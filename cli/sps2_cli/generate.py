@@ -10,7 +10,7 @@ import typer
 from sps2_cli.batch import run_batch
 from sps2_cli.documents import generation_document, usage_line
 from sps2_cli.exits import reporting
-from sps2_cli.options import DEFAULT_ADDRESS, Json, Server, parse_token_ids
+from sps2_cli.options import DEFAULT_ADDRESS, Json, Server, parse_logit_bias, parse_token_ids
 from sps2_cli.prompts import STDIN, Prompt, PromptError, parse_lines, read_text
 from sps2_cli.terminal import waiting
 from sps2_client import Client, Event, GenerationOptions, Stream, TextDelta, Timeouts
@@ -37,8 +37,39 @@ def generate(
     top_k: Annotated[
         int | None, typer.Option(help="Keep the k most likely; 0 is off.", show_default="0")
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Drop what is less likely than this fraction of the likeliest.", show_default="0"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="On tokens of prompt and answer, in [0.01, 100].", show_default="1")
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="On tokens that the answer has, in [-2, 2].", show_default="0")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="The same, for each time it has them.", show_default="0")
+    ] = None,
+    logit_bias: Annotated[
+        str | None, typer.Option(help="Added to logits, in [-100, 100], as in 17=-100,5=2.5.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.", show_default="drawn")] = None,
+    first_choice: Annotated[
+        int, typer.Option(help="Draw this choice of a request for more than so many.")
+    ] = 0,
+    n: Annotated[int | None, typer.Option("--n", help="Answers to draw, 1 to 32.", show_default="1")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: log probabilities, also of so many likeliest tokens, 0 to 20."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer; may be given 16 times.")
+    ] = None,
     stop_token_ids: Annotated[str | None, typer.Option(help="Token ids that end the answer.")] = None,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(help="Least tokens before anything but --max-tokens ends it.", show_default="0"),
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
     profile: Annotated[
         str,
@@ -59,15 +90,35 @@ def generate(
 
     ```
     sps2 generate --prompt "Once upon a time" --max-tokens 64
-    sps2 generate --prompt-file book.txt --temperature 0.8 --seed 7 --json
+    sps2 generate --prompt-file book.txt --temperature 0.8 --min-p 0.05 --seed 7 --json
+    sps2 generate --prompt "A name for a cat:" --temperature 1 --n 5 --stop "." --max-tokens 16
     cat book.txt | sps2 generate -
     sps2 generate --prompt-file book.txt --profile exact --json
     sps2 generate --prompts-file prompts.jsonl --concurrency 8 > answers.jsonl
     ```
     """
     try:
-        options = _options(max_tokens, temperature, top_p, top_k, seed, stop_token_ids, ignore_eos, model)
-        options["attention_profile"] = profile
+        options: GenerationOptions = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "logit_bias": parse_logit_bias(logit_bias) if logit_bias else {},
+            "seed": seed,
+            "first_choice": first_choice,
+            "n": n,
+            "logprobs": logprobs,
+            "stop": stop or [],
+            "stop_token_ids": parse_token_ids(stop_token_ids) if stop_token_ids else [],
+            "min_tokens": min_tokens,
+            "ignore_eos": ignore_eos,
+            "model": model,
+            "attention_profile": profile,
+        }
         limits = Timeouts(timeout, first_token_timeout, between_tokens_timeout)
         prompts = _prompts(stdin, prompt, prompt_file, token_ids, prompts_file, options)
     except ValueError as error:  # PromptError, and numbers that are none
@@ -81,29 +132,7 @@ def generate(
     with reporting(as_json=as_json), Client(server) as client:
         only = prompts[0]
         with client.stream(only.text, timeout=limits, **only.options) as stream:
-            _print_json(stream) if as_json else _print_text(stream)
-
-
-def _options(
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
-    stop_token_ids: str | None,
-    ignore_eos: bool,
-    model: str,
-) -> GenerationOptions:
-    return {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-        "stop_token_ids": parse_token_ids(stop_token_ids) if stop_token_ids else [],
-        "ignore_eos": ignore_eos,
-        "model": model,
-    }
+            _print_answer(stream, as_json=as_json, several=(n or 1) > 1)
 
 
 def _prompts(
@@ -129,6 +158,15 @@ def _prompts(
     return [Prompt(prompt if source is None else read_text(source), options)]
 
 
+def _print_answer(stream: Stream, *, as_json: bool, several: bool) -> None:
+    if as_json:
+        _print_json(stream)
+    elif several:
+        _print_choices(stream)
+    else:
+        _print_text(stream)
+
+
 def _print_json(stream: Stream) -> None:
     with waiting("waiting for the answer"):
         answer = stream.final()
@@ -147,6 +185,16 @@ def _print_text(stream: Stream) -> None:
             sys.stdout.flush()
     answer = stream.final()
     sys.stderr.write(f"[{answer.finish_reason}] {usage_line(answer.usage)}\n")
+
+
+def _print_choices(stream: Stream) -> None:
+    """One after the other at the end: as they come they would mix."""
+    with waiting("waiting for the answers"):
+        answer = stream.final()
+    for index, choice in enumerate(answer.choices):
+        sys.stdout.write(f"--- {index} [{choice.finish_reason}]\n{choice.text}\n")
+    sys.stdout.flush()
+    sys.stderr.write(f"{usage_line(answer.usage)}\n")
 
 
 def _print_delta(event: Event) -> None:

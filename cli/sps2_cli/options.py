@@ -22,3 +22,20 @@ def parse_token_ids(text: str) -> list[int]:
     if not parts:
         raise ValueError("no token ids")
     return [int(part) for part in parts]
+
+
+def parse_logit_bias(text: str) -> dict[int, float]:
+    """Biases by token id, as in "17=-100,5=2.5".
+
+    Raises:
+        ValueError: not ID=NUMBER, or an id twice.
+    """
+    biases: dict[int, float] = {}
+    for part in text.replace(",", " ").split():
+        token_id, equals, bias = part.partition("=")
+        if not equals:
+            raise ValueError(f"{part!r} is not ID=NUMBER")
+        if int(token_id) in biases:
+            raise ValueError(f"token id {token_id} has two biases")
+        biases[int(token_id)] = float(bias)
+    return biases

@@ -74,5 +74,9 @@ def _parse_line(line: str, defaults: GenerationOptions) -> Prompt:
         raise PromptError("give exactly one of prompt and token_ids")
     if text is not None and not isinstance(text, str):
         raise PromptError("prompt is not a string")
+    if isinstance(bias := record.get("logit_bias"), dict):
+        record["logit_bias"] = {
+            int(token_id): value for token_id, value in bias.items()
+        }  # JSON has no int keys
     options: GenerationOptions = {**defaults, **record}
     return Prompt(text, options)

@@ -45,6 +45,7 @@ from sps2_client._requests import GenerationOptions
 from sps2_client._stream import Stream
 from sps2_client._types import (
     BytesMoved,
+    Choice,
     ClusterState,
     Event,
     Finished,
@@ -53,6 +54,7 @@ from sps2_client._types import (
     Model,
     TextDelta,
     Timings,
+    TokenLogprob,
     Usage,
     UsageReport,
     Worker,
@@ -66,6 +68,7 @@ __all__ = [
     "BetweenTokensTimeout",
     "BytesMoved",
     "Cancelled",
+    "Choice",
     "Client",
     "ClusterState",
     "ConnectionFailed",
@@ -96,6 +99,7 @@ __all__ = [
     "Timeout",
     "Timeouts",
     "Timings",
+    "TokenLogprob",
     "TotalTimeout",
     "Unauthenticated",
     "Unavailable",

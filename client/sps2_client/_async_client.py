@@ -81,8 +81,7 @@ class AsyncClient:
         Args:
             prompt: The prompt as text; give this or `token_ids`.
             timeout: `Timeouts`, or seconds for the whole call; None is `Timeouts()`.
-            options: token_ids, max_tokens, temperature, top_p, top_k, seed, stop_token_ids, ignore_eos,
-                model, request_id: see `GenerationOptions`.
+            options: see `GenerationOptions`.
 
         Raises:
             ValueError: neither or both forms of the prompt, a number that does not fit, a limit <= 0.

@@ -1,7 +1,16 @@
 """Messages of the wire to the SDK's dataclasses. Pure."""
 
 from sps2.v1 import cluster_pb2, cluster_service_pb2, generation_pb2, model_service_pb2
-from sps2_client._types import BytesMoved, ClusterState, FinishReason, Model, Timings, Usage, Worker
+from sps2_client._types import (
+    BytesMoved,
+    ClusterState,
+    FinishReason,
+    Model,
+    Timings,
+    TokenLogprob,
+    Usage,
+    Worker,
+)
 
 FINISH_REASONS: dict[int, FinishReason] = {
     generation_pb2.FINISH_REASON_STOP: "stop",
@@ -40,6 +49,12 @@ def usage(message: generation_pb2.Usage) -> Usage:
         ),
         attention_profile=message.attention_profile,
     )
+
+
+def logprob(message: generation_pb2.TokenLogprob) -> TokenLogprob:
+    """How likely a token was."""
+    top = zip(message.top_token_ids, message.top_logprobs, strict=True)
+    return TokenLogprob(message.logprob, tuple(top))
 
 
 def model(message: model_service_pb2.Model) -> Model:

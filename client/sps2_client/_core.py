@@ -30,7 +30,7 @@ class StreamCore:
         self._retries_made = 0
         self._deadline = Deadline(timeouts.total)
         self._first_deadline = None if timeouts.first_token is None else Deadline(timeouts.first_token)
-        self._assembly = Assembly(request.spec.request_id)
+        self._assembly = Assembly(request.spec.request_id, request.spec.num_choices)
         self._generation: Generation | None = None
         self._error: errors.SPS2Error | None = None
 
@@ -41,7 +41,7 @@ class StreamCore:
 
     @property
     def text(self) -> str:
-        """Text so far."""
+        """Text so far; of several choices, the first one's, as with the two below."""
         return self._assembly.text
 
     @property
@@ -51,7 +51,7 @@ class StreamCore:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the answer ended; None while it has not."""
+        """Why it ended; None while it has not."""
         return self._assembly.finish_reason
 
     @property

@@ -2,7 +2,7 @@
 
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict, Unpack
 
 from sps2.v1 import generation_pb2, inference_service_pb2
@@ -23,10 +23,30 @@ class GenerationOptions(TypedDict, total=False):
     """Nucleus mass in (0, 1]."""
     top_k: int | None
     """Keep the k most likely tokens; 0 or -1 is off."""
+    min_p: float | None
+    """Drop tokens less likely than this fraction of the most likely one, in [0, 1]; 0 is off."""
+    repetition_penalty: float | None
+    """Makes tokens of prompt and output less likely above 1, more likely below, in [0.01, 100]."""
+    presence_penalty: float | None
+    """Taken from the logits of tokens that the output has, in [-2, 2]."""
+    frequency_penalty: float | None
+    """The same for each time that the output has them, in [-2, 2]."""
+    logit_bias: Mapping[int, float]
+    """Added to the logits of these token ids, each in [-100, 100]."""
     seed: int | None
     """Seed of the random numbers; drawn by the service when None."""
+    first_choice: int
+    """With n=1, draws the tokens of this choice of a request for more than that many."""
+    n: int | None
+    """Answers to draw, 1 to 32."""
+    logprobs: int | None
+    """Log probabilities of each token and of so many most likely ones, 0 to 20; None is none at all."""
+    stop: Sequence[str]
+    """Texts that end a choice and are no part of it, at most 16."""
     stop_token_ids: Sequence[int]
-    """Token ids that end the stream."""
+    """Token ids that end a choice."""
+    min_tokens: int | None
+    """Least tokens before end token, stop tokens and stop strings count."""
     ignore_eos: bool
     """Do not stop at the model's end token."""
     model: str
@@ -47,7 +67,7 @@ def stream_request(
 
     Raises:
         ValueError: neither or both of prompt and token_ids, or a value that the wire cannot carry.
-        TypeError: an unknown option, or a value of a wrong type.
+        TypeError: an unknown option, or a value of a wrong type; `stop` is a list, also of one string.
     """
     unknown = options.keys() - GenerationOptions.__annotations__.keys()
     if unknown:
@@ -55,6 +75,10 @@ def stream_request(
     token_ids = options.get("token_ids")
     if (prompt is None) == (token_ids is None):
         raise ValueError("give exactly one of prompt and token_ids")
+    if isinstance(
+        options.get("stop"), str
+    ):  # it is a sequence of strings, too, but not the one that is meant
+        raise TypeError("stop is a list of strings, not one string")
     spec = generation_pb2.GenerationSpec(
         request_id=options.get("request_id") or f"req-{uuid.uuid4().hex}",
         nonce=secrets.token_bytes(NONCE_BYTES),
@@ -63,13 +87,23 @@ def stream_request(
             temperature=options.get("temperature"),
             top_p=options.get("top_p"),
             top_k=options.get("top_k"),
+            min_p=options.get("min_p"),
+            repetition_penalty=options.get("repetition_penalty"),
+            presence_penalty=options.get("presence_penalty"),
+            frequency_penalty=options.get("frequency_penalty"),
+            logit_bias=options.get("logit_bias", {}),
             seed=options.get("seed"),
+            first_choice=options.get("first_choice", 0),
         ),
         stop=generation_pb2.StopSpec(
             max_tokens=options.get("max_tokens"),
             stop_token_ids=options.get("stop_token_ids", ()),
             ignore_eos=options.get("ignore_eos", False),
+            stop_strings=options.get("stop", ()),
+            min_tokens=options.get("min_tokens"),
         ),
+        num_logprobs=options.get("logprobs"),
+        num_choices=options.get("n"),
         attention_profile=options.get("attention_profile", ""),
     )
     if prompt is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length"]
-"""Why a stream ended: the model's end token or a stop token, or `max_tokens` reached."""
+"""Why a choice ended: the model's end token, a stop token or a stop string, or `max_tokens` reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +58,41 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was to the model, before penalties, bias, temperature and filters."""
+
+    logprob: float
+    """Natural logarithm of the token's probability."""
+    top: tuple[tuple[int, float], ...]
+    """Id and the same of the most likely tokens, in descending order; as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New tokens of the answer and the text that became certain with them."""
+    """New tokens of a choice and the text that became certain with them."""
 
     text: str
     """Never half a character; may be empty."""
     token_ids: tuple[int, ...]
     """The tokens, in order."""
     first_index: int
-    """Index of the first of them in the answer, from 0."""
+    """Index of the first of them in the choice, from 0."""
+    choice_index: int = 0
+    """The choice, of a request for several."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token, where the request asked for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The answer is complete; its token count and digest were checked."""
+    """A choice is complete; its token count and digest were checked."""
 
     reason: FinishReason
     """Why it ended."""
     token_count: int
-    """Tokens of the answer."""
+    """Its tokens."""
+    choice_index: int = 0
+    """The choice, of a request for several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +108,22 @@ Event: TypeAlias = TextDelta | Finished | UsageReport
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """One whole answer."""
+
+    text: str
+    """All text."""
+    token_ids: tuple[int, ...]
+    """All tokens."""
+    finish_reason: FinishReason
+    """Why it ended."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token, where the request asked for them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
-    """A whole answer."""
+    """A whole answer; of several, the first, and the others with it."""
 
     text: str
     """All text."""
@@ -102,9 +132,18 @@ class Generation:
     finish_reason: FinishReason
     """Why it ended."""
     usage: Usage
-    """What it took."""
+    """What the request took."""
     request_id: str
     """Id of the request."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token, where the request asked for them."""
+    more_choices: tuple[Choice, ...] = ()
+    """Choices 1, 2, ... of a request for several."""
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """Every choice, in order."""
+        return (Choice(self.text, self.token_ids, self.finish_reason, self.logprobs), *self.more_choices)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ Runs in rank 0's supervisor, on its event loop.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 
 from sps2.internal.v1 import decode_service_pb2, engine_pb2, kv_directory_service_pb2, placement_pb2
 from sps2.v1 import cluster_pb2, generation_pb2
+from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
 from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row, RowState
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
@@ -24,27 +24,6 @@ RECEIVE_TIMEOUT_S = 60.0
 """Longest wait, from the first token on, for the rest of a prompt's KV."""
 
 
-@dataclass
-class LiveRow:
-    """One attempt's row, as the leader sees it."""
-
-    row: Row
-    reserve: engine_pb2.ReserveRow
-    request: decode_service_pb2.ReserveKv
-    reserved: set[int] = field(default_factory=set)
-    """Holders that have taken it up."""
-    received: set[int] = field(default_factory=set)
-    """Holders whose part of the KV is complete and verified."""
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    first_token_id: int = -1
-    tokens: asyncio.Queue[engine_pb2.RowToken | ServiceError] = field(default_factory=asyncio.Queue)
-    failed: asyncio.Event = field(default_factory=asyncio.Event)
-    error: ServiceError | None = None
-    """Set with `failed`."""
-    record_timer: asyncio.TimerHandle | None = None
-    """Records its shards again before the directory's lease on them ends; None before the commit."""
-
-
 class DecodeCoordinator:
     """Implements `sps2_service.ranks.group.Coordinator` for decode."""
 
@@ -55,7 +34,9 @@ class DecodeCoordinator:
         self._leader: GroupLeader | None = None
         self._ranks: list[engine_pb2.EngineLoaded] = []
         self._scheduler = DecodeScheduler((), BLOCK_TOKENS, min_holder_tokens)
-        self._rows: dict[int, LiveRow] = {}
+        self._attempts: set[LiveAttempt] = set()
+        self._rows: dict[int, LiveAttempt] = {}
+        """The attempt of each row that has not ended."""
         self._reported: dict[int, int] = {}
         """Ranks that have reported each step under way, by its sequence."""
         self._draining = False
@@ -83,7 +64,7 @@ class DecodeCoordinator:
 
     # --- one attempt -----------------------------------------------------------------------------------------
 
-    async def reserve(self, request: decode_service_pb2.ReserveKv) -> LiveRow:
+    async def reserve(self, request: decode_service_pb2.ReserveKv) -> LiveAttempt:
         """Gives an attempt room on every rank of its placement; `release` it whatever happens.
 
         Raises:
@@ -99,45 +80,67 @@ class DecodeCoordinator:
             raise
         return live
 
-    async def commit(self, live: LiveRow, first_token_id: int) -> None:
-        """Waits until every holder has verified its part of the KV, then lets the row decode.
+    async def commit(self, live: LiveAttempt, start: decode_service_pb2.StartDecode) -> None:
+        """Waits until every holder has verified its part of the KV, then lets the rows decode.
 
         Raises:
             ServiceError: the KV did not come in time, or the group broke.
         """
+        first_tokens = [start.first_token_id, *start.more_first_token_ids]
+        if len(first_tokens) != len(live.rows):
+            raise InvalidArgument.of_field(
+                "start", f"{len(first_tokens)} first tokens for {len(live.rows)} choices"
+            )
         await self._wait(
             live, lambda: live.received >= set(live.row.shards), RECEIVE_TIMEOUT_S, "KV_NOT_DELIVERED"
         )
-        live.first_token_id = first_token_id
-        self._scheduler.admit(live.row.row_id)
+        for row, token_id in zip(live.rows, first_tokens, strict=True):
+            live.first_token_ids[row.row_id] = token_id
+            self._scheduler.admit(row.row_id)
         self._pump()
+        # Only now: a row that leaves must not take the end of the prompt with it before the others have copied it.
+        for index in start.finished_choices:
+            self.stop(live, index)
         self._record(live)
 
-    async def tokens(self, live: LiveRow) -> AsyncIterator[engine_pb2.RowToken]:
-        """The row's tokens after the first, to the one with a finish reason.
+    async def tokens(self, live: LiveAttempt) -> AsyncIterator[ChoiceToken]:
+        """The choices' tokens after the first, each to the one with a finish reason or to its stop.
 
         Raises:
-            ServiceError: the row failed, or the group broke.
+            ServiceError: a row failed, or the group broke.
         """
-        while True:
+        while not live.tokens.empty() or self._rows.keys() & live.choices.keys():
             item = await live.tokens.get()
             if isinstance(item, ServiceError):
                 raise item
-            yield item
-            if item.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED:
-                return
+            if item is not None:
+                yield item
 
-    def release(self, live: LiveRow) -> None:
-        """Frees all that the attempt holds; again is no news."""
-        if self._rows.get(live.row.row_id) is not live:
+    def stop(self, live: LiveAttempt, choice_index: int) -> None:
+        """Ends one choice; again is no news. An attempt that has no such choice fails."""
+        if not 0 <= choice_index < len(live.rows):
+            error = InvalidArgument.of_field("choice_index", f"is {choice_index} of {len(live.rows)} choices")
+            self._fail(live, error)
             return
-        del self._rows[live.row.row_id]
-        self._scheduler.release(live.row.row_id)
+        row_id = live.rows[choice_index].row_id
+        if self._rows.pop(row_id, None) is not None:
+            live.tokens.put_nowait(None)
+            self._scheduler.release(row_id)
+            self._pump()
+
+    def release(self, live: LiveAttempt) -> None:
+        """Frees all that the attempt holds; again is no news."""
+        if live not in self._attempts:
+            return
+        self._attempts.remove(live)
+        for row in live.rows:
+            self._rows.pop(row.row_id, None)
+            self._scheduler.release(row.row_id)
         self._pump()
         if live.record_timer is not None:
             live.record_timer.cancel()
             self._directory.release(live.request.attempt)
-        if not self._rows:
+        if not self._attempts:
             self._idle.set()
 
     # --- the group -------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ class DecodeCoordinator:
 
     def on_broken(self, error: Unavailable) -> None:
         """See `Coordinator.on_broken`."""
-        for live in list(self._rows.values()):
+        for live in list(self._attempts):
             self._fail(live, error)
             self.release(live)
 
@@ -175,7 +178,7 @@ class DecodeCoordinator:
             (live.reserved if what == "reserved" else live.received).add(rank)
             live.changed.set()
 
-    def _fail(self, live: LiveRow, error: ServiceError) -> None:
+    def _fail(self, live: LiveAttempt, error: ServiceError) -> None:
         live.error = error
         live.failed.set()
         live.tokens.put_nowait(error)
@@ -186,8 +189,9 @@ class DecodeCoordinator:
             live = self._rows.get(token.row)
             if live is None:
                 continue  # a row that has left meanwhile; its last step's token is dropped
-            live.tokens.put_nowait(token)
+            live.tokens.put_nowait(ChoiceToken(live.choices[token.row], token))
             if token.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED:
+                del self._rows[token.row]
                 self._scheduler.release(token.row)
         reported = self._reported.get(result.sequence, 0) + 1
         self._reported[result.sequence] = reported
@@ -204,13 +208,16 @@ class DecodeCoordinator:
     def _message(self, plan: Plan) -> engine_pb2.StepPlan:
         # A row may be released before the plan that was to reserve it went out; both then go in one plan, in
         # which the release comes first and names a row that no rank knows yet: neither is sent.
-        reserve = [row_id for row_id in plan.reserve if row_id in self._rows]
+        # A message reserves the rows of all choices and stands under the first one's.
+        reserve = [
+            live for row_id in plan.reserve if (live := self._rows.get(row_id)) and live.row.row_id == row_id
+        ]
         release = [row_id for row_id in plan.release if row_id not in plan.reserve]
         return engine_pb2.StepPlan(
             sequence=plan.sequence,
-            reserve=[self._rows[row_id].reserve for row_id in reserve],
+            reserve=[live.reserve for live in reserve],
             admit=[
-                engine_pb2.AdmitRow(row=row_id, first_token_id=self._rows[row_id].first_token_id)
+                engine_pb2.AdmitRow(row=row_id, first_token_id=self._rows[row_id].first_token_ids[row_id])
                 for row_id in plan.admit
                 if row_id in self._rows
             ],
@@ -218,22 +225,25 @@ class DecodeCoordinator:
             run=plan.run,
         )
 
-    def _place(self, request: decode_service_pb2.ReserveKv) -> LiveRow:
+    def _place(self, request: decode_service_pb2.ReserveKv) -> LiveAttempt:
         self._check(request)
+        num_choices = max(1, request.choice.num_choices)
         try:
-            row = self._scheduler.reserve(request.num_prompt_tokens, request.choice.max_tokens)
+            rows = self._scheduler.reserve(request.num_prompt_tokens, request.choice.max_tokens, num_choices)
         except NeverFitsError:
             raise FailedPrecondition(
                 "REQUEST_TOO_LARGE",
-                f"{request.num_prompt_tokens} prompt tokens and {request.choice.max_tokens} more need more KV than "
+                f"{request.num_prompt_tokens} prompt tokens and {num_choices} times {request.choice.max_tokens} more "
+                f"need more KV than "
                 f"decode group {self._group.name} has: raise --kv-tokens or use more ranks",
             ) from None
         except NoRoomError:
             raise Unavailable(
                 "NO_KV_ROOM", f"decode group {self._group.name} has no KV room now", retry_after=0.5
             ) from None
-        live = LiveRow(row, self._reserve_message(request, row), request)
-        self._rows[row.row_id] = live
+        live = LiveAttempt(rows, self._reserve_message(request, rows), request)
+        self._attempts.add(live)
+        self._rows.update(dict.fromkeys(live.choices, live))
         self._idle.clear()
         self._pump()
         return live
@@ -247,7 +257,7 @@ class DecodeCoordinator:
             raise FailedPrecondition(
                 "MODEL_HASH_MISMATCH", f"decode group {group.name} serves another model than prefill"
             )
-        if any(live.request.attempt == request.attempt for live in self._rows.values()):
+        if any(live.request.attempt == request.attempt for live in self._attempts):
             raise Aborted(
                 "DUPLICATE_ATTEMPT",
                 f"attempt {request.attempt.number} of request {request.attempt.request_id!r} is served already: "
@@ -256,7 +266,10 @@ class DecodeCoordinator:
         if request.num_prompt_tokens < 1 or request.choice.max_tokens < 1:
             raise InvalidArgument("EMPTY_REQUEST", "num_prompt_tokens and max_tokens must be at least 1")
 
-    def _reserve_message(self, request: decode_service_pb2.ReserveKv, row: Row) -> engine_pb2.ReserveRow:
+    def _reserve_message(
+        self, request: decode_service_pb2.ReserveKv, rows: list[Row]
+    ) -> engine_pb2.ReserveRow:
+        row, *more = rows
         placement = placement_pb2.Placement(group=self._group.name)
         for rank, (begin, end) in sorted(row.shards.items(), key=lambda item: item[1]):
             fence = placement_pb2.Fence(
@@ -278,9 +291,12 @@ class DecodeCoordinator:
             home=row.home,
             num_prompt_tokens=request.num_prompt_tokens,
             choice=request.choice,
+            choice_rows=[one.row_id for one in more],
         )
 
-    async def _wait(self, live: LiveRow, ready: Callable[[], bool], timeout_s: float, reason: str) -> None:
+    async def _wait(
+        self, live: LiveAttempt, ready: Callable[[], bool], timeout_s: float, reason: str
+    ) -> None:
         try:
             async with asyncio.timeout(timeout_s):
                 while not ready():
@@ -297,7 +313,7 @@ class DecodeCoordinator:
                 metadata={"component": self._group.name},
             ) from None
 
-    def _record(self, live: LiveRow) -> None:
+    def _record(self, live: LiveAttempt) -> None:
         """Tells the directory where the KV lies, in the background, for as long as the row lives."""
         record = kv_directory_service_pb2.RequestRecord(
             attempt=live.request.attempt,
@@ -313,7 +329,7 @@ class DecodeCoordinator:
                 layer_end=self._ranks[shard.rank].num_layers,
                 token_begin=shard.token_begin,
                 token_end=shard.token_end,
-                num_blocks=live.row.blocks[shard.rank],
+                num_blocks=live.num_blocks(shard.rank),
             )
         self._directory.record_shards(record, RECORD_LEASE_S)
         loop = asyncio.get_running_loop()

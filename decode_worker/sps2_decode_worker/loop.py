@@ -16,14 +16,14 @@ from sps2_decode_worker.receive import Receiver
 from sps2_decode_worker.rows import RowState
 from sps2_engine.attention.decode_plan import DecodePlan
 from sps2_engine.attention.q_exchange import KIND, LayerCache, QExchange
-from sps2_engine.choice import finish_reason
+from sps2_engine.choice import Drawn, draw_tokens
 from sps2_engine.collectives import Communicator, SoloCommunicator
 from sps2_engine.models import Attend
 from sps2_engine.rank_groups import RankGroups
 from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.loading import load_model
 from sps2_engine.runtime.options import EngineOptions
-from sps2_engine.sampler import NonFiniteLogitsError, sample_rows
+from sps2_engine.sampler import NonFiniteLogitsError
 
 
 class DecodeRole:
@@ -84,8 +84,7 @@ class DecodeRole:
             rows = engine_pb2.RowsReserved(rows=[reserve.row for reserve in plan.reserve])
             self._send(rows_reserved=rows)
         for admit in plan.admit:
-            self._rows[admit.row].admit(admit.first_token_id)
-            self._exchange = None
+            self._admit(self._rows[admit.row], admit.first_token_id)
         if plan.run:
             self._step(plan.sequence)
 
@@ -96,11 +95,17 @@ class DecodeRole:
             received = engine_pb2.RowReceived(row=reserve.row)
             self._link.send(engine_pb2.EngineEvent(epoch=epoch, row_received=received))
 
-        self._rows[reserve.row] = self._loaded_receiver.reserve(reserve, self._communicator.rank, on_complete)
+        rows = self._loaded_receiver.reserve(reserve, self._communicator.rank, on_complete)
+        self._rows.update({row.row_id: row for row in rows})
+
+    def _admit(self, row: RowState, first_token_id: int) -> None:
+        self._loaded_receiver.copy_prompt(row)
+        row.admit(first_token_id, self._device)
+        self._exchange = None
 
     def _release(self, row: RowState) -> None:
         self._loaded_receiver.release(row)
-        del self._rows[row.reserve.row]
+        del self._rows[row.row_id]
         self._exchange = None
 
     @property
@@ -128,7 +133,7 @@ class DecodeRole:
 
     def _begin_step(self) -> QExchange:
         if self._exchange is None:
-            active = sorted((row for row in self._rows.values() if row.admitted), key=lambda r: r.reserve.row)
+            active = sorted((row for row in self._rows.values() if row.admitted), key=lambda r: r.row_id)
             config = self._model.decoder.config
             plan = DecodePlan(
                 tuple(row.plan_row for row in active),
@@ -138,12 +143,12 @@ class DecodeRole:
                 self._model.arena.k.element_size(),
             )
             self._row_bytes = {
-                row.reserve.row: plan.row_bytes_per_layer(row.plan_row) * config.num_layers for row in active
+                row.row_id: plan.row_bytes_per_layer(row.plan_row) * config.num_layers for row in active
             }
             self._exchange = QExchange(plan, self._communicator, self._model.scale, self._device)
         new_slots = [self._rows[row.row_id].append_slot() for row in self._exchange.home_rows]
         held = [row for row in self._rows.values() if row.admitted and row.num_local]
-        self._exchange.begin_step({row.reserve.row: row.runs() for row in held}, new_slots)
+        self._exchange.begin_step({row.row_id: row.runs() for row in held}, new_slots)
         return self._exchange
 
     def _forward(self, token_ids: list[int], positions: list[int], attend: Attend) -> Tensor:
@@ -152,32 +157,31 @@ class DecodeRole:
 
     def _choose_tokens(self, home: list[RowState], logits: Tensor) -> list[engine_pb2.RowToken]:
         """A token for each row at home that has not ended: logits [home rows, vocab]."""
-        drawn = sample_rows(
-            logits, [row.sampling for row in home], [0] * len(home), [row.position + 1 for row in home]
-        )
+        drawn = draw_tokens(logits, [row.at_home for row in home])
         tokens = []
         for row, token in zip(home, drawn, strict=True):
-            row.q_exchange_bytes += self._row_bytes[row.reserve.row]
+            row.q_exchange_bytes += self._row_bytes[row.row_id]
             if row.finished:
                 continue
             if isinstance(token, NonFiniteLogitsError):
                 row.finished = True
-                self._fail_row(row, f"output token {row.num_outputs}: {token}")
+                self._fail_row(row, f"output token {row.at_home.num_outputs}: {token}")
             else:
                 tokens.append(self._take(row, token))
         return tokens
 
-    def _take(self, row: RowState, token: int) -> engine_pb2.RowToken:
-        index = row.num_outputs
-        row.token_id, row.num_outputs = token, index + 1
-        reason = finish_reason(row.reserve.choice, token, row.num_outputs)
+    def _take(self, row: RowState, drawn: Drawn) -> engine_pb2.RowToken:
+        index = row.at_home.num_outputs
+        row.token_id = drawn.token_id
+        reason = row.at_home.take(drawn.token_id)
         row.finished = reason != generation_pb2.FINISH_REASON_UNSPECIFIED
         return engine_pb2.RowToken(
-            row=row.reserve.row,
+            row=row.row_id,
             index=index,
-            token_id=token,
+            token_id=drawn.token_id,
             finish_reason=reason,
-            q_exchange_bytes=row.q_exchange_bytes if row.finished else 0,
+            q_exchange_bytes=row.q_exchange_bytes,
+            logprob=drawn.wire_logprob,
         )
 
     def _fail_row(self, row: RowState, message: str) -> None:
@@ -186,7 +190,7 @@ class DecodeRole:
                 attempt=row.reserve.attempt,
                 reason="NON_FINITE_LOGITS",
                 message=f"{self._options.name}: {message}",
-                row=row.reserve.row,
+                row=row.row_id,
             )
         )
 

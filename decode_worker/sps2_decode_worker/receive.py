@@ -1,6 +1,6 @@
 """Room for rows on this decode rank, and the KV that arrives for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from sps2.internal.v1 import engine_pb2
 from sps2_decode_worker.rows import RowState, shard_of
@@ -14,6 +14,7 @@ class Receiver:
 
     def __init__(self, model: LoadedModel, host: str) -> None:
         self._pool = model.pool
+        self._arena = model.arena
         self._receiver = KvReceiver(
             model.arena, model.kv_format(), model.incarnation, host, transport=model.options.kv_transport
         )
@@ -28,24 +29,45 @@ class Receiver:
         """Blocks that rows hold."""
         return self._pool.num_used
 
-    def reserve(self, reserve: engine_pb2.ReserveRow, rank: int, on_complete: Callable[[], None]) -> RowState:
-        """Takes blocks for a row (the leader has counted that they are free) and expects its KV.
+    def reserve(
+        self, reserve: engine_pb2.ReserveRow, rank: int, on_complete: Callable[[], None]
+    ) -> list[RowState]:
+        """Takes blocks for an attempt's rows (the leader has counted that they are free) and expects its KV.
 
         Args:
+            reserve: the attempt; KV goes into the blocks of its first row.
+            rank: this rank.
             on_complete: called once, on the receiver's thread, when the rank's part of the prompt is verified
                 and in its blocks; never where it has no part.
         """
         shard = shard_of(reserve.placement, rank)
         num_prompt = shard.token_end - shard.token_begin if shard else 0
-        num_new = reserve.choice.max_tokens if reserve.home == rank else 0
-        blocks = self._pool.allocate(-(-(num_prompt + num_new) // BLOCK_TOKENS))
+        at_home = reserve.home == rank
+        blocks = self._pool.allocate(-(-(num_prompt + reserve.choice.max_tokens * at_home) // BLOCK_TOKENS))
         if shard is not None:
             self._receiver.expect(shard.fence, shard.token_begin, shard.token_end, blocks, on_complete)
-        return RowState(reserve, rank, blocks, num_prompt)
+        first = RowState(reserve.row, reserve, rank, 0, blocks, num_prompt)
+        num_shared = num_prompt // BLOCK_TOKENS if at_home else len(blocks)
+        return [first, *self._more_choices(first, blocks[:num_shared])]
+
+    def _more_choices(self, first: RowState, shared: list[int]) -> Iterator[RowState]:
+        for index, row_id in enumerate(first.reserve.choice_rows, start=1):
+            self._pool.share(shared)
+            own = self._pool.allocate(len(first.blocks) - len(shared))
+            yield RowState(
+                row_id, first.reserve, first.rank, index, [*shared, *own], first.num_local, first, len(shared)
+            )
+
+    def copy_prompt(self, row: RowState) -> None:
+        """Fills a row's own block with the end of the prompt that it shares; before any row of it appends."""
+        sources, targets = row.copied_slots()
+        if targets:
+            for plane in (self._arena.k, self._arena.v):
+                plane[:, targets] = plane[:, sources]
 
     def release(self, row: RowState) -> None:
         """Frees a row's blocks, once no byte can be written into them any more."""
         shard = shard_of(row.reserve.placement, row.rank)
         if shard is not None:
-            self._receiver.forget(shard.fence)
+            self._receiver.forget(shard.fence)  # for all choices: they leave together, or after the commit
         self._pool.free(row.blocks)

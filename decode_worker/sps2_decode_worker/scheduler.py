@@ -34,15 +34,26 @@ class RowState(enum.Enum):
 
 
 @dataclass
+class SharedPrompt:
+    """Blocks that the rows of one attempt's choices share: those of its prompt into which no row appends."""
+
+    blocks: dict[int, int]
+    """By rank."""
+    num_rows: int = 0
+    """Rows that still hold them."""
+
+
+@dataclass
 class Row:
-    """One attempt in the group."""
+    """One choice of an attempt in the group."""
 
     row_id: int
     home: int
     shards: dict[int, tuple[int, int]]
     """Tokens [begin, end) of the prompt on each of its holders."""
     blocks: dict[int, int]
-    """Blocks on each of them."""
+    """Blocks on each of them, the shared ones included."""
+    shared: SharedPrompt
     max_tokens: int
     state: RowState = RowState.RESERVED
     num_planned: int = 1
@@ -81,24 +92,24 @@ class DecodeScheduler:
     def __post_init__(self) -> None:
         self.free = list(self.blocks_total)
 
-    def reserve(self, num_prompt_tokens: int, max_tokens: int) -> Row:
-        """Gives an attempt room for its prompt and all of its output.
+    def reserve(self, num_prompt_tokens: int, max_tokens: int, num_choices: int = 1) -> list[Row]:
+        """Gives an attempt room for its prompt and all of its output: a row for each choice.
 
         Raises:
             NoRoomError: blocks are taken; later it may fit.
             NeverFitsError: the group is too small for it.
         """
-        row = self._place(num_prompt_tokens, max_tokens, self.free)
-        if row is None:
-            if self._place(num_prompt_tokens, max_tokens, self.blocks_total) is None:
+        rows = self._place(num_prompt_tokens, max_tokens, num_choices, self.free)
+        if rows is None:
+            if self._place(num_prompt_tokens, max_tokens, num_choices, self.blocks_total) is None:
                 raise NeverFitsError
             raise NoRoomError
-        self._next_row += 1
-        for rank, count in row.blocks.items():
-            self.free[rank] -= count
-        self.rows[row.row_id] = row
-        self._reserve.append(row.row_id)
-        return row
+        self._next_row += num_choices
+        for row in rows:
+            self._take_blocks(row)
+            self.rows[row.row_id] = row
+            self._reserve.append(row.row_id)
+        return rows
 
     def admit(self, row_id: int) -> None:
         """The row's KV is complete and its first token known: it decodes from the next step on."""
@@ -128,8 +139,7 @@ class DecodeScheduler:
         plan = Plan(self._sequence, tuple(self._release), tuple(self._reserve), tuple(self._admit), run)
         # Commands are executed in order, so what a plan releases may be reserved again by the next.
         for row_id in self._release:
-            for rank, count in self.rows.pop(row_id).blocks.items():
-                self.free[rank] += count
+            self._free_blocks(self.rows.pop(row_id))
         self._release, self._reserve, self._admit = [], [], []
         if run:
             self.steps_in_flight += 1
@@ -147,18 +157,34 @@ class DecodeScheduler:
             if row.num_planned >= row.max_tokens:
                 self.release(row.row_id)
 
-    def _place(self, num_prompt_tokens: int, max_tokens: int, free: Sequence[int]) -> Row | None:
-        """A row within `free` blocks, spread as wide as its length allows; None when it does not fit so."""
+    def _take_blocks(self, row: Row) -> None:
+        for rank, count in row.blocks.items():
+            self.free[rank] -= count - (row.shared.blocks[rank] if row.shared.num_rows else 0)
+        row.shared.num_rows += 1
+
+    def _free_blocks(self, row: Row) -> None:
+        row.shared.num_rows -= 1
+        for rank, count in row.blocks.items():
+            self.free[rank] += count - (row.shared.blocks[rank] if row.shared.num_rows else 0)
+
+    def _place(
+        self, num_prompt_tokens: int, max_tokens: int, num_choices: int, free: Sequence[int]
+    ) -> list[Row] | None:
+        """Rows within `free` blocks, spread as wide as the prompt allows; None when they do not fit so."""
         ranges = place_tokens(num_prompt_tokens, self.block_tokens, len(free), self.min_holder_tokens)
         holders = choose_holders(free, len(ranges))
         shards = dict(zip(holders, ranges, strict=True))
         blocks = {rank: -(-(end - begin) // self.block_tokens) for rank, (begin, end) in shards.items()}
         home = self._choose_home(holders)
-        begin, end = shards[home]
-        blocks[home] = -(-(end - begin + max_tokens) // self.block_tokens)
-        if any(count > free[rank] for rank, count in blocks.items()):
+        num_at_home = shards[home][1] - shards[home][0]
+        shared = blocks | {home: num_at_home // self.block_tokens}
+        blocks[home] = -(-(num_at_home + max_tokens) // self.block_tokens)
+        needed = {rank: shared[rank] + num_choices * (blocks[rank] - shared[rank]) for rank in holders}
+        if any(count > free[rank] for rank, count in needed.items()):
             return None
-        return Row(self._next_row, home, shards, blocks, max_tokens)
+        prompt = SharedPrompt(shared)
+        row_ids = range(self._next_row, self._next_row + num_choices)
+        return [Row(row_id, home, shards, dict(blocks), prompt, max_tokens) for row_id in row_ids]
 
     def _choose_home(self, holders: Sequence[int]) -> int:
         """The holder at which fewest rows live."""

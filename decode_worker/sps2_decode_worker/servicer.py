@@ -6,9 +6,10 @@ from typing import Any
 
 import grpc
 
-from sps2.internal.v1 import decode_service_pb2, engine_pb2
+from sps2.internal.v1 import decode_service_pb2
 from sps2.v1 import generation_pb2
-from sps2_decode_worker.coordinator import DecodeCoordinator, LiveRow
+from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
+from sps2_decode_worker.coordinator import DecodeCoordinator
 from sps2_service.errors import InvalidArgument
 
 
@@ -30,14 +31,29 @@ class DecodeServicer:
             yield decode_service_pb2.DecodeResponse(placement=live.reserve.placement)
             # Prefill computes meanwhile; a group that breaks under it is told at once, not at `start`.
             start = await _first_of(_next_step(requests, "start"), live)
-            await self._coordinator.commit(live, start.start.first_token_id)
-            yield decode_service_pb2.DecodeResponse(committed=decode_service_pb2.DecodeCommitted())
-            async for token in self._coordinator.tokens(live):
-                yield _tokens(token)
-                if token.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED:
-                    yield _finished(token, live)
+            await self._coordinator.commit(live, start.start)
+            stops = asyncio.ensure_future(self._stop_choices(requests, live))
+            try:
+                yield decode_service_pb2.DecodeResponse(committed=decode_service_pb2.DecodeCommitted())
+                async for token in self._coordinator.tokens(live):
+                    yield _tokens(token)
+                    if token.token.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED:
+                        yield _finished(token, live)
+            finally:
+                stops.cancel()
+                await asyncio.gather(
+                    stops, return_exceptions=True
+                )  # the call is over: so is what it asks for
         finally:
             self._coordinator.release(live)
+
+    async def _stop_choices(
+        self, requests: AsyncIterator[decode_service_pb2.DecodeRequest], live: LiveAttempt
+    ) -> None:
+        """Does what the router asks for while tokens go the other way; what is no stop is ignored."""
+        async for request in requests:
+            if request.HasField("stop"):
+                self._coordinator.stop(live, request.stop.choice_index)
 
 
 async def _next_step(
@@ -51,7 +67,7 @@ async def _next_step(
 
 
 async def _first_of(
-    step: Coroutine[Any, Any, decode_service_pb2.DecodeRequest], live: LiveRow
+    step: Coroutine[Any, Any, decode_service_pb2.DecodeRequest], live: LiveAttempt
 ) -> decode_service_pb2.DecodeRequest:
     """The router's next message, unless the row fails first.
 
@@ -70,15 +86,23 @@ async def _first_of(
         failing.cancel()
 
 
-def _tokens(token: engine_pb2.RowToken) -> decode_service_pb2.DecodeResponse:
-    tokens = decode_service_pb2.DecodedTokens(first_index=token.index, token_ids=[token.token_id])
+def _tokens(one: ChoiceToken) -> decode_service_pb2.DecodeResponse:
+    token = one.token
+    tokens = decode_service_pb2.DecodedTokens(
+        first_index=token.index,
+        token_ids=[token.token_id],
+        choice_index=one.choice_index,
+        logprobs=[token.logprob] if token.HasField("logprob") else [],
+        q_exchange_bytes=token.q_exchange_bytes,
+    )
     return decode_service_pb2.DecodeResponse(tokens=tokens)
 
 
-def _finished(token: engine_pb2.RowToken, live: LiveRow) -> decode_service_pb2.DecodeResponse:
+def _finished(one: ChoiceToken, live: LiveAttempt) -> decode_service_pb2.DecodeResponse:
     finished = decode_service_pb2.DecodeFinished(
-        reason=token.finish_reason,
-        q_exchange_bytes=token.q_exchange_bytes,
+        reason=one.token.finish_reason,
+        q_exchange_bytes=one.token.q_exchange_bytes,
         num_holders=len(live.row.shards),
+        choice_index=one.choice_index,
     )
     return decode_service_pb2.DecodeResponse(finished=finished)

@@ -66,8 +66,9 @@ class KvArena:
 class BlockPool:
     """Which blocks of an arena are free.
 
-    Invariants: a block is either free or used, never both, never twice; free + used = all. Not thread-safe:
-    the engine loop owns it.
+    A used block has one or more owners: `share` adds one, `free` takes one away, and the last one's `free` makes
+    the block free. Invariants: a block is either free or used, never both, never twice; free + used = all. Not
+    thread-safe: the engine loop owns it.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -76,17 +77,17 @@ class BlockPool:
         self.num_blocks = num_blocks
         # Free blocks as disjoint runs [begin, end), ascending, never adjacent: freeing merges neighbours.
         self._free_runs: list[tuple[int, int]] = [(0, num_blocks)] if num_blocks else []
-        self._used: set[int] = set()
+        self._owners: dict[int, int] = {}  # of each used block
 
     @property
     def num_free(self) -> int:
         """Blocks that can be allocated."""
-        return self.num_blocks - len(self._used)
+        return self.num_blocks - len(self._owners)
 
     @property
     def num_used(self) -> int:
         """Blocks that are allocated."""
-        return len(self._used)
+        return len(self._owners)
 
     def allocate(self, num_blocks: int) -> list[int]:
         """Block ids: one contiguous run if there is one (first fit), else the longest runs first.
@@ -105,7 +106,7 @@ class BlockPool:
             blocks.extend(range(begin, taken_end))
             index = self._free_runs.index((begin, end))
             self._free_runs[index : index + 1] = [(taken_end, end)] if taken_end < end else []
-        self._used.update(blocks)
+        self._owners.update(dict.fromkeys(blocks, 1))
         return blocks
 
     def _choose_runs(self, num_blocks: int) -> list[tuple[int, int]]:
@@ -121,20 +122,37 @@ class BlockPool:
             missing -= run[1] - run[0]
         return chosen
 
-    def free(self, blocks: Iterable[int]) -> None:
-        """Gives blocks back.
+    def share(self, blocks: Iterable[int]) -> None:
+        """Adds an owner to each block.
 
         Raises:
             ValueError: one of them is not allocated, or is named twice; nothing changed.
         """
-        returned = list(blocks)
-        if len(set(returned)) != len(returned):
-            raise ValueError("a block is freed twice in one call")
-        if not self._used.issuperset(returned):
-            raise ValueError(f"blocks {sorted(set(returned) - self._used)} are not allocated")
-        self._used.difference_update(returned)
-        for run in merge_runs((block, block + 1) for block in sorted(returned)):
+        for block in self._checked(blocks):
+            self._owners[block] += 1
+
+    def free(self, blocks: Iterable[int]) -> None:
+        """Takes an owner from each block; a block without one is free.
+
+        Raises:
+            ValueError: one of them is not allocated, or is named twice; nothing changed.
+        """
+        returned = self._checked(blocks)
+        for block in returned:
+            self._owners[block] -= 1
+        ownerless = sorted(block for block in returned if not self._owners[block])
+        for block in ownerless:
+            del self._owners[block]
+        for run in merge_runs((block, block + 1) for block in ownerless):
             self._insert_run(*run)
+
+    def _checked(self, blocks: Iterable[int]) -> list[int]:
+        named = list(blocks)
+        if len(set(named)) != len(named):
+            raise ValueError("a block is named twice in one call")
+        if not self._owners.keys() >= set(named):
+            raise ValueError(f"blocks {sorted(set(named) - self._owners.keys())} are not allocated")
+        return named
 
     def _insert_run(self, begin: int, end: int) -> None:
         index = bisect_left(self._free_runs, (begin, end))
@@ -156,10 +174,13 @@ class BlockPool:
         free = [block for begin, end in self._free_runs for block in range(begin, end)]
         if len(free) != len(set(free)):
             raise AssertionError("a block is free twice")
-        if not self._used.isdisjoint(free):
-            raise AssertionError(f"blocks {sorted(self._used.intersection(free))} are free and used")
-        if self._used.union(free) != set(range(self.num_blocks)):
+        used = self._owners.keys()
+        if not used.isdisjoint(free):
+            raise AssertionError(f"blocks {sorted(used & set(free))} are free and used")
+        if used | set(free) != set(range(self.num_blocks)):
             raise AssertionError("free + used is not all")
+        if any(count < 1 for count in self._owners.values()):
+            raise AssertionError("a used block has no owner")
         if any(
             left[1] >= right[0] for left, right in zip(self._free_runs, self._free_runs[1:], strict=False)
         ):

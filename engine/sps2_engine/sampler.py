@@ -29,6 +29,9 @@ class SamplingParams:
     """Keep the tokens at least as likely as the k-th (ties included); 0 keeps all. Applied before top_p."""
     seed: int = 0
     """Key of the random numbers, unsigned 64-bit."""
+    min_p: float = 0.0
+    """Keep the tokens at least this fraction as likely as the most likely one, in [0, 1]; 0 keeps all. Applied
+    after top_p."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -37,6 +40,8 @@ class SamplingParams:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, not {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be between 0 and 1, not {self.min_p}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must fit in 64 bits without a sign, not {self.seed}")
 
@@ -72,7 +77,9 @@ def sample_rows(
         raise ValueError("params, choices and positions must have one entry per row of logits")
     if not params:
         return []
-    finite = logits.isfinite().all(dim=-1)
+    # The extremes tell of every NaN and infinity, without a mask of the logits' size.
+    smallest, largest = logits.aminmax(dim=-1)
+    finite = smallest.isfinite() & largest.isfinite()
     tokens = logits.argmax(dim=-1)
     for candidates, rows in _groups(params).items():
         uniforms = [_uniform(params[row].seed, choices[row], positions[row]) for row in rows]
@@ -85,8 +92,8 @@ def sample_rows(
 
 
 Candidates = Callable[[Tensor, Sequence[SamplingParams]], tuple[Tensor, Tensor]]
-"""Logits [rows, vocab] -> scores and token ids [rows, n] of what may be drawn before top-p is applied: in
-ascending order where a row uses top-p. Padding has the score -inf and comes first."""
+"""Logits [rows, vocab] -> scores and token ids [rows, n] of what may be drawn before top-p and min-p are applied:
+in ascending order where a row uses one of them. Padding has the score -inf and comes first."""
 
 
 def _groups(params: Sequence[SamplingParams]) -> dict[Candidates, list[int]]:
@@ -94,9 +101,16 @@ def _groups(params: Sequence[SamplingParams]) -> dict[Candidates, list[int]]:
     groups: dict[Candidates, list[int]] = {}
     for row, p in enumerate(params):
         if p.temperature > 0:
-            candidates = _top_k if p.top_k else _ascending if p.top_p < 1 else _everything
-            groups.setdefault(candidates, []).append(row)
+            groups.setdefault(_candidates_of(p), []).append(row)
     return groups
+
+
+def _candidates_of(p: SamplingParams) -> Candidates:
+    if p.top_k:
+        return _top_k
+    if p.top_p < 1:
+        return _ascending
+    return _min_p if p.min_p else _everything
 
 
 def _everything(logits: Tensor, _params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
@@ -109,11 +123,20 @@ def _ascending(logits: Tensor, _params: Sequence[SamplingParams]) -> tuple[Tenso
 
 
 def _top_k(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """Only the survivors are sorted: they are few, the vocabulary is not."""
     ranks = [min(p.top_k, logits.shape[-1]) for p in params]
     largest = logits.topk(max(ranks)).values
     kth = largest.gather(1, torch.tensor(ranks, device=logits.device)[:, None] - 1)
-    kept = logits >= kth
+    return _sort_kept(logits, logits >= kth)
+
+
+def _min_p(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    # p / p_max = exp((logit - max) / temperature)
+    reach = torch.tensor([p.temperature * math.log(p.min_p) for p in params], device=logits.device)
+    return _sort_kept(logits, logits >= logits.amax(dim=-1, keepdim=True) + reach[:, None])
+
+
+def _sort_kept(logits: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Only the survivors are sorted: they are few, the vocabulary is not."""
     num_kept = max(1, int(kept.sum(dim=-1).max()))  # a row of NaN keeps none
     scores, token_ids = logits.masked_fill(~kept, -math.inf).topk(num_kept)
     # topk leaves the order of ties open; equal scores must be drawn alike in every batch.
@@ -125,18 +148,19 @@ def _top_k(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Te
 def _draw(
     candidates: Candidates, logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
 ) -> Tensor:
-    """Inverts each row's distribution function, cut off below at top-p: logits [rows, vocab] -> [rows].
+    """Inverts each row's distribution function, cut off below at top-p and min-p: logits [rows, vocab] -> [rows].
 
     Sums run in fp64 from the first candidate up, so that neither padding nor neighbours change a rounding.
     """
     scores, token_ids = candidates(logits, params)
     scores = scores.double()
-    settings = [(p.temperature, p.top_p, u) for p, u in zip(params, uniforms, strict=True)]
+    settings = [(p.temperature, p.top_p, p.min_p, u) for p, u in zip(params, uniforms, strict=True)]
     columns = torch.tensor(settings, dtype=torch.float64, device=logits.device)
-    temperature, top_p, uniform = torch.split(columns, 1, dim=1)  # [rows, 1] each
-    mass = ((scores - scores.amax(dim=-1, keepdim=True)) / temperature).exp_().cumsum(dim=-1)
+    temperature, top_p, min_p, uniform = torch.split(columns, 1, dim=1)  # [rows, 1] each
+    weights = ((scores - scores.amax(dim=-1, keepdim=True)) / temperature).exp_()  # the largest is 1
+    mass = weights.cumsum(dim=-1)
     total = mass[:, -1:]
-    dropped = mass <= (1 - top_p) * total
+    dropped = (mass <= (1 - top_p) * total) | (weights < min_p)
     dropped[:, -1] = False  # the most likely token always stays
     floor = (mass * dropped).amax(dim=-1, keepdim=True)
     index = torch.searchsorted(mass, floor + uniform * (total - floor), right=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
 from sps2_engine.attention.cost_model import AttentionShape, make_plan
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
-from sps2_engine.choice import finish_reason, sampling_params
+from sps2_engine.choice import ChoiceState, Drawn, draw_tokens, num_choices
 from sps2_engine.collectives import LeadingRanks, SoloCommunicator
 from sps2_engine.kv_pool import slot_runs
 from sps2_engine.kv_transfer.rows import TensorSource, cut_rows, tensor_source
@@ -27,7 +27,7 @@ from sps2_engine.rank_groups import RankGroups
 from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.loading import load_model
 from sps2_engine.runtime.options import EngineOptions
-from sps2_engine.sampler import NonFiniteLogitsError, sample
+from sps2_engine.sampler import NonFiniteLogitsError
 from sps2_engine.slices import Slicer
 from sps2_kernels.segment_attention import warm_up_attention
 from sps2_layout.layout import Span, exact_layout
@@ -160,7 +160,7 @@ class PrefillRole:
 
         hidden = self._forward(run.token_ids, spans_of(run), attend, self._groups.tensor, walk)
         if ranks.rank == plan.last_rank:
-            logits = self._model.decoder.logits(hidden[-1:], self._groups.tensor)[0]
+            logits = self._model.decoder.logits(hidden[-1:], self._groups.tensor)
             if self._model.decoder.share.index == 0:
                 self._sample_first(run, logits, started)
         self._loaded_publisher.computed(delivery, self._collective_bytes - posted_before, schedule.exposed_s)
@@ -176,21 +176,27 @@ class PrefillRole:
             raise AttemptCancelledError
 
     def _sample_first(self, run: engine_pb2.RunPrefill, logits: Tensor, started: float) -> None:
-        try:
-            token = sample(logits, sampling_params(run.choice), 0, run.num_prompt_tokens)
-        except NonFiniteLogitsError as error:
-            message = f"{self._options.name}: first token: {error}"
-            failed = engine_pb2.AttemptFailed(
-                attempt=run.attempt, reason="NON_FINITE_LOGITS", message=message
-            )
-            self._send(engine_pb2.EngineEvent(attempt_failed=failed))
-            return
-        first = prefill_service_pb2.FirstToken(
-            token_id=token,
-            finish_reason=finish_reason(run.choice, token, 1),
-            prefill_s=time.perf_counter() - started,
-        )
+        """Draws the first token of every choice from logits [1, vocab]."""
+        states = [
+            ChoiceState(run.choice, index, run.num_prompt_tokens, self._device)
+            for index in range(num_choices(run.choice))
+        ]
+        drawn = draw_tokens(logits.repeat(len(states), 1) if len(states) > 1 else logits, states)
+        tokens = []
+        for state, token in zip(states, drawn, strict=True):
+            if isinstance(token, NonFiniteLogitsError):
+                self._fail(run.attempt, token)
+                return
+            tokens.append(_first_token(state, token))
+        first = tokens[0]
+        first.prefill_s = time.perf_counter() - started
+        first.more_choices.extend(tokens[1:])
         self._report(run.attempt, first_token=first)
+
+    def _fail(self, attempt: placement_pb2.Attempt, error: NonFiniteLogitsError) -> None:
+        message = f"{self._options.name}: first token: {error}"
+        failed = engine_pb2.AttemptFailed(attempt=attempt, reason="NON_FINITE_LOGITS", message=message)
+        self._send(engine_pb2.EngineEvent(attempt_failed=failed))
 
     def _store(self, layer: int, runs: list[tuple[int, int]], k: Tensor, v: Tensor) -> None:
         """Writes keys and values to be sent, [tokens, kv_heads, head_dim], to their slots of the arena."""
@@ -243,3 +249,9 @@ class PrefillRole:
     def _send(self, event: engine_pb2.EngineEvent) -> None:
         event.epoch = self._epoch
         self._link.send(event)
+
+
+def _first_token(state: ChoiceState, drawn: Drawn) -> prefill_service_pb2.FirstToken:
+    return prefill_service_pb2.FirstToken(
+        token_id=drawn.token_id, finish_reason=state.take(drawn.token_id), logprob=drawn.wire_logprob
+    )

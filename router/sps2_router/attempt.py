@@ -54,7 +54,7 @@ class Attempt:
 
         `on_prefill_computed` is called when the prefill group may compute something else.
         """
-        self.handshake = Handshake(request.num_prompt_tokens)
+        self.handshake = Handshake(request.num_prompt_tokens, request.choice.num_choices)
         self._request = request
         self._pair = pair
         self._attempt = placement_pb2.Attempt(request_id=request.request_id, number=number)
@@ -112,6 +112,14 @@ class Attempt:
             raise ended_early(self._pair.decode_leader, "`finished`")
         self._scope.touch()
         return response
+
+    async def stop_choice(self, choice_index: int) -> None:
+        """Ends one choice of several; its tokens that are on their way may still come.
+
+        Raises:
+            ServiceError: the decode leader is gone.
+        """
+        await self._write(wire.pack_stop(choice_index))
 
     async def summary(self) -> prefill_service_pb2.PrefillDelivered:
         """What prefill summed up; all zero when its leader died before it could."""
@@ -173,6 +181,6 @@ class Attempt:
         if response.HasField("first_token"):
             self._on_prefill_computed()
         if step is Step.START:
-            await self._write(wire.pack_start(response.first_token.token_id))
+            await self._write(wire.pack_start(response.first_token))
         elif step is Step.ANSWER:
             self._answerable.set()

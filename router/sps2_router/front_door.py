@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from sps2.v1 import generation_pb2
 from sps2_layout.profiles import Ladder
 from sps2_router.admission import Admission
-from sps2_router.dispatch import Dispatcher, Send
+from sps2_router.answer import Send
+from sps2_router.dispatch import Dispatcher
 from sps2_router.scope import CallScope
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.types import ServedModel

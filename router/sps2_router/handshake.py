@@ -1,7 +1,7 @@
 r"""The order of events of one attempt up to its commit point. Pure: no gRPC, no clock of its own.
 
     RESERVING --placement--> PREFILLING --first_token--> TRANSFERRING --committed--> COMMITTED
-                                  \--first_token that finishes the request--> FINISHED
+                                  \--first_token that finishes every choice--> FINISHED
 
 `attempt` feeds it what the two leaders say and does what comes back; what is out of order is a worker's bug.
 """
@@ -25,7 +25,7 @@ class Phase(Enum):
     COMMITTED = auto()
     """The decode group holds and has verified all of it."""
     FINISHED = auto()
-    """The first token was also the last; the decode group is not needed."""
+    """The first token of every choice was also its last; the decode group is not needed."""
 
 
 class Step(Enum):
@@ -45,6 +45,7 @@ class Handshake:
     """One attempt's state; times are the caller's clock, in seconds."""
 
     num_prompt_tokens: int
+    num_choices: int = 1
     phase: Phase = Phase.RESERVING
     placement: placement_pb2.Placement | None = None
     first_token: prefill_service_pb2.FirstToken | None = None
@@ -100,9 +101,12 @@ class Handshake:
             self.prefill_started_at = now
 
     def _on_first_token(self, token: prefill_service_pb2.FirstToken, now: float) -> Step:
+        choices = [token, *token.more_choices]
+        if len(choices) != self.num_choices:
+            raise Internal("CHOICE_COUNT", f"prefill sampled {len(choices)} of {self.num_choices} choices")
         self.first_token = token
         self.first_token_at = now
-        if token.finish_reason:
+        if all(choice.finish_reason for choice in choices):
             self.phase = Phase.FINISHED
             return Step.ANSWER
         self.phase = Phase.TRANSFERRING

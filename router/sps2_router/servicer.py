@@ -29,20 +29,27 @@ class InferenceServicer:
     ) -> pb.GenerateTextResponse:
         """See inference_service.proto."""
         answer = pb.GenerateTextResponse()
-        texts: list[str] = []
+        choices: list[pb.GenerateTextResponse | pb.GeneratedChoice] = [answer]
+        texts: list[list[str]] = [[]]
 
         async def add(event: Event) -> None:
+            while len(choices) <= event.choice_index:
+                choices.append(answer.more_choices.add())
+                texts.append([])
+            choice = choices[event.choice_index]
             match event.WhichOneof("event"):
                 case "delta":
-                    texts.append(event.delta.text)
-                    answer.token_ids.extend(event.delta.token_ids)
+                    texts[event.choice_index].append(event.delta.text)
+                    choice.token_ids.extend(event.delta.token_ids)
+                    choice.logprobs.extend(event.delta.logprobs)
                 case "finish":
-                    answer.finish.CopyFrom(event.finish)
+                    choice.finish.CopyFrom(event.finish)
                 case "usage":
                     answer.usage.CopyFrom(event.usage)
 
         answer.request_id = await self._door.generate(request.spec, context.time_remaining(), add)
-        answer.text = "".join(texts)
+        for choice, parts in zip(choices, texts, strict=True):
+            choice.text = "".join(parts)
         return answer
 
     async def StreamGenerateText(self, request: pb.StreamGenerateTextRequest, context: Context) -> None:  # noqa: N802

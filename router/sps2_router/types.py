@@ -4,7 +4,7 @@ Plain data with invariants; knows nothing about gRPC calls, clocks or tokenizing
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sps2.v1 import cluster_pb2
 from sps2_layout.attention import Attention
@@ -42,6 +42,26 @@ class TokenChoice:
     """Ids that end the choice, the model's own end tokens included; never text."""
     max_tokens: int
     """Most tokens to generate, >= 1."""
+    min_p: float = 0.0
+    """In [0, 1]; 0 is off."""
+    repetition_penalty: float = 1.0
+    """In [0.01, 100]; 1 is off."""
+    presence_penalty: float = 0.0
+    """In [-2, 2]; 0 is off."""
+    frequency_penalty: float = 0.0
+    """In [-2, 2]; 0 is off."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """By token id, each in [-100, 100]."""
+    min_tokens: int = 0
+    """Fewer tokens do not end with a stop token or a stop string; at most max_tokens."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end the choice; the router's to find."""
+    num_logprobs: int | None = None
+    """Most likely tokens to report with each token, up to 20; None reports no log probabilities."""
+    num_choices: int = 1
+    """Answers to draw."""
+    first_choice: int = 0
+    """Index of the first of them in the key of the random numbers."""
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,17 @@ Two steps, because tokenizing lies between them: `check_fields` looks at everyth
 and is cheap; `resolve` looks at the ids and fills in what was left unset. Messages say what to send instead.
 """
 
-import math
 from collections.abc import Sequence
 
 from sps2.v1 import generation_pb2
 from sps2_layout.attention import Attention
 from sps2_layout.profiles import NAMED, Ladder
-from sps2_router.types import Request, ServedModel, TokenChoice
+from sps2_router.choice_validation import check_choice, resolve_choice
+from sps2_router.types import Request, ServedModel
 from sps2_service.errors import FieldViolation, InvalidArgument, NotFound, OutOfRange
 
 MAX_REQUEST_ID_CHARS = 64
 MAX_NONCE_BYTES = 32
-MAX_STOP_TOKEN_IDS = 64
 DEFAULT_MAX_TOKENS = 256
 
 
@@ -34,8 +33,8 @@ def check_fields(spec: generation_pb2.GenerationSpec, model: ServedModel) -> Non
         )
     check_model(spec.model, model)
     _check_prompt(spec, model)
-    _check_sampling(spec.sampling)
-    _check_stop(spec.stop, model)
+    check_choice(spec, model)
+    check_token_ids(spec.stop.stop_token_ids, "spec.stop.stop_token_ids", model)
     if spec.attention_profile and spec.attention_profile not in NAMED:
         shown = spec.attention_profile[:64].encode("ascii", "replace").decode()
         raise InvalidArgument.of_field(
@@ -92,31 +91,6 @@ def check_token_ids(ids: Sequence[int], field: str, model: ServedModel) -> None:
         )
 
 
-def _check_sampling(sampling: generation_pb2.SamplingSpec) -> None:
-    temperature, top_p, top_k = sampling.temperature, sampling.top_p, sampling.top_k
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InvalidArgument.of_field(
-            "spec.sampling.temperature", f"is {temperature:g}; send a finite number >= 0 (0 is greedy)"
-        )
-    if sampling.HasField("top_p") and not 0 < top_p <= 1:  # also refuses NaN
-        raise InvalidArgument.of_field("spec.sampling.top_p", f"is {top_p:g}; send a number in (0, 1]")
-    if top_k < -1:
-        raise InvalidArgument.of_field("spec.sampling.top_k", f"is {top_k}; send -1 or 0 (off) or more")
-
-
-def _check_stop(stop: generation_pb2.StopSpec, model: ServedModel) -> None:
-    if stop.HasField("max_tokens") and stop.max_tokens <= 0:
-        raise InvalidArgument.of_field(
-            "spec.stop.max_tokens", f"is {stop.max_tokens}; send at least 1, or leave it unset"
-        )
-    if len(stop.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidArgument.of_field(
-            "spec.stop.stop_token_ids",
-            f"has {len(stop.stop_token_ids)} ids; send at most {MAX_STOP_TOKEN_IDS}",
-        )
-    check_token_ids(stop.stop_token_ids, "spec.stop.stop_token_ids", model)
-
-
 def check_text_length(text: str, longest_token: int, model: ServedModel, field: str = "spec.text") -> None:
     """Refuses what cannot fit the context before time and memory are spent on tokenizing it.
 
@@ -153,21 +127,12 @@ def resolve(
 
     Raises:
         OutOfRange: prompt and max_tokens together are longer than the context.
-        InvalidArgument: the text has no tokens.
+        InvalidArgument: the text has no tokens, or min_tokens is above max_tokens.
     """
     if not prompt_ids:
         raise InvalidArgument.of_field("spec.text", "has no tokens; send text that is not empty")
     max_tokens = _fit(spec.stop, len(prompt_ids), model)
-    eos = () if spec.stop.ignore_eos else model.eos_token_ids
-    sampling = spec.sampling
-    choice = TokenChoice(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-        top_k=sampling.top_k or -1,
-        seed=sampling.seed if sampling.HasField("seed") else drawn_seed,
-        stop_token_ids=tuple(dict.fromkeys((*eos, *spec.stop.stop_token_ids))),
-        max_tokens=max_tokens,
-    )
+    choice = resolve_choice(spec, model, max_tokens, drawn_seed)
     chosen = NAMED[spec.attention_profile] if spec.attention_profile else ladder
     attention = Attention.admit(chosen, len(prompt_ids))
     return Request(request_id, prompt_ids, choice, attention, _describe(chosen, attention))

@@ -3,17 +3,32 @@
 from sps2.internal.v1 import decode_service_pb2, placement_pb2, prefill_service_pb2
 from sps2.v1 import generation_pb2
 from sps2_layout.wire import pack_attention
-from sps2_router.types import GroupPair, Request, TokenChoice
+from sps2_router.types import GroupPair, Request
 
 
-def pack_choice(choice: TokenChoice) -> prefill_service_pb2.TokenChoice:
+def pack_choice(request: Request) -> prefill_service_pb2.TokenChoice:
     """The choice with every field set, so that no worker needs defaults."""
+    choice = request.choice
+    penalizes_prompt = choice.repetition_penalty != 1
     return prefill_service_pb2.TokenChoice(
         sampling=generation_pb2.SamplingSpec(
-            temperature=choice.temperature, top_p=choice.top_p, top_k=choice.top_k, seed=choice.seed
+            temperature=choice.temperature,
+            top_p=choice.top_p,
+            top_k=choice.top_k,
+            seed=choice.seed,
+            min_p=choice.min_p,
+            repetition_penalty=choice.repetition_penalty,
+            presence_penalty=choice.presence_penalty,
+            frequency_penalty=choice.frequency_penalty,
+            logit_bias=choice.logit_bias,
+            first_choice=choice.first_choice,
         ),
         stop_token_ids=choice.stop_token_ids,
         max_tokens=choice.max_tokens,
+        min_tokens=choice.min_tokens,
+        num_logprobs=choice.num_logprobs,
+        num_choices=choice.num_choices,
+        prompt_token_ids=sorted(set(request.prompt_ids)) if penalizes_prompt else (),
     )
 
 
@@ -25,7 +40,7 @@ def pack_reserve(
         reserve=decode_service_pb2.ReserveKv(
             attempt=attempt,
             num_prompt_tokens=request.num_prompt_tokens,
-            choice=pack_choice(request.choice),
+            choice=pack_choice(request),
             model_hash=pair.prefill_leader.capabilities.model_hash,
             prefill_group=pair.prefill.name,
             attention=pack_attention(request.attention),
@@ -33,11 +48,20 @@ def pack_reserve(
     )
 
 
-def pack_start(first_token_id: int) -> decode_service_pb2.DecodeRequest:
+def pack_start(first: prefill_service_pb2.FirstToken) -> decode_service_pb2.DecodeRequest:
     """The second message of a decode call."""
-    return decode_service_pb2.DecodeRequest(
-        start=decode_service_pb2.StartDecode(first_token_id=first_token_id)
+    choices = [first, *first.more_choices]
+    start = decode_service_pb2.StartDecode(
+        first_token_id=first.token_id,
+        more_first_token_ids=[one.token_id for one in first.more_choices],
+        finished_choices=[index for index, one in enumerate(choices) if one.finish_reason],
     )
+    return decode_service_pb2.DecodeRequest(start=start)
+
+
+def pack_stop(choice_index: int) -> decode_service_pb2.DecodeRequest:
+    """Ends one choice of several."""
+    return decode_service_pb2.DecodeRequest(stop=decode_service_pb2.StopChoice(choice_index=choice_index))
 
 
 def pack_prefill(
@@ -48,6 +72,6 @@ def pack_prefill(
         attempt=attempt,
         token_ids=request.prompt_ids,
         placement=placement,
-        choice=pack_choice(request.choice),
+        choice=pack_choice(request),
         attention=pack_attention(request.attention),
     )

@@ -8,18 +8,18 @@ from sps2_engine.kv_pool import BlockPool, OutOfBlocksError
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """A pool beside the plain set of blocks that are out."""
+    """A pool beside the plain list of blocks that are out, once for each owner."""
 
     allocations = Bundle("allocations")
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(24)
-        self.out: set[int] = set()
+        self.out: list[int] = []
 
     @rule(target=allocations, count=st.integers(0, 12))
     def allocate(self, count: int) -> object:
-        free = set(range(24)) - self.out
+        free = set(range(24)) - set(self.out)
         try:
             blocks = self.pool.allocate(count)
         except OutOfBlocksError:
@@ -29,19 +29,27 @@ class PoolMachine(RuleBasedStateMachine):
         assert free.issuperset(blocks)
         if _has_run(free, count):
             assert blocks == list(range(blocks[0], blocks[0] + count)) if blocks else count == 0
-        self.out.update(blocks)
+        self.out += blocks
         return blocks
+
+    @rule(target=allocations, blocks=allocations, data=st.data())
+    def share(self, blocks: list[int], data: st.DataObject) -> list[int]:
+        shared = blocks[: data.draw(st.integers(0, len(blocks)))]
+        self.pool.share(shared)
+        self.out += shared
+        return shared
 
     @rule(blocks=consumes(allocations), data=st.data())
     def free(self, blocks: list[int], data: st.DataObject) -> None:
         self.pool.free(data.draw(st.permutations(blocks)))
-        self.out.difference_update(blocks)
+        for block in blocks:
+            self.out.remove(block)
 
     @invariant()
     def holds(self) -> None:
         self.pool.check()
-        assert self.pool.num_used == len(self.out)
-        assert self.pool.num_free == 24 - len(self.out)
+        assert self.pool.num_used == len(set(self.out))
+        assert self.pool.num_free == 24 - len(set(self.out))
 
 
 def _has_run(free: set[int], count: int) -> bool:

@@ -106,6 +106,7 @@ def bad_requests(model: Model) -> list[BadRequest]:
             "hello",
             {"max_tokens": 0},
         ),
+        *bad_choices(vocabulary, last_id),
         BadRequest(
             "unknown attention profile",
             InvalidArgument,
@@ -121,6 +122,32 @@ def bad_requests(model: Model) -> list[BadRequest]:
             prompt="hello",
             options={"model": "no-such-model"},
         ),
+    ]
+
+
+def bad_choices(vocabulary: str, last_id: int) -> list[BadRequest]:
+    """Ways to choose tokens that there are not, by the field that they break."""
+    sampling, stop = "spec.sampling.", "spec.stop."
+    cases: list[tuple[str, str, GenerationOptions]] = [
+        (sampling + "top_k", "send -1 or 0", {"top_k": -2}),
+        (sampling + "min_p", "from 0 to 1", {"min_p": 1.5}),
+        (sampling + "repetition_penalty", "from 0.01 to 100", {"repetition_penalty": 0.0}),
+        (sampling + "presence_penalty", "from -2 to 2", {"presence_penalty": math.nan}),
+        (sampling + "frequency_penalty", "from -2 to 2", {"frequency_penalty": 2.5}),
+        (sampling + f"logit_bias[{last_id + 1}]", vocabulary, {"logit_bias": {last_id + 1: 1.0}}),
+        (sampling + "logit_bias[5]", "from -100 to 100", {"logit_bias": {5: math.inf}}),
+        (sampling + "first_choice", "0 or more", {"first_choice": -1}),
+        (stop + "min_tokens", "send no more", {"max_tokens": 4, "min_tokens": 5}),
+        (stop + "stop_strings", "at most 16", {"stop": ["x"] * 17}),
+        (stop + "stop_strings[0]", "1 to 256", {"stop": [""]}),
+        (stop + "stop_strings[1]", "1 to 256", {"stop": ["x", "x" * 257]}),
+        ("spec.num_logprobs", "0 to 20", {"logprobs": 21}),
+        ("spec.num_choices", "1 to 32", {"n": 0}),
+        ("spec.num_choices", "1 to 32", {"n": 1_000_000}),
+    ]
+    return [
+        BadRequest(f"{field} {options}", InvalidArgument, says, field, "hello", options)
+        for field, says, options in cases
     ]
 
 

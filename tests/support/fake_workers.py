@@ -123,6 +123,7 @@ class FakePrefill(FakeLeader):
         super().__init__(worker_id)
         self.first_token = ord("a") + 2
         self.finish_reason: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_UNSPECIFIED
+        self.logprob: generation_pb2.TokenLogprob | None = None
         self.refusals: list[Refusal] = []
         """Answers of the next calls, before anything else."""
         self.dies_before_delivery = False
@@ -143,6 +144,11 @@ class FakePrefill(FakeLeader):
         async for event in self._watched(self._events(context)):
             yield event
 
+    def _first_token(self) -> prefill_pb.FirstToken:
+        return prefill_pb.FirstToken(
+            token_id=self.first_token, finish_reason=self.finish_reason, logprob=self.logprob
+        )
+
     async def _events(self, context: Context) -> AsyncIterator[prefill_pb.PrefillResponse]:
         if self.refusals:
             await self.refusals.pop(0).abort(context)
@@ -151,7 +157,8 @@ class FakePrefill(FakeLeader):
             await asyncio.sleep(self.progress_interval_s)
             if self.reports_progress:
                 yield prefill_pb.PrefillResponse(progress=prefill_pb.PrefillProgress(fraction=0.5))
-        first = prefill_pb.FirstToken(token_id=self.first_token, finish_reason=self.finish_reason)
+        first = self._first_token()
+        first.more_choices.extend(self._first_token() for _ in range(1, self.requests[-1].choice.num_choices))
         yield prefill_pb.PrefillResponse(first_token=first)
         if self.dies_before_delivery:
             await rank_died("prefill-0/1").abort(context)
@@ -188,6 +195,13 @@ class FakeDecode(FakeLeader):
         self.num_sent = 0
         self.reserved: list[decode_pb.ReserveKv] = []
         self.started: list[int] = []
+        self.starts: list[decode_pb.StartDecode] = []
+        self.stopped: list[int] = []
+        """Choices that were stopped."""
+        self.logprob: generation_pb2.TokenLogprob | None = None
+        """Of every token."""
+        self.tokens_by_choice: dict[int, Sequence[int]] = {}
+        """Instead of `tokens`, when there are several choices; they take turns."""
         decode_grpc.add_DecodeServiceServicer_to_server(self, self._server)  # type: ignore[arg-type]
 
     async def Decode(  # noqa: N802
@@ -213,11 +227,13 @@ class FakeDecode(FakeLeader):
         if start is None:
             raise asyncio.CancelledError  # the router ended the call before it had a first token
         self.started.append(start.start.first_token_id)
+        self.starts.append(start.start)
         await self.may_commit.wait()
         if self.refuse_commit:
             await self.refuse_commit.pop(0).abort(context)
         yield decode_pb.DecodeResponse(committed=decode_pb.DecodeCommitted())
-        async for event in self._tokens(context):
+        tokens = self._tokens(context) if not self.tokens_by_choice else self._choices(requests)
+        async for event in tokens:
             yield event
 
     def _messages(self) -> Iterable[Sequence[int]]:
@@ -240,6 +256,38 @@ class FakeDecode(FakeLeader):
         if not self.ends_without_finish:
             finished = decode_pb.DecodeFinished(reason=self.reason, q_exchange_bytes=200, num_holders=1)
             yield decode_pb.DecodeResponse(finished=finished)
+
+    async def _choices(
+        self, requests: AsyncIterator[decode_pb.DecodeRequest]
+    ) -> AsyncIterator[decode_pb.DecodeResponse]:
+        """All of each choice's tokens in turns, also those of a stopped one; then all end."""
+        reading = asyncio.create_task(self._note_stops(requests))
+        longest = max(map(len, self.tokens_by_choice.values()))
+        for place in range(longest):
+            for choice, tokens in self.tokens_by_choice.items():
+                if place < len(tokens):
+                    await asyncio.sleep(self.pause_s)
+                    yield self._choice_token(choice, place + 1, tokens[place])
+        for choice in self.tokens_by_choice:
+            finished = decode_pb.DecodeFinished(
+                reason=self.reason, q_exchange_bytes=200, num_holders=1, choice_index=choice
+            )
+            yield decode_pb.DecodeResponse(finished=finished)
+        await reading
+
+    def _choice_token(self, choice: int, index: int, token_id: int) -> decode_pb.DecodeResponse:
+        tokens = decode_pb.DecodedTokens(
+            first_index=index,
+            token_ids=[token_id],
+            choice_index=choice,
+            logprobs=[self.logprob] if self.logprob else [],
+            q_exchange_bytes=index,
+        )
+        return decode_pb.DecodeResponse(tokens=tokens)
+
+    async def _note_stops(self, requests: AsyncIterator[decode_pb.DecodeRequest]) -> None:
+        async for request in requests:
+            self.stopped.append(request.stop.choice_index)
 
 
 class FakeView:

@@ -21,6 +21,7 @@ from support.router_deployment import (
     failure,
     fields,
     prompt,
+    reason,
     until,
 )
 from support.tiny_model import BOS, EOS, VOCABULARY_SIZE, byte_ids
@@ -89,7 +90,29 @@ async def test_workers_get_the_resolved_request(up: Deployment) -> None:
     assert up.decode.started == [up.prefill.first_token]
     choice = prefill.choice
     assert (choice.max_tokens, list(choice.stop_token_ids)) == (9, [EOS, 20])
-    assert choice.sampling == generation_pb2.SamplingSpec(temperature=0.5, top_p=0.5, top_k=-1, seed=7)
+    assert choice.sampling == generation_pb2.SamplingSpec(
+        temperature=0.5,
+        top_p=0.5,
+        top_k=-1,
+        seed=7,
+        min_p=0,
+        repetition_penalty=1,
+        presence_penalty=0,
+        frequency_penalty=0,
+    )
+    assert (choice.num_choices, list(choice.prompt_token_ids), choice.HasField("num_logprobs")) == (
+        1,
+        [],
+        False,
+    )
+
+
+async def test_a_repetition_penalty_takes_the_prompt_along(up: Deployment) -> None:
+    ids = generation_pb2.TokenIds(ids=[7, 5, 7])
+    sampling = generation_pb2.SamplingSpec(repetition_penalty=2)
+    await up.generate(generation_pb2.GenerationSpec(token_ids=ids, sampling=sampling))
+    for choice in (up.prefill.requests[0].choice, up.decode.reserved[0].choice):
+        assert list(choice.prompt_token_ids) == [5, 7]
 
 
 async def test_generates_a_whole_answer(up: Deployment) -> None:
@@ -147,3 +170,63 @@ async def test_a_prompt_near_the_message_limit(up: Deployment) -> None:
     ids = generation_pb2.TokenIds(ids=[200] * 3_000_000)
     error = await failure(up.stream(generation_pb2.GenerationSpec(token_ids=ids)))
     assert (error.code(), fields(error)) == (Code.OUT_OF_RANGE, ["spec.prompt"])
+
+
+async def test_a_stop_string_ends_the_call_and_the_overrun_is_not_counted(up: Deployment) -> None:
+    up.decode.tokens = byte_ids(b"bcdefgh" * 50)
+    up.decode.pause_s = 0.01
+    spec = prompt(stop=generation_pb2.StopSpec(max_tokens=500, stop_strings=["efb", "fg"]))
+    answer = await up.generate(spec)
+    assert (answer.text, answer.finish.reason) == ("abcde", generation_pb2.FINISH_REASON_STOP)
+    assert answer.usage.output_tokens == answer.finish.token_count == len(answer.token_ids) == 7
+    await up.assert_all_freed()
+    assert up.decode.num_cancelled == 1
+    assert up.decode.num_sent < 100
+
+
+async def test_a_stop_string_in_the_first_token(up: Deployment) -> None:
+    answer = await up.generate(prompt(stop=generation_pb2.StopSpec(stop_strings=["a"])))
+    assert (answer.text, answer.usage.output_tokens) == ("", 1)
+
+
+async def test_logprobs_come_with_their_tokens(up: Deployment) -> None:
+    up.prefill.logprob = generation_pb2.TokenLogprob(logprob=-1, top_token_ids=[3], top_logprobs=[-0.5])
+    up.decode.logprob = generation_pb2.TokenLogprob(logprob=-2)
+    up.decode.tokens_by_choice = {0: byte_ids(b"bc")}
+    answer = await up.generate(prompt(num_logprobs=1))
+    assert list(answer.logprobs) == [up.prefill.logprob, up.decode.logprob, up.decode.logprob]
+    assert up.prefill.requests[0].choice.num_logprobs == 1
+
+
+async def test_choices_are_told_apart(up: Deployment) -> None:
+    """One is stopped by its text, the others end by themselves; usage counts all tokens but the overrun."""
+    up.decode.tokens_by_choice = {0: byte_ids(b"xyz"), 1: byte_ids(b"pstopq"), 2: byte_ids(b"k")}
+    up.decode.pause_s = 0.01
+    spec = prompt(num_choices=3, stop=generation_pb2.StopSpec(stop_strings=["stop"]))
+    events = [event async for event in up.stream(spec)]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].HasField("usage")
+    finishes = {event.choice_index: event.finish for event in events if event.HasField("finish")}
+    assert {index: one.token_count for index, one in finishes.items()} == {0: 4, 1: 6, 2: 2}
+    assert finishes[1].reason == generation_pb2.FINISH_REASON_STOP
+    assert events[-1].usage.output_tokens == 12
+    assert events[-1].usage.bytes.q_exchange == 600
+    answer = await up.generate(spec)
+    assert [answer.text, *(one.text for one in answer.more_choices)] == ["axyz", "ap", "ak"]
+    await up.assert_all_freed()
+    assert up.decode.stopped == [1, 1]
+    start = up.decode.starts[0]
+    assert (list(start.more_first_token_ids), list(start.finished_choices)) == (byte_ids(b"aa"), [])
+
+
+async def test_choices_that_all_end_with_their_first_token(up: Deployment) -> None:
+    up.prefill.finish_reason = generation_pb2.FINISH_REASON_LENGTH
+    answer = await up.generate(prompt(num_choices=2))
+    assert [answer.finish.token_count, answer.more_choices[0].finish.token_count] == [1, 1]
+    assert up.decode.starts == []
+
+
+async def test_a_choice_that_was_not_asked_for_is_a_bug(up: Deployment) -> None:
+    up.decode.tokens_by_choice = {5: byte_ids(b"x")}
+    error = await failure(up.stream(prompt()))
+    assert (error.code(), reason(error)) == (Code.INTERNAL, "UNKNOWN_CHOICE")

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from typer.testing import CliRunner, Result
 
+from sps2.v1 import generation_pb2
 from sps2_cli.demo import excerpt
 from sps2_cli.main import app
 from sps2_client import Client
@@ -17,9 +18,11 @@ from support.fake_router import (
     delta,
     error_info,
     fail,
+    finish,
     good_events,
     hang,
     play,
+    usage,
 )
 from support.ports import free_port
 
@@ -56,12 +59,69 @@ def test_document_of_one_answer() -> None:
         "text": "Hello wörld",
         "token_ids": [5, 6, 7],
         "finish_reason": "length",
+        "logprobs": [],
+        "more_choices": [],
         "usage": {"prompt_tokens": 11, "cached_tokens": 2, "output_tokens": 3},
         "timings_s": {"queue": 0.1, "prefill": 0.2, "transfer": 0.3, "ttft": 0.4, "tpot": 0.5, "e2e": 0.6},
         "bytes": {"collective": 100, "q_exchange": 200, "kv_transfer": 300},
         "attention_profile": "exact",
         "request_id": "mine",
     }
+
+
+def test_every_sampling_flag_reaches_the_wire() -> None:
+    flags = (
+        *("--temperature", "0.5", "--top-p", "0.75", "--top-k", "4", "--min-p", "0.25", "--seed", "7"),
+        *("--repetition-penalty", "1.5", "--presence-penalty", "-1", "--frequency-penalty", "2"),
+        *("--logit-bias", "17=-100,5=2.5", "--first-choice", "3", "--n", "1", "--logprobs", "20"),
+        *(
+            "--stop",
+            "END",
+            "--stop",
+            "\n\n",
+            "--stop-token-ids",
+            "9",
+            "--min-tokens",
+            "2",
+            "--max-tokens",
+            "8",
+        ),
+    )
+    with FakeRouter() as router:
+        assert generate(router, "--prompt", "hi", *flags).exit_code == 0
+    spec = router.requests[0].spec
+    assert spec.sampling == generation_pb2.SamplingSpec(
+        temperature=0.5,
+        top_p=0.75,
+        top_k=4,
+        min_p=0.25,
+        seed=7,
+        repetition_penalty=1.5,
+        presence_penalty=-1,
+        frequency_penalty=2,
+        logit_bias={17: -100, 5: 2.5},
+        first_choice=3,
+    )
+    assert spec.stop == generation_pb2.StopSpec(
+        stop_strings=["END", "\n\n"], stop_token_ids=[9], min_tokens=2, max_tokens=8
+    )
+    assert (spec.num_choices, spec.num_logprobs) == (1, 20)
+
+
+def test_several_answers_come_one_after_the_other() -> None:
+    first, second = delta("one", [1], 0), delta("two", [2], 0)
+    ends = [finish([1]), finish([2])]
+    second.choice_index = ends[1].choice_index = 1
+    with FakeRouter(play([first, second, *ends, usage()])) as router:
+        result = generate(router, "--prompt", "hi", "--n", "2")
+    assert (result.exit_code, result.stdout) == (0, "--- 0 [length]\none\n--- 1 [length]\ntwo\n")
+
+
+def test_biases_in_a_prompts_file() -> None:
+    line = '{"prompt": "a", "logit_bias": {"17": -1.5}, "stop": ["x"]}'
+    with FakeRouter() as router:
+        assert generate(router, "--prompts-file", "-", stdin=line).exit_code == 0
+    assert dict(router.requests[0].spec.sampling.logit_bias) == {17: -1.5}
 
 
 def test_prompts_from_file_stdin_and_ids(tmp_path: Path) -> None:
@@ -102,6 +162,8 @@ def test_many_prompts_give_one_document_each() -> None:
         (("prompt",), "unexpected argument"),
         (("--prompt-file", "/nonexistent"), "cannot read"),
         (("--prompt", "a", "--timeout", "0"), "must be positive"),
+        (("--prompt", "a", "--logit-bias", "5"), "is not ID=NUMBER"),
+        (("--prompt", "a", "--logit-bias", "5=1,5=2"), "has two biases"),
         (("--prompt", "a", "--max-tokens", "many"), "--max-tokens"),
         (("--no-such-flag",), "No such option"),
     ],

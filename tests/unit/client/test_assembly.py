@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sps2_client import Finished, Generation, ProtocolError, TextDelta
+from sps2.v1 import generation_pb2
+from sps2_client import Choice, Finished, Generation, ProtocolError, TextDelta, TokenLogprob
 from sps2_client._assembly import Assembly, token_digest
 from support.fake_router import Response, delta, finish, good_events, numbered, usage
 
 
-def play(events: list[Response]) -> Generation:
-    assembly = Assembly("r")
+def play(events: list[Response], num_choices: int = 1) -> Generation:
+    assembly = Assembly("r", num_choices)
     for event in numbered(events):
         assembly.take(event)
     return assembly.complete()
@@ -55,6 +56,7 @@ def test_events_as_dataclasses() -> None:
         ([finish([], reason=0)], "UNKNOWN_EVENT"),
         ([Response()], "UNKNOWN_EVENT"),
         ([Response(choice_index=1)], "UNKNOWN_CHOICE"),
+        ([Response(choice_index=-1)], "UNKNOWN_CHOICE"),
     ],
 )
 def test_what_breaks_the_contract(events: list[Response], reason: str) -> None:
@@ -62,3 +64,39 @@ def test_what_breaks_the_contract(events: list[Response], reason: str) -> None:
         play(events)
     assert caught.value.reason == reason
     assert caught.value.request_id == "r"
+
+
+def of_choice(index: int, event: Response) -> Response:
+    event.choice_index = index
+    return event
+
+
+def test_choices_are_gathered_apart() -> None:
+    events = [
+        of_choice(1, delta("b", [2], 0)),
+        delta("a", [1], 0),
+        of_choice(1, delta("c", [3], 1)),
+        of_choice(1, finish([2, 3])),
+        finish([1]),
+        usage(),
+    ]
+    answer = play(events, 2)
+    assert (answer.text, answer.token_ids) == ("a", (1,))
+    assert answer.more_choices == (Choice("bc", (2, 3), "length"),)
+    assert answer.choices == (Choice("a", (1,), "length"), *answer.more_choices)
+
+
+@pytest.mark.parametrize("ends", [[finish([])], [finish([]), usage()]])
+def test_a_choice_that_never_came_is_missed(ends: list[Response]) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        play(ends, 2)
+    assert caught.value.reason == "MISSING_FINISH"
+
+
+def test_logprobs_stay_with_their_tokens() -> None:
+    event = delta("a", [1], 0)
+    event.delta.logprobs.append(
+        generation_pb2.TokenLogprob(logprob=-0.5, top_token_ids=[1, 7], top_logprobs=[-0.5, -2])
+    )
+    answer = play([event, finish([1]), usage()])
+    assert answer.logprobs == (TokenLogprob(-0.5, ((1, -0.5), (7, -2.0))),)

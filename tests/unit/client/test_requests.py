@@ -46,6 +46,11 @@ def test_arguments_that_make_no_request(options: dict[str, object]) -> None:
         stream_request(options.pop("prompt", None), **options)  # type: ignore[arg-type]
 
 
+def test_one_string_is_no_list_of_stops() -> None:
+    with pytest.raises(TypeError, match="list of strings"):
+        stream_request("a", stop="END")
+
+
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(TypeError, match="max_token"):
         stream_request("a", max_token=3)  # type: ignore[call-arg]

@@ -53,9 +53,31 @@ def test_freeing_what_is_not_allocated_changes_nothing(blocks: list[int]) -> Non
     pool.check()
 
 
+def test_a_shared_block_is_free_when_its_last_owner_has_left() -> None:
+    pool = BlockPool(4)
+    first = pool.allocate(3)
+    pool.share(first[:2])
+    pool.free(first)
+    assert (pool.num_used, pool.num_free) == (2, 2)
+    pool.check()
+    pool.free(first[:2])
+    assert pool.num_free == 4
+    pool.check()
+
+
+@pytest.mark.parametrize("blocks", [[0, 0], [2], [0, 2]])
+def test_sharing_what_is_not_allocated_changes_nothing(blocks: list[int]) -> None:
+    pool = BlockPool(3)
+    pool.allocate(2)
+    with pytest.raises(ValueError):
+        pool.share(blocks)
+    pool.free([0, 1])
+    assert pool.num_free == 3
+
+
 def test_check_finds_a_broken_pool() -> None:
     pool = BlockPool(3)
-    pool._used.add(1)
+    pool._owners[1] = 1
     with pytest.raises(AssertionError, match="free and used"):
         pool.check()
 

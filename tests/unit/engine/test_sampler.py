@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sps2_engine.sampler import NonFiniteLogitsError, SamplingParams, sample, sample_rows
 
@@ -33,6 +33,8 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
         scores = TopKLogitsWarper(params.top_k)(no_ids, scores)
     if params.top_p < 1:
         scores = TopPLogitsWarper(params.top_p)(no_ids, scores)
+    if params.min_p:
+        scores = MinPLogitsWarper(params.min_p)(no_ids, scores)
     probabilities: Tensor = scores.softmax(dim=-1)[0]
     return probabilities
 
@@ -48,6 +50,9 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
         SamplingParams(top_p=0.8, seed=6),
         SamplingParams(top_p=0.3, temperature=2.0, seed=7),
         SamplingParams(top_p=0.9, top_k=12, temperature=1.3, seed=8),
+        SamplingParams(min_p=0.1, seed=9),
+        SamplingParams(min_p=0.05, top_p=0.85, top_k=20, temperature=1.3, seed=10),
+        SamplingParams(min_p=0.02, top_p=0.9, temperature=1.5, seed=11),
     ],
 )
 def test_draws_follow_the_distribution_of_transformers(params: SamplingParams) -> None:
@@ -69,14 +74,15 @@ def test_draws_follow_the_distribution_of_transformers(params: SamplingParams) -
     temperature=st.sampled_from([0.3, 1.0, 1.9]),
     top_k=st.integers(0, 70),
     top_p=st.sampled_from([0.01, 0.37, 0.71, 0.93, 1.0]),
+    min_p=st.sampled_from([0.0, 0.003, 0.11, 0.7, 1.0]),
 )
 def test_only_tokens_that_transformers_keeps_are_drawn(
-    seed: int, vocab: int, coarse: bool, temperature: float, top_k: int, top_p: float
+    seed: int, vocab: int, coarse: bool, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     logits = random_logits(1, vocab, seed)[0]
     # Ties, as bf16 models produce. At the border of top-p transformers keeps any of them; top-k keeps all.
     logits = logits.round() if coarse else logits
-    params = SamplingParams(temperature, top_p, top_k, seed)
+    params = SamplingParams(temperature, top_p, top_k, seed, min_p)
     kept = filtered(logits, params) > 0
     drawn = set(draws(logits, params, 200))
     if coarse and top_p < 1:
@@ -113,6 +119,7 @@ _PARAMS = st.builds(
     temperature=st.sampled_from([0.0, 0.4, 1.0, 2.0]),
     top_p=st.sampled_from([0.2, 0.9, 1.0]),
     top_k=st.sampled_from([0, 1, 4, 300]),
+    min_p=st.sampled_from([0.0, 0.05, 1.0]),
     seed=st.integers(0, 2**64 - 1),
 )
 _ROWS = st.lists(
@@ -152,7 +159,8 @@ def test_draws_are_pinned() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
-    "params", [GREEDY, SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5)]
+    "params",
+    [GREEDY, SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5), SamplingParams(min_p=0.5)],
 )
 def test_a_non_finite_logit_fails_its_row_alone(value: float, params: SamplingParams) -> None:
     logits = random_logits(3, 50)
@@ -165,7 +173,10 @@ def test_a_non_finite_logit_fails_its_row_alone(value: float, params: SamplingPa
         sample(logits[1], params, 0, 5)
 
 
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5)])
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5), SamplingParams(min_p=0.5)],
+)
 def test_a_row_of_nan_fails_cleanly(params: SamplingParams) -> None:
     with pytest.raises(NonFiniteLogitsError):
         sample(torch.full((9,), math.nan), params, 0, 0)
@@ -209,6 +220,9 @@ def test_one_entry_per_row_is_required() -> None:
         {"top_p": 1.1},
         {"top_p": math.nan},
         {"top_k": -1},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": math.nan},
         {"seed": -1},
         {"seed": 2**64},
     ],

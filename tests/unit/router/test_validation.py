@@ -43,6 +43,112 @@ def test_what_is_set_stays() -> None:
     assert resolved(spec).choice == TokenChoice(0.5, 0.25, 40, 0, (2, 9), 7)
 
 
+def test_the_whole_choice() -> None:
+    spec = Spec(
+        text="x",
+        sampling=Sampling(
+            min_p=0.5,
+            repetition_penalty=1.5,
+            presence_penalty=-1,
+            frequency_penalty=2,
+            logit_bias={7: -100},
+            first_choice=2,
+        ),
+        stop=Stop(stop_strings=["b", "a", "b"], min_tokens=4),
+        num_logprobs=0,
+        num_choices=3,
+    )
+    assert resolved(spec).choice == TokenChoice(
+        *(0.0, 1.0, -1, 99, (1, 2), DEFAULT_MAX_TOKENS),
+        min_p=0.5,
+        repetition_penalty=1.5,
+        presence_penalty=-1,
+        frequency_penalty=2,
+        logit_bias={7: -100},
+        min_tokens=4,
+        stop_strings=("b", "a"),
+        num_logprobs=0,
+        num_choices=3,
+        first_choice=2,
+    )
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("field", "says", "spec"),
+    [
+        ("spec.sampling.min_p", "from 0 to 1", Spec(text="x", sampling=Sampling(min_p=1.01))),
+        ("spec.sampling.min_p", "from 0 to 1", Spec(text="x", sampling=Sampling(min_p=NAN))),
+        (
+            "spec.sampling.repetition_penalty",
+            "from 0.01 to 100",
+            Spec(text="x", sampling=Sampling(repetition_penalty=0)),
+        ),
+        (
+            "spec.sampling.repetition_penalty",
+            "from 0.01 to 100",
+            Spec(text="x", sampling=Sampling(repetition_penalty=INF)),
+        ),
+        (
+            "spec.sampling.presence_penalty",
+            "from -2 to 2",
+            Spec(text="x", sampling=Sampling(presence_penalty=2.1)),
+        ),
+        (
+            "spec.sampling.frequency_penalty",
+            "from -2 to 2",
+            Spec(text="x", sampling=Sampling(frequency_penalty=-3)),
+        ),
+        (
+            "spec.sampling.logit_bias[300]",
+            "ids from 0 to 299",
+            Spec(text="x", sampling=Sampling(logit_bias={300: 1})),
+        ),
+        (
+            "spec.sampling.logit_bias[-1]",
+            "ids from 0 to 299",
+            Spec(text="x", sampling=Sampling(logit_bias={-1: 1})),
+        ),
+        (
+            "spec.sampling.logit_bias[5]",
+            "from -100 to 100",
+            Spec(text="x", sampling=Sampling(logit_bias={5: 101})),
+        ),
+        (
+            "spec.sampling.logit_bias[5]",
+            "from -100 to 100",
+            Spec(text="x", sampling=Sampling(logit_bias={5: NAN})),
+        ),
+        (
+            "spec.sampling.logit_bias",
+            "at most 1024",
+            Spec(text="x", sampling=Sampling(logit_bias=dict.fromkeys(range(1025), 0.0))),
+        ),
+        ("spec.sampling.first_choice", "0 or more", Spec(text="x", sampling=Sampling(first_choice=-1))),
+        ("spec.stop.min_tokens", "0 or more", Spec(text="x", stop=Stop(min_tokens=-1))),
+        ("spec.stop.stop_strings", "at most 16", Spec(text="x", stop=Stop(stop_strings=["x"] * 17))),
+        ("spec.stop.stop_strings[1]", "1 to 256", Spec(text="x", stop=Stop(stop_strings=["x", ""]))),
+        ("spec.stop.stop_strings[0]", "1 to 256", Spec(text="x", stop=Stop(stop_strings=["€" * 86]))),
+        ("spec.num_logprobs", "0 to 20", Spec(text="x", num_logprobs=21)),
+        ("spec.num_logprobs", "0 to 20", Spec(text="x", num_logprobs=-1)),
+        ("spec.num_choices", "1 to 32", Spec(text="x", num_choices=0)),
+        ("spec.num_choices", "1 to 32", Spec(text="x", num_choices=2**31 - 1)),
+    ],
+)
+def test_a_choice_out_of_range_is_named(field: str, says: str, spec: generation_pb2.GenerationSpec) -> None:
+    with pytest.raises(InvalidArgument, match=says) as caught:
+        check_fields(spec, MODEL)
+    assert [one.field for one in caught.value.violations] == [field]
+
+
+def test_min_tokens_above_max_tokens() -> None:
+    with pytest.raises(InvalidArgument, match="max_tokens is 5") as caught:
+        resolved(Spec(text="x", stop=Stop(max_tokens=5, min_tokens=6)))
+    assert caught.value.violations[0].field == "spec.stop.min_tokens"
+
+
 @pytest.mark.parametrize(("num_prompt_tokens", "max_tokens"), [(1, 256), (744, 256), (745, 255), (999, 1)])
 def test_unset_max_tokens_is_cut_to_the_context(num_prompt_tokens: int, max_tokens: int) -> None:
     assert resolved(Spec(text="x"), num_prompt_tokens).choice.max_tokens == max_tokens
@@ -71,6 +177,13 @@ def test_a_text_without_tokens() -> None:
         Spec(text="x", sampling=Sampling(temperature=0, top_p=1, top_k=-1)),
         Spec(text="x", sampling=Sampling(temperature=1e6, top_p=1e-6, top_k=0)),
         Spec(text="x", stop=Stop(max_tokens=1, stop_token_ids=[299] * 64)),
+        Spec(text="x", sampling=Sampling(min_p=0, repetition_penalty=0.01, presence_penalty=-2)),
+        Spec(text="x", sampling=Sampling(min_p=1, repetition_penalty=100, frequency_penalty=2)),
+        Spec(text="x", sampling=Sampling(logit_bias={0: -100, 299: 100}, first_choice=2**31 - 1)),
+        Spec(text="x", sampling=Sampling(logit_bias=dict.fromkeys(range(300), 1.0))),
+        Spec(text="x", stop=Stop(stop_strings=["€" * 85 + "x"] * 16, min_tokens=0)),
+        Spec(text="x", num_logprobs=0, num_choices=1),
+        Spec(text="x", num_logprobs=20, num_choices=32),
     ],
 )
 def test_values_at_the_edge_are_fine(spec: generation_pb2.GenerationSpec) -> None:

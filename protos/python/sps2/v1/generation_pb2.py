@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sps2/v1/generation.proto\x12\x07sps2.v1\"\xe9\x01\n\x0eGenerationSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12&\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x11.sps2.v1.TokenIdsH\x00\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.sps2.v1.SamplingSpec\x12\x1f\n\x04stop\x18\x07 \x01(\x0b\x32\x11.sps2.v1.StopSpec\x12\x19\n\x11\x61ttention_profile\x18\x08 \x01(\tB\x08\n\x06prompt\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\x05\x42\x02\x10\x01\"\x90\x01\n\x0cSamplingSpec\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"b\n\x08StopSpec\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\x0estop_token_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x42\r\n\x0b_max_tokens\"A\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\x05\"T\n\x06\x46inish\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.sps2.v1.FinishReason\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"\xae\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\x12!\n\x07timings\x18\x04 \x01(\x0b\x32\x10.sps2.v1.Timings\x12\"\n\x05\x62ytes\x18\x05 \x01(\x0b\x32\x13.sps2.v1.BytesMoved\x12\x19\n\x11\x61ttention_profile\x18\x06 \x01(\t\"d\n\x07Timings\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0f\n\x07prefill\x18\x02 \x01(\x01\x12\x10\n\x08transfer\x18\x03 \x01(\x01\x12\x0c\n\x04ttft\x18\x04 \x01(\x01\x12\x0c\n\x04tpot\x18\x05 \x01(\x01\x12\x0b\n\x03\x65\x32\x65\x18\x06 \x01(\x01\"I\n\nBytesMoved\x12\x12\n\ncollective\x18\x01 \x01(\x04\x12\x12\n\nq_exchange\x18\x02 \x01(\x04\x12\x13\n\x0bkv_transfer\x18\x03 \x01(\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sps2/v1/generation.proto\x12\x07sps2.v1\"\xbf\x02\n\x0eGenerationSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12&\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x11.sps2.v1.TokenIdsH\x00\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.sps2.v1.SamplingSpec\x12\x1f\n\x04stop\x18\x07 \x01(\x0b\x32\x11.sps2.v1.StopSpec\x12\x19\n\x11\x61ttention_profile\x18\x08 \x01(\t\x12\x19\n\x0cnum_logprobs\x18\t \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0bnum_choices\x18\n \x01(\x05H\x02\x88\x01\x01\x42\x08\n\x06promptB\x0f\n\r_num_logprobsB\x0e\n\x0c_num_choices\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\x05\x42\x02\x10\x01\"\xd2\x03\n\x0cSamplingSpec\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x38\n\nlogit_bias\x18\t \x03(\x0b\x32$.sps2.v1.SamplingSpec.LogitBiasEntry\x12\x14\n\x0c\x66irst_choice\x18\n \x01(\x05\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\xa0\x01\n\x08StopSpec\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\x0estop_token_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x14\n\x0cstop_strings\x18\x04 \x03(\t\x12\x17\n\nmin_tokens\x18\x05 \x01(\x05H\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"j\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\x05\x12\'\n\x08logprobs\x18\x04 \x03(\x0b\x32\x15.sps2.v1.TokenLogprob\"T\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x19\n\rtop_token_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x18\n\x0ctop_logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\"T\n\x06\x46inish\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.sps2.v1.FinishReason\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"\xae\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\x12!\n\x07timings\x18\x04 \x01(\x0b\x32\x10.sps2.v1.Timings\x12\"\n\x05\x62ytes\x18\x05 \x01(\x0b\x32\x13.sps2.v1.BytesMoved\x12\x19\n\x11\x61ttention_profile\x18\x06 \x01(\t\"d\n\x07Timings\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0f\n\x07prefill\x18\x02 \x01(\x01\x12\x10\n\x08transfer\x18\x03 \x01(\x01\x12\x0c\n\x04ttft\x18\x04 \x01(\x01\x12\x0c\n\x04tpot\x18\x05 \x01(\x01\x12\x0b\n\x03\x65\x32\x65\x18\x06 \x01(\x01\"I\n\nBytesMoved\x12\x12\n\ncollective\x18\x01 \x01(\x04\x12\x12\n\nq_exchange\x18\x02 \x01(\x04\x12\x13\n\x0bkv_transfer\x18\x03 \x01(\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,28 +33,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENIDS'].fields_by_name['ids']._loaded_options = None
   _globals['_TOKENIDS'].fields_by_name['ids']._serialized_options = b'\020\001'
+  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_STOPSPEC'].fields_by_name['stop_token_ids']._loaded_options = None
   _globals['_STOPSPEC'].fields_by_name['stop_token_ids']._serialized_options = b'\020\001'
   _globals['_DELTA'].fields_by_name['token_ids']._loaded_options = None
   _globals['_DELTA'].fields_by_name['token_ids']._serialized_options = b'\020\001'
-  _globals['_FINISHREASON']._serialized_start=1056
-  _globals['_FINISHREASON']._serialized_end=1151
+  _globals['_TOKENLOGPROB'].fields_by_name['top_token_ids']._loaded_options = None
+  _globals['_TOKENLOGPROB'].fields_by_name['top_token_ids']._serialized_options = b'\020\001'
+  _globals['_TOKENLOGPROB'].fields_by_name['top_logprobs']._loaded_options = None
+  _globals['_TOKENLOGPROB'].fields_by_name['top_logprobs']._serialized_options = b'\020\001'
+  _globals['_FINISHREASON']._serialized_start=1654
+  _globals['_FINISHREASON']._serialized_end=1749
   _globals['_GENERATIONSPEC']._serialized_start=38
-  _globals['_GENERATIONSPEC']._serialized_end=271
-  _globals['_TOKENIDS']._serialized_start=273
-  _globals['_TOKENIDS']._serialized_end=300
-  _globals['_SAMPLINGSPEC']._serialized_start=303
-  _globals['_SAMPLINGSPEC']._serialized_end=447
-  _globals['_STOPSPEC']._serialized_start=449
-  _globals['_STOPSPEC']._serialized_end=547
-  _globals['_DELTA']._serialized_start=549
-  _globals['_DELTA']._serialized_end=614
-  _globals['_FINISH']._serialized_start=616
-  _globals['_FINISH']._serialized_end=700
-  _globals['_USAGE']._serialized_start=703
-  _globals['_USAGE']._serialized_end=877
-  _globals['_TIMINGS']._serialized_start=879
-  _globals['_TIMINGS']._serialized_end=979
-  _globals['_BYTESMOVED']._serialized_start=981
-  _globals['_BYTESMOVED']._serialized_end=1054
+  _globals['_GENERATIONSPEC']._serialized_end=357
+  _globals['_TOKENIDS']._serialized_start=359
+  _globals['_TOKENIDS']._serialized_end=386
+  _globals['_SAMPLINGSPEC']._serialized_start=389
+  _globals['_SAMPLINGSPEC']._serialized_end=855
+  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_start=686
+  _globals['_SAMPLINGSPEC_LOGITBIASENTRY']._serialized_end=734
+  _globals['_STOPSPEC']._serialized_start=858
+  _globals['_STOPSPEC']._serialized_end=1018
+  _globals['_DELTA']._serialized_start=1020
+  _globals['_DELTA']._serialized_end=1126
+  _globals['_TOKENLOGPROB']._serialized_start=1128
+  _globals['_TOKENLOGPROB']._serialized_end=1212
+  _globals['_FINISH']._serialized_start=1214
+  _globals['_FINISH']._serialized_end=1298
+  _globals['_USAGE']._serialized_start=1301
+  _globals['_USAGE']._serialized_end=1475
+  _globals['_TIMINGS']._serialized_start=1477
+  _globals['_TIMINGS']._serialized_end=1577
+  _globals['_BYTESMOVED']._serialized_start=1579
+  _globals['_BYTESMOVED']._serialized_end=1652
 # @@protoc_insertion_point(module_scope)

@@ -54,8 +54,61 @@ class GenerateTextResponse(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    MORE_CHOICES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, drawn by the router when the client gave none."""
+    text: _builtins.str
+    """All text of choice 0."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All its tokens."""
+
+    @_builtins.property
+    def finish(self) -> _generation_pb2.Finish:
+        """Why it ended."""
+
+    @_builtins.property
+    def usage(self) -> _generation_pb2.Usage:
+        """What the request took."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
+        """One for each token of choice 0, where the request asked for log probabilities."""
+
+    @_builtins.property
+    def more_choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedChoice]:
+        """Choices 1 to num_choices - 1."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        text: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        finish: _generation_pb2.Finish | None = ...,
+        usage: _generation_pb2.Usage | None = ...,
+        logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
+        more_choices: _abc.Iterable[Global___GeneratedChoice] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "logprobs", b"logprobs", "more_choices", b"more_choices", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateTextResponse: _TypeAlias = GenerateTextResponse  # noqa: Y015
+
+@_typing.final
+class GeneratedChoice(_message.Message):
+    """GeneratedChoice is one whole answer of several."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    FINISH_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """All text."""
     @_builtins.property
@@ -67,25 +120,24 @@ class GenerateTextResponse(_message.Message):
         """Why it ended."""
 
     @_builtins.property
-    def usage(self) -> _generation_pb2.Usage:
-        """What it took."""
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
+        """One for each token, where the request asked for log probabilities."""
 
     def __init__(
         self,
         *,
-        request_id: _builtins.str = ...,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         finish: _generation_pb2.Finish | None = ...,
-        usage: _generation_pb2.Usage | None = ...,
+        logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GenerateTextResponse: _TypeAlias = GenerateTextResponse  # noqa: Y015
+Global___GeneratedChoice: _TypeAlias = GeneratedChoice  # noqa: Y015
 
 @_typing.final
 class StreamGenerateTextRequest(_message.Message):

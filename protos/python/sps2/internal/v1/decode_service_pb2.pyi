@@ -29,6 +29,7 @@ class DecodeRequest(_message.Message):
 
     RESERVE_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def reserve(self) -> Global___ReserveKv:
         """First message."""
@@ -37,17 +38,22 @@ class DecodeRequest(_message.Message):
     def start(self) -> Global___StartDecode:
         """Second message."""
 
+    @_builtins.property
+    def stop(self) -> Global___StopChoice:
+        """Any time after it."""
+
     def __init__(
         self,
         *,
         reserve: Global___ReserveKv | None = ...,
         start: Global___StartDecode | None = ...,
+        stop: Global___StopChoice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["reserve", b"reserve", "start", b"start", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reserve", b"reserve", "start", b"start", "step", b"step", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reserve", b"reserve", "start", b"start", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reserve", b"reserve", "start", b"start", "step", b"step", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["reserve", "start"]  # noqa: Y015
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["reserve", "start", "stop"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
 
@@ -108,20 +114,56 @@ class StartDecode(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FIRST_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    MORE_FIRST_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    FINISHED_CHOICES_FIELD_NUMBER: _builtins.int
     first_token_id: _builtins.int
-    """The token that prefill sampled: output index 0."""
+    """The token that prefill sampled for choice 0: output index 0."""
+    @_builtins.property
+    def more_first_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those of choices 1, 2, ..."""
+
+    @_builtins.property
+    def finished_choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Choices that ended with their first token; they are not decoded. Never all of them."""
+
     def __init__(
         self,
         *,
         first_token_id: _builtins.int = ...,
+        more_first_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        finished_choices: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_id", b"first_token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished_choices", b"finished_choices", "first_token_id", b"first_token_id", "more_first_token_ids", b"more_first_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartDecode: _TypeAlias = StartDecode  # noqa: Y015
+
+@_typing.final
+class StopChoice(_message.Message):
+    """StopChoice ends a choice whose text has a stop string. No `finished` answers it; tokens that were on
+    their way may still come.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    choice_index: _builtins.int
+    """The choice."""
+    def __init__(
+        self,
+        *,
+        choice_index: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopChoice: _TypeAlias = StopChoice  # noqa: Y015
 
 @_typing.final
 class DecodeResponse(_message.Message):
@@ -147,7 +189,7 @@ class DecodeResponse(_message.Message):
 
     @_builtins.property
     def finished(self) -> Global___DecodeFinished:
-        """It ended; the last message."""
+        """A choice ended; the last message is that of the last choice."""
 
     def __init__(
         self,
@@ -192,21 +234,35 @@ class DecodedTokens(_message.Message):
 
     FIRST_INDEX_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    Q_EXCHANGE_BYTES_FIELD_NUMBER: _builtins.int
     first_index: _builtins.int
     """Output index of the first of them, >= 1."""
+    choice_index: _builtins.int
+    """Choice that they belong to."""
+    q_exchange_bytes: _builtins.int
+    """Bytes of Q exchanges and returned outputs for this choice so far, all layers and steps."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
+        """One for each, where the request asked for log probabilities."""
 
     def __init__(
         self,
         *,
         first_index: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        choice_index: _builtins.int = ...,
+        logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
+        q_exchange_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_index", b"first_index", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "first_index", b"first_index", "logprobs", b"logprobs", "q_exchange_bytes", b"q_exchange_bytes", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -214,29 +270,33 @@ Global___DecodedTokens: _TypeAlias = DecodedTokens  # noqa: Y015
 
 @_typing.final
 class DecodeFinished(_message.Message):
-    """DecodeFinished sums the attempt up."""
+    """DecodeFinished sums a choice up."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
     Q_EXCHANGE_BYTES_FIELD_NUMBER: _builtins.int
     NUM_HOLDERS_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     reason: _generation_pb2.FinishReason.ValueType
     """Why."""
     q_exchange_bytes: _builtins.int
-    """Bytes of Q exchanges and returned outputs for its rows, all layers and steps."""
+    """Bytes of Q exchanges and returned outputs for this choice, all layers and steps."""
     num_holders: _builtins.int
     """Decode ranks that held its KV."""
+    choice_index: _builtins.int
+    """Choice that ended."""
     def __init__(
         self,
         *,
         reason: _generation_pb2.FinishReason.ValueType = ...,
         q_exchange_bytes: _builtins.int = ...,
         num_holders: _builtins.int = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_holders", b"num_holders", "q_exchange_bytes", b"q_exchange_bytes", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "num_holders", b"num_holders", "q_exchange_bytes", b"q_exchange_bytes", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

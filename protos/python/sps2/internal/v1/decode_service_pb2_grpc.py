@@ -49,7 +49,8 @@ class DecodeServiceServicer:
     def Decode(self, request_iterator, context):
         """Decode serves one attempt; the call is its lifetime: ending it frees all that it holds.
         The router sends `reserve` and gets `placement`; when prefill has sampled, it sends `start` and
-        gets `committed` once every rank holds and has verified its KV, then tokens, then `finish`.
+        gets `committed` once every rank holds and has verified its KV, then tokens and a `finished` for each
+        choice. `stop` ends one choice of several early; ending the call ends all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,8 @@ class DecodeServiceStub:
     Decode: _grpc.StreamStreamMultiCallable[_decode_service_pb2.DecodeRequest, _decode_service_pb2.DecodeResponse]
     """Decode serves one attempt; the call is its lifetime: ending it frees all that it holds.
     The router sends `reserve` and gets `placement`; when prefill has sampled, it sends `start` and
-    gets `committed` once every rank holds and has verified its KV, then tokens, then `finish`.
+    gets `committed` once every rank holds and has verified its KV, then tokens and a `finished` for each
+    choice. `stop` ends one choice of several early; ending the call ends all.
     """
 
 @_typing.type_check_only
@@ -47,7 +48,8 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     Decode: _aio.StreamStreamMultiCallable[_decode_service_pb2.DecodeRequest, _decode_service_pb2.DecodeResponse]  # type: ignore[assignment]
     """Decode serves one attempt; the call is its lifetime: ending it frees all that it holds.
     The router sends `reserve` and gets `placement`; when prefill has sampled, it sends `start` and
-    gets `committed` once every rank holds and has verified its KV, then tokens, then `finish`.
+    gets `committed` once every rank holds and has verified its KV, then tokens and a `finished` for each
+    choice. `stop` ends one choice of several early; ending the call ends all.
     """
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -61,7 +63,8 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_decode_service_pb2.DecodeResponse], _abc.AsyncIterator[_decode_service_pb2.DecodeResponse]]:
         """Decode serves one attempt; the call is its lifetime: ending it frees all that it holds.
         The router sends `reserve` and gets `placement`; when prefill has sampled, it sends `start` and
-        gets `committed` once every rank holds and has verified its KV, then tokens, then `finish`.
+        gets `committed` once every rank holds and has verified its KV, then tokens and a `finished` for each
+        choice. `stop` ends one choice of several early; ending the call ends all.
         """
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -368,6 +368,7 @@ class ReserveRow(_message.Message):
     HOME_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    CHOICE_ROWS_FIELD_NUMBER: _builtins.int
     row: _builtins.int
     """Number of the row, unique within the epoch."""
     home: _builtins.int
@@ -386,6 +387,10 @@ class ReserveRow(_message.Message):
     def choice(self) -> _prefill_service_pb2.TokenChoice:
         """How its tokens are chosen."""
 
+    @_builtins.property
+    def choice_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of choices 1, 2, ...: they share the prompt's blocks, the last one copied where it is not full."""
+
     def __init__(
         self,
         *,
@@ -395,10 +400,11 @@ class ReserveRow(_message.Message):
         home: _builtins.int = ...,
         num_prompt_tokens: _builtins.int = ...,
         choice: _prefill_service_pb2.TokenChoice | None = ...,
+        choice_rows: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "home", b"home", "num_prompt_tokens", b"num_prompt_tokens", "placement", b"placement", "row", b"row"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "choice_rows", b"choice_rows", "home", b"home", "num_prompt_tokens", b"num_prompt_tokens", "placement", b"placement", "row", b"row"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -907,6 +913,7 @@ class RowToken(_message.Message):
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     Q_EXCHANGE_BYTES_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
     row: _builtins.int
     """The row."""
     index: _builtins.int
@@ -916,7 +923,11 @@ class RowToken(_message.Message):
     finish_reason: _generation_pb2.FinishReason.ValueType
     """Set when the row ends with it."""
     q_exchange_bytes: _builtins.int
-    """With the finish: bytes of Q exchange of this row, all layers and steps."""
+    """Bytes of Q exchange of this row so far, all layers and steps."""
+    @_builtins.property
+    def logprob(self) -> _generation_pb2.TokenLogprob:
+        """Set where the request asked for log probabilities."""
+
     def __init__(
         self,
         *,
@@ -925,10 +936,11 @@ class RowToken(_message.Message):
         token_id: _builtins.int = ...,
         finish_reason: _generation_pb2.FinishReason.ValueType = ...,
         q_exchange_bytes: _builtins.int = ...,
+        logprob: _generation_pb2.TokenLogprob | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "q_exchange_bytes", b"q_exchange_bytes", "row", b"row", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprob", b"logprob", "q_exchange_bytes", b"q_exchange_bytes", "row", b"row", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

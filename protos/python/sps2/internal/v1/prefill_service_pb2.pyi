@@ -29,8 +29,18 @@ class TokenChoice(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_LOGPROBS_FIELD_NUMBER: _builtins.int
+    NUM_CHOICES_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Most tokens to generate, >= 1."""
+    min_tokens: _builtins.int
+    """Fewer tokens than this do not end with a stop token: it is not drawn."""
+    num_logprobs: _builtins.int
+    """Log probabilities of the most likely tokens beside the drawn one's; unset: none at all."""
+    num_choices: _builtins.int
+    """Choices to draw; 0 is 1."""
     @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingSpec:
         """Sampling; every field set."""
@@ -39,18 +49,28 @@ class TokenChoice(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end the request."""
 
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Distinct ids of the prompt; set only where there is a repetition penalty."""
+
     def __init__(
         self,
         *,
         sampling: _generation_pb2.SamplingSpec | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         max_tokens: _builtins.int = ...,
+        min_tokens: _builtins.int = ...,
+        num_logprobs: _builtins.int | None = ...,
+        num_choices: _builtins.int = ...,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "num_logprobs", b"num_logprobs", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tokens", b"max_tokens", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__num_logprobs: _TypeAlias = _typing.Literal["num_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__num_logprobs: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_logprobs) -> _WhichOneofReturnType__num_logprobs | None: ...
 
 Global___TokenChoice: _TypeAlias = TokenChoice  # noqa: Y015
 
@@ -194,22 +214,34 @@ class FirstToken(_message.Message):
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    MORE_CHOICES_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     """Its id."""
     finish_reason: _generation_pb2.FinishReason.ValueType
-    """Set when the request ends with it."""
+    """Set when the choice ends with it."""
     prefill_s: _builtins.float
     """Seconds of compute up to it."""
+    @_builtins.property
+    def logprob(self) -> _generation_pb2.TokenLogprob:
+        """Set where the request asked for log probabilities."""
+
+    @_builtins.property
+    def more_choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___FirstToken]:
+        """Those of choices 1, 2, ...; this one is choice 0's. They leave `prefill_s` and `more_choices` unset."""
+
     def __init__(
         self,
         *,
         token_id: _builtins.int = ...,
         finish_reason: _generation_pb2.FinishReason.ValueType = ...,
         prefill_s: _builtins.float = ...,
+        logprob: _generation_pb2.TokenLogprob | None = ...,
+        more_choices: _abc.Iterable[Global___FirstToken] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "prefill_s", b"prefill_s", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprob", b"logprob", "more_choices", b"more_choices", "prefill_s", b"prefill_s", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

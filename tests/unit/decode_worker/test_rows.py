@@ -1,0 +1,80 @@
+"""Rows that share a prompt on one rank: which blocks are whose, what is copied, and that nothing is left."""
+
+import pytest
+import torch
+
+from sps2.internal.v1.engine_pb2 import ReserveRow
+from sps2.internal.v1.placement_pb2 import Placement, ShardPlacement
+from sps2.internal.v1.prefill_service_pb2 import TokenChoice
+from sps2.v1.generation_pb2 import SamplingSpec
+from sps2_decode_worker.receive import Receiver
+from sps2_decode_worker.rows import RowState
+from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, KvArena, slot_runs
+
+NUM_BLOCKS = 20
+
+
+class NoTransfers:
+    """In place of a KvReceiver: KV is there at once."""
+
+    def expect(self, *_: object) -> None:
+        """Nothing comes."""
+
+    def forget(self, _: object) -> None:
+        """Nothing came."""
+
+
+def receiver() -> Receiver:
+    made = Receiver.__new__(Receiver)
+    made._pool = BlockPool(NUM_BLOCKS)
+    made._arena = KvArena(2, NUM_BLOCKS, 1, 2)
+    made._receiver = NoTransfers()  # type: ignore[assignment]
+    return made
+
+
+def rows_of(holder: Receiver, num_tokens: int, home: int) -> list[RowState]:
+    """Three choices of a prompt that lies on rank 0, seen from there; up to 70 new tokens each."""
+    reserve = ReserveRow(
+        row=4,
+        choice_rows=[5, 6],
+        home=home,
+        num_prompt_tokens=num_tokens,
+        placement=Placement(shards=[ShardPlacement(token_end=num_tokens), ShardPlacement(rank=1)]),
+        choice=TokenChoice(sampling=SamplingSpec(top_p=1), max_tokens=70, num_choices=3),
+    )
+    return holder.reserve(reserve, 0, lambda: None)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_used"), [(130, 2 + 3 * 2), (128, 2 + 3 * 2), (10, 3 * 2)])
+def test_home_shares_full_blocks_and_copies_the_last(num_tokens: int, num_used: int) -> None:
+    holder = receiver()
+    rows = rows_of(holder, num_tokens, home=0)
+    assert [(row.row_id, row.choice_index) for row in rows] == [(4, 0), (5, 1), (6, 2)]
+    assert holder.blocks_used == num_used
+    values = torch.randn(2, num_tokens, 1, 2)
+    slots = [slot for run in slot_runs(rows[0].blocks, num_tokens) for slot in range(*run)]
+    holder._arena.k[:, slots], holder._arena.v[:, slots] = values, -values
+    for row in rows:
+        holder.copy_prompt(row)
+        row.admit(1, torch.device("cpu"))
+        row.append_slot()
+    appended = [row.append_slot() for row in rows]
+    assert len({slot // BLOCK_TOKENS for slot in appended}) == 3  # nobody writes into another's block
+    holder.release(rows[0])
+    for row in rows[1:]:
+        kept = [slot for run in slot_runs(row.blocks, num_tokens) for slot in range(*run)]
+        assert torch.equal(holder._arena.k[:, kept], values)
+        assert torch.equal(holder._arena.v[:, kept], -values)
+        holder.release(row)
+    assert holder.blocks_used == 0
+
+
+def test_other_holders_share_all() -> None:
+    holder = receiver()
+    rows = rows_of(holder, 130, home=1)
+    assert holder.blocks_used == 3
+    assert rows[0].blocks == rows[1].blocks == rows[2].blocks
+    assert rows[2].copied_slots() == ([], [])
+    for row in rows:
+        holder.release(row)
+    assert holder.blocks_used == 0
