@@ -67,7 +67,7 @@ class Communicator(Protocol):
         ...
 
     def agree(self, flag: bool) -> bool:
-        """Rank 0's flag, on every rank (one small broadcast, counted as "control").
+        """Rank 0's flag, on every rank (one small broadcast, counted as "control"); waits for no exchange.
 
         Raises:
             GroupError: as in `PendingExchange.wait`.
@@ -166,21 +166,22 @@ class TorchCommunicator:
     """A group over torch.distributed process groups of the same ranks, none of them the default one.
 
     Args:
-        lanes: one process group, or one for each lane where the backend completes its exchanges one by one.
+        groups: as `form_groups` makes them: one for all lanes, or one for each where the backend completes its
+            exchanges one by one; and a last one in which the ranks agree, whatever travels on the lanes.
         device: where the tensors lie.
         bytes_posted: counters to add to.
     """
 
     def __init__(
         self,
-        lanes: Sequence[dist.ProcessGroup],
+        groups: Sequence[dist.ProcessGroup],
         device: torch.device,
         bytes_posted: Counter[str] | None = None,
     ) -> None:
-        self._lanes = tuple(lanes)
+        self._groups = tuple(groups)
         self._device = device
-        self.rank = lanes[0].rank()
-        self.size = lanes[0].size()
+        self.rank = groups[0].rank()
+        self.size = groups[0].size()
         self.bytes_posted = bytes_posted if bytes_posted is not None else Counter()
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -190,7 +191,7 @@ class TorchCommunicator:
         """See `Communicator.all_to_all`."""
         received = torch.empty(sum(recv_bytes), dtype=torch.uint8, device=self._device)
         try:
-            work = self._group(lane).alltoall_base(received, send, list(recv_bytes), list(send_bytes))
+            work = self._lane(lane).alltoall_base(received, send, list(recv_bytes), list(send_bytes))
         except RuntimeError as error:
             raise GroupError(f"exchange could not be posted: {error}") from error
         self.bytes_posted[kind] += sum(send_bytes)
@@ -210,7 +211,7 @@ class TorchCommunicator:
         options.rootRank, options.rootTensor = 0, 0
         self._flag.fill_(int(flag))
         try:
-            self._group(0).broadcast([self._flag], options).wait()
+            self._open_groups[-1].broadcast([self._flag], options).wait()
         except RuntimeError as error:
             raise GroupError(f"agreement failed: {error}") from error
         if self.rank == 0:
@@ -219,12 +220,17 @@ class TorchCommunicator:
 
     def close(self) -> None:
         """See `Communicator.close`; the connections of a process group end with its last reference."""
-        self._lanes = ()
+        self._groups = ()
 
-    def _group(self, lane: int) -> dist.ProcessGroup:
-        if not self._lanes:
+    @property
+    def _open_groups(self) -> tuple[dist.ProcessGroup, ...]:
+        if not self._groups:
             raise GroupError("this rank has left the group")
-        return self._lanes[lane % len(self._lanes)]
+        return self._groups
+
+    def _lane(self, lane: int) -> dist.ProcessGroup:
+        lanes = self._open_groups[:-1]
+        return lanes[lane % len(lanes)]
 
 
 def open_store(host: str, timeout: timedelta) -> tuple[TCPStore, str]:
@@ -293,13 +299,14 @@ def form_groups(
 ) -> list[dist.ProcessGroup]:
     """Forms the process groups of one epoch: Gloo bound to `host`, or on a GPU one of NCCL for each lane.
 
-    A communicator of NCCL completes its collectives one by one; Gloo works on several at once. Every epoch has
-    a store prefix of its own, so that what a dead epoch left behind is never read.
+    A communicator of NCCL completes its collectives one by one; Gloo works on two at once. So the last group is
+    for agreements alone: in another they would wait for the exchanges that were posted before. Every epoch has a
+    store prefix of its own, so that what a dead epoch left behind is never read.
 
     Raises:
         GroupError: not all ranks came within `timeout`.
     """
-    num_groups = LANES if device.type == "cuda" else 1
+    num_groups = (LANES if device.type == "cuda" else 1) + 1
     prefixes = [PrefixStore(f"epoch-{epoch}/{lane}", store) for lane in range(num_groups)]
     try:
         return [_make_group(prefix, rank, size, device, host, timeout) for prefix in prefixes]

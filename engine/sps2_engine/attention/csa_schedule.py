@@ -10,7 +10,7 @@ What is computed and what travels is the plan's. Side streams on a GPU are NCCL'
 what was launched before its post, and a wait holds up the compute launched after it, not the host.
 
 Compute between two of these steps is a stage of the slicer: at the ends of slices all ranks agree whether to go
-on, on the same lane as what goes in, and in the same order on every rank because the plan is.
+on, beside the exchanges that are under way, and equally often on every rank because the plan is the same.
 """
 
 import time
