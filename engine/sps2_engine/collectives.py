@@ -200,7 +200,7 @@ class TorchCommunicator:
     def all_reduce(self, tensor: Tensor, kind: str) -> None:
         """See `SummingCommunicator.all_reduce`: both backends add up each element on one rank and pass it on."""
         try:
-            self._group(0).allreduce([tensor]).wait()
+            self._lane(0).allreduce([tensor]).wait()
         except RuntimeError as error:
             raise GroupError(f"sum failed: {error}") from error
         self.bytes_posted[kind] += 2 * tensor.nbytes * (self.size - 1) // self.size
