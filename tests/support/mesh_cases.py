@@ -138,7 +138,7 @@ def _run_rank(
         num_slices += 1
         assert not groups.everyone.agree(False)
 
-    slicer = Slicer(1_000_000, end_slice)
+    slicer = Slicer(max(1_000_000, 50 * len(prompt) ** 2), end_slice)  # some slices in prompts of any length
     schedule = CsaSchedule(plan, LeadingRanks(ranks, num_ranks), config.head_dim**-0.5, slicer)
     tokens = torch.tensor([token for span in plan.spans(ranks.rank) for token in range(span.begin, span.end)])
 
