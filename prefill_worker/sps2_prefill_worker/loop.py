@@ -18,7 +18,7 @@ from sps2_engine.choice import finish_reason, sampling_params
 from sps2_engine.collectives import Communicator, LeadingRanks, SoloCommunicator
 from sps2_engine.kv_pool import slot_runs
 from sps2_engine.kv_transfer.sender import KvSender
-from sps2_engine.layers.rows import RowWalk, row_chunks
+from sps2_engine.layers.rows import BYTE_FLOPS, RowWalk, row_chunks
 from sps2_engine.models import Attend
 from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.loading import load_model
@@ -137,11 +137,11 @@ class PrefillRole:
         plan = follow(run, communicator.rank, communicator.size, self._shape)
         slicer = Slicer(run.slice_flops, lambda: self._end_slice(key))
         schedule = CsaSchedule(plan, LeadingRanks(communicator, plan.num_ranks), self._model.scale, slicer)
-        runs = slot_runs(delivery.blocks, len(run.token_ids))
         key, posted_before = attempt_key(run.attempt), self.bytes_posted[KIND]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._store(layer, runs, k, v)
+            for rows in walk(len(k), BYTE_FLOPS * 2 * k.shape[1] * k.shape[2] * k.element_size()):
+                self._store(layer, delivery.blocks, rows, k, v)
             self._loaded_publisher.layer_ready(delivery, layer)
             o = schedule.attend(layer, q, k, v)
             self.steps_done += 1
@@ -181,14 +181,14 @@ class PrefillRole:
         )
         self._report(run.attempt, first_token=first)
 
-    def _store(self, layer: int, runs: list[tuple[int, int]], k: Tensor, v: Tensor) -> None:
-        """Writes the slice's keys and values, [tokens, kv_heads, head_dim], to its slots of the arena."""
-        taken = 0
-        for begin, end in runs:
-            rows = slice(taken, taken + end - begin)
-            self._model.arena.k[layer, begin:end] = k[rows]
-            self._model.arena.v[layer, begin:end] = v[rows]
-            taken = rows.stop
+    def _store(self, layer: int, blocks: Sequence[int], rows: slice, k: Tensor, v: Tensor) -> None:
+        """Writes some rows of the slice's keys and values, [tokens, kv_heads, head_dim], to their slots."""
+        taken = rows.start
+        for begin, end in slot_runs(blocks, rows.stop - rows.start, rows.start):
+            part = slice(taken, taken + end - begin)
+            self._model.arena.k[layer, begin:end] = k[part]
+            self._model.arena.v[layer, begin:end] = v[part]
+            taken = part.stop
 
     def _forward(
         self, token_ids: Sequence[int], spans: Sequence[Span], attend: Attend, walk: RowWalk = row_chunks

@@ -15,7 +15,7 @@ from sps2_engine.layers.linear import Linear
 from sps2_engine.layers.mlp import SwiGLU
 from sps2_engine.layers.rms_norm import RMSNorm
 from sps2_engine.layers.rope import RotaryEmbedding, Rotation
-from sps2_engine.layers.rows import RowWalk, row_chunks
+from sps2_engine.layers.rows import BYTE_FLOPS, RowWalk, row_chunks
 from sps2_engine.models.config import ModelConfig
 from sps2_engine.weights import WeightSource, table_dtype
 
@@ -140,12 +140,17 @@ class Decoder:
         Returns:
             Hidden states [tokens, hidden] in fp32 or wider, the final norm applied.
         """
-        x = functional.embedding(token_ids, self._embedding).to(self._norm.weight.dtype)
+        x = torch.empty(
+            len(token_ids), self.config.hidden_size, dtype=self._norm.weight.dtype, device=token_ids.device
+        )
+        row_flops = BYTE_FLOPS * self.config.hidden_size * x.element_size()
+        for rows in walk(len(x), row_flops):
+            x[rows] = functional.embedding(token_ids[rows], self._embedding)
         rotation = self._rotary(positions)
         for attention, feed_forward in self._layers:
             attention.add_to(x, rotation, attend, walk)
             feed_forward.add_to(x, walk)
-        for rows in row_chunks(len(x)):
+        for rows in walk(len(x), row_flops):
             x[rows] = self._norm(x[rows])
         return x
 
