@@ -35,8 +35,9 @@ class LayerStep:
         self._piece_flops = piece_flops
         self._attention = attention
         q = qkv[0]
-        self.o = torch.empty_like(q)
-        """[own tokens, q_heads, head_dim]: whole when all has been merged."""
+        # What is merged piece by piece is kept wide: in bf16 each merge would round it again.
+        self.o = torch.empty_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+        """[own tokens, q_heads, head_dim], fp32 or wider: whole when all has been merged."""
         self._lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         self._received: dict[tuple[int, Plane], Tensor] = {}
         """Planes [rows, heads, head_dim] by source rank."""
@@ -61,7 +62,7 @@ class LayerStep:
         for work in self._routes.own_shards[run]:
             o, lse = self._attend(work, stage)
             if o.shape == self.o.shape:
-                self.o, self._lse = o, lse  # all there is: nothing to copy
+                self.o, self._lse = o.to(self.o.dtype), lse  # all there is: nothing to copy
                 return
             rows, heads = self._routes.rows(work.queries), run.q_heads.slice
             self.o[rows, heads], self._lse[rows, heads] = o, lse
@@ -113,7 +114,8 @@ class LayerStep:
 
     def _out_planes(self, packed: Tensor, offset: int, plane: Plane) -> tuple[Tensor, Tensor, int]:
         """Views of a plane's O and LSE inside packed bytes from `offset` on, and the offset behind them."""
-        rows, heads, head_dim, dtype = len(plane.rows), len(plane.heads), self._plan.head_dim, self.o.dtype
+        rows, heads, head_dim = len(plane.rows), len(plane.heads), self._plan.head_dim
+        dtype = self._tensors["q"].dtype
         middle = offset + plane.num_vectors * head_dim * dtype.itemsize
         end = middle + plane.num_vectors * LSE_BYTES
         o = packed[offset:middle].view(dtype).view(rows, heads, head_dim)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sps2_engine.slices import Stage
-from sps2_kernels.merge_states import merge_pair
+from sps2_kernels.merge_states import merge_into
 from sps2_kernels.segment_attention import UNMASKED, segment_attention
 from sps2_layout.layout import Span
 
@@ -106,10 +106,11 @@ def _attend_block(
     if position is not None:
         parts.append((slice(position, position + len(q)), True))
     states = (piece.attend(q, k[part], v[part], causal=square) for part, square in parts)
-    state = next(states)
-    for other in states:
-        state = merge_pair(*state, *other)
-    return state
+    o, lse = next(states)  # the kernel's own, to be changed
+    for part in states:
+        o = o.float()  # rounded once, when all is merged
+        merge_into(o, lse, *part)
+    return o, lse
 
 
 def _piece_shape(q: Tensor, k: Tensor, piece_flops: int) -> tuple[int, int, int]:

@@ -114,6 +114,7 @@ def test_segments_take_the_form_that_fits(monkeypatch: pytest.MonkeyPatch) -> No
         return tiled_attention(q, k, v, causal, scale)
 
     monkeypatch.setattr(tiled, "has_bf16_products", lambda: True)
+    monkeypatch.setattr(tiled, "has_tile_products", lambda: False)
     monkeypatch.setattr(forms, "tiled_attention", form)
     q, k, v = draw(600, 900, 4, 2, 64)
     o, lse = segment_attention(q, k, v, 300, 0.125)
@@ -129,6 +130,12 @@ def test_segments_take_the_form_that_fits(monkeypatch: pytest.MonkeyPatch) -> No
     assert empty_lse.isneginf().all()
 
 
+def test_with_amx_the_flash_operator_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "has_bf16_products", lambda: True)
+    monkeypatch.setattr(tiled, "has_tile_products", lambda: True)
+    assert not tiled.has_tiles(torch.bfloat16, torch.device("cpu"))
+
+
 def test_without_a_compiler_the_flash_operator_serves(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,6 +149,8 @@ def test_without_a_compiler_the_flash_operator_serves(
     with caplog.at_level(logging.WARNING):
         assert compiled_passes.__wrapped__() is None
     assert "flash" in caplog.text
+    monkeypatch.setattr(tiled, "has_bf16_products", lambda: True)
+    monkeypatch.setattr(tiled, "has_tile_products", lambda: False)
     monkeypatch.setattr(tiled, "compiled_passes", lambda: None)
     q, k, v = draw(600, 600, 4, 2, 64)
     o, _ = segment_attention(q, k, v, 0, 0.125)
