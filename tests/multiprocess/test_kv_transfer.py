@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from support.kv_cluster import Cluster, Peer, Shape, cluster, stopped_writer
+from support.kv_cluster import Cluster, Peer, Shape, cluster
 from support.ports import free_port
+from support.stopped_writer import stopped_writer
 from support.waiting import wait_until
 
 pytestmark = pytest.mark.multiprocess
 TRANSPORTS = ["nixl", "grpc"]
 WIDE = Shape(num_blocks=16)
 LARGE = Shape(num_blocks=64, num_kv_heads=4, head_dim=64, dtype="bf16", slot_bytes=1 << 20)
+WHOLE = (0, 500)
+FOUR_HEADS = Shape(num_kv_heads=4)
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written
 
 
@@ -48,6 +51,39 @@ def test_any_number_of_sources_to_any_number_of_targets(
     newly = [source.ask("stats")["bytes_posted"] for source in mesh.sources]
     assert sum(newly) - sum(posted) == minimum
     request.forget()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_tensor_ranks_send_their_heads_of_two_spans_to_targets_of_all_or_some(transport: str) -> None:
+    """Two sequence ranks of two blocks each, by two tensor ranks."""
+    spans = [[(0, 70), (300, 500)], [(70, 150), (150, 300)]]
+    source_heads = [(0, 2), (2, 4)] * 2
+    target_heads = [(0, 4), (0, 3), (3, 4)]
+    with cluster(transport, 4, 3, FOUR_HEADS, source_heads=source_heads, target_heads=target_heads) as peers:
+        for targets in (peers.targets[:1], peers.targets[1:]):
+            request = peers.request(500)
+            request.sources = [(source, spans[i // 2]) for i, source in enumerate(peers.sources)]
+            request.targets = [(target, WHOLE) for target in targets]
+            results = request.expect().begin().ready().results()
+            minimum = 500 * peers.shape.num_layers * peers.shape.token_bytes
+            assert sum(result["bytes_sent"] for result in results) == minimum
+            assert request.complete() == [True] * len(targets)
+            assert request.wrong_elements() == 0
+            request.forget()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_heads_that_the_target_does_not_hold_are_refused(transport: str) -> None:
+    with cluster(transport, 2, 1, FOUR_HEADS, source_heads=[(0, 2), (2, 4)], target_heads=[(0, 2)]) as peers:
+        target = peers.targets[0]
+        target.heads = None  # the placement says that it holds all
+        request = peers.request(130)
+        request.sources = [(source, [(0, 130)]) for source in peers.sources]
+        first, second = request.expect().begin().ready().results()
+        assert first["bytes_sent"] == 130 * peers.shape.num_layers * peers.shape.token_bytes // 2
+        assert second["reason"] == "REFUSED"
+        assert "heads [2, 4) are not in [0, 2)" in second["message"]
+        assert request.wrong_elements() == 0
 
 
 def test_two_requests_at_once_do_not_disturb_each_other(mesh: Cluster) -> None:
@@ -107,7 +143,7 @@ def test_a_stale_fence_is_refused(mesh: Cluster, changed: dict[str, object]) -> 
 def test_another_model_is_turned_away_at_the_handshake(mesh: Cluster) -> None:
     with cluster("grpc", 1, 0, model_hash="other") as stranger:
         request = mesh.request(64)
-        request.sources = [(stranger.sources[0], (0, 64))]
+        request.sources = [(stranger.sources[0], [(0, 64)])]
         result = request.expect().begin().results()[0]
     assert result["reason"] == "FORMAT_MISMATCH"
     assert "model_hash" in result["message"]
@@ -170,7 +206,7 @@ def test_a_killed_target_is_named_at_once(pair: Cluster) -> None:
 def test_a_killed_source_leaves_the_target_whole(pair: Cluster) -> None:
     source, target = pair.sources.pop(0), pair.targets[0]
     request = pair.request(300)
-    request.sources = [(source, (0, 300))]
+    request.sources = [(source, [(0, 300)])]
     request.expect().begin().ready([0])
     target.until("stats", "bytes_accepted", 300 * pair.shape.token_bytes)
     source.process.kill()

@@ -6,7 +6,6 @@ the tests.
 
 import itertools
 import json
-import signal
 import socket
 import sys
 import time
@@ -22,6 +21,7 @@ from support.process import ManagedProcess
 PEER = Path(__file__).with_name("kv_peer.py")
 BLOCK_TOKENS = 64
 Json = dict[str, Any]
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,18 @@ class Peer:
         shape: Shape,
         name: str,
         env: Mapping[str, str] | None = None,
+        heads: Range | None = None,
         **options: Any,
     ) -> None:
         self.incarnation = uuid.uuid4().hex[:12]
         self.name = name
+        self.heads = heads
         config = {
             "role": role,
             "transport": transport,
             "name": name,
             "incarnation": self.incarnation,
+            "heads": heads,
             **vars(shape),
             **options,
         }
@@ -154,19 +157,26 @@ def cluster(
     shape: Shape | None = None,
     *,
     target_transport: str = "",
+    source_heads: Sequence[Range] = (),
+    target_heads: Sequence[Range] = (),
     env: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Iterator[Cluster]:
-    """Starts them all at once; ends them all, whatever happens. `options` go to the sources."""
+    """Starts them all at once; ends them all, whatever happens. `options` go to the sources.
+
+    Peer i holds the i-th range of heads where there are ranges, else all heads.
+    """
     chosen = shape or Shape()
     with ExitStack() as stack:
         targets = [
-            stack.enter_context(Peer("target", target_transport or transport, chosen, f"decode-0/{i}", env))
-            for i in range(num_targets)
+            stack.enter_context(
+                Peer("target", target_transport or transport, chosen, f"decode-0/{i}", env, heads)
+            )
+            for i, heads in _numbered(num_targets, target_heads)
         ]
         sources = [
-            stack.enter_context(Peer("source", transport, chosen, f"prefill-0/{i}", env, **options))
-            for i in range(num_sources)
+            stack.enter_context(Peer("source", transport, chosen, f"prefill-0/{i}", env, heads, **options))
+            for i, heads in _numbered(num_sources, source_heads)
         ]
         for peer in (*targets, *sources):
             peer.connect()
@@ -175,7 +185,11 @@ def cluster(
         yield Cluster(chosen, sources, targets)
 
 
-def split(num_tokens: int, parts: int, multiple: int = 1) -> list[tuple[int, int]]:
+def _numbered(num_peers: int, heads: Sequence[Range]) -> Iterator[tuple[int, Range | None]]:
+    return enumerate(heads or [None] * num_peers)
+
+
+def split(num_tokens: int, parts: int, multiple: int = 1) -> list[Range]:
     """[0, num_tokens) in equal ranges whose borders are multiples."""
     borders = [min(num_tokens, -(-num_tokens * i // parts) // multiple * multiple) for i in range(parts)]
     return list(itertools.pairwise([*borders, num_tokens]))
@@ -191,7 +205,8 @@ class Request:
         self.salt = number
         self.num_tokens = num_tokens
         self.shape = cluster.shape
-        self.sources = list(zip(cluster.sources, split(num_tokens, num_sources), strict=False))
+        spans = [[span] for span in split(num_tokens, num_sources)]
+        self.sources = list(zip(cluster.sources, spans, strict=False))
         # Placements give whole blocks to each target.
         self.targets = list(zip(cluster.targets, split(num_tokens, num_targets, BLOCK_TOKENS), strict=False))
         self._fence = fence
@@ -213,6 +228,8 @@ class Request:
                 "rank": rank,
                 "token_begin": begin,
                 "token_end": end,
+                "head_begin": target.heads[0] if target.heads else 0,
+                "head_end": target.heads[1] if target.heads else 0,
                 "address": target.address,
                 "fence": {**self.fence(target), **changed},
             }
@@ -220,25 +237,25 @@ class Request:
         ]
 
     @staticmethod
-    def blocks(begin: int, end: int) -> list[int]:
+    def blocks(spans: Sequence[Range]) -> list[int]:
         """As many blocks as the tokens need: 1, 0, 2, 3, 5, 4, 6, 7, ... Some neighbours, some not."""
-        count = -(-(end - begin) // BLOCK_TOKENS)
+        count = -(-sum(end - begin for begin, end in spans) // BLOCK_TOKENS)
         return [i + (1, -1, 0, 0)[i % 4] for i in range(count + count % 2)][:count]
 
     def expect(self) -> Self:
         """Every target expects its part."""
         for target, (begin, end) in self.targets:
-            blocks = self.blocks(begin, end)
+            blocks = self.blocks([(begin, end)])
             target.ask("expect", fence=self.fence(target), token_begin=begin, token_end=end, blocks=blocks)
         return self
 
     def begin(self, **changed_fence: Any) -> Self:
         """Every source fills its blocks and begins."""
-        for source, (begin, end) in self.sources:
-            blocks = self.blocks(begin, end)
-            source.ask("fill", salt=self.salt, token_begin=begin, token_end=end, blocks=blocks)
+        for source, spans in self.sources:
+            blocks = self.blocks(spans)
+            source.ask("fill", salt=self.salt, spans=spans, blocks=blocks)
             shards = self.shards(**changed_fence)
-            source.ask("begin", key=self.id, shards=shards, token_begin=begin, token_end=end, blocks=blocks)
+            source.ask("begin", key=self.id, shards=shards, spans=spans, blocks=blocks)
         return self
 
     def ready(self, layers: Sequence[int] | None = None) -> Self:
@@ -262,81 +279,14 @@ class Request:
         """Elements in the targets' blocks that are not what the sources had."""
         return sum(
             int(
-                target.ask(
-                    "count_wrong",
-                    salt=self.salt,
-                    token_begin=begin,
-                    token_end=end,
-                    blocks=self.blocks(begin, end),
-                )["wrong"]
+                target.ask("count_wrong", salt=self.salt, spans=[tokens], blocks=self.blocks([tokens]))[
+                    "wrong"
+                ]
             )
-            for target, (begin, end) in self.targets
+            for target, tokens in self.targets
         )
 
     def forget(self) -> None:
         """Every target forgets it."""
         for target, _ in self.targets:
             target.ask("forget", fence=self.fence(target))
-
-
-@dataclass(frozen=True)
-class StoppedWriterFigures:
-    """What `stopped_writer` saw."""
-
-    changed_elements: int
-    """Elements of the reused blocks that are not the second request's. Must be 0."""
-    arena_unchanged: bool
-    """Whether no byte of the whole arena changed after the writer went on."""
-    late_bytes_in_ring: int
-    """Late tokens found in the stopped writer's ring (one-sided transport; None of them is in a block)."""
-    late_slabs_refused: int
-    """Slabs of the forgotten attempt that the target turned away. Must not be 0."""
-    writer_result: str
-    """How the late transfer ended at the writer."""
-
-
-def stopped_writer(
-    transport: str, shape: Shape | None = None, env: Mapping[str, str] | None = None
-) -> StoppedWriterFigures:
-    """Stops a writer, forgets its attempt, gives its blocks to another request, and lets the writer go on.
-
-    The writer is stopped between two layers with the order to send the rest already in its hands; so what it
-    writes afterwards is written under a fence that no longer holds. `env` may choose how UCX moves bytes
-    (UCX_TLS).
-    """
-    with cluster(transport, num_sources=2, shape=shape, env=env) as both:
-        target, (late, other) = both.targets[0], both.sources
-        first = Request(both, 1, 4 * BLOCK_TOKENS, 1, 1, {}).expect().begin().ready([0])
-        per_layer = first.num_tokens * both.shape.token_bytes
-        target.until("stats", "bytes_accepted", per_layer)
-
-        late.process.send(signal.SIGSTOP)
-        late.tell("ready", key=first.id, layers=list(range(1, both.shape.num_layers)))
-        first.forget()
-
-        second = Request(both, 2, 4 * BLOCK_TOKENS, 1, 1, {})
-        second.sources = [(other, (0, second.num_tokens))]
-        second.expect().begin().ready()
-        assert "bytes_sent" in second.results()[0]
-        assert second.complete() == [True]
-        before = target.ask("digest")["digest"]
-        refused_before = target.ask("stats")["refused"]
-
-        late.process.send(signal.SIGCONT)
-        late.answer()
-        result = late.ask("wait", key=first.id)
-        refused = target.until("stats", "refused", refused_before + 1) - refused_before
-        in_ring = 0
-        if transport == "nixl":
-            tokens = range(first.num_tokens)
-            in_ring = sum(
-                target.ask("count_in_ring", source=late.incarnation, salt=1, layer=1, token=token)["count"]
-                for token in tokens
-            )
-        return StoppedWriterFigures(
-            changed_elements=second.wrong_elements(),
-            arena_unchanged=target.ask("digest")["digest"] == before,
-            late_bytes_in_ring=in_ring * both.shape.token_bytes // 2,
-            late_slabs_refused=refused,
-            writer_result=result.get("reason", "delivered"),
-        )

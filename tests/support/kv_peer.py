@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from sps2_engine.kv_pool import KvArena, slot_runs
 from sps2_engine.kv_transfer.base import RingOptions, TransferError
 from sps2_engine.kv_transfer.receiver import KvReceiver
 from sps2_engine.kv_transfer.sender import KvSender
+from sps2_layout.layout import Span
 
+Spans = list[list[int]]
+"""Tokens [begin, end)."""
 DTYPES = {"fp32": (torch.float32, torch.int32), "bf16": (torch.bfloat16, torch.int16)}
 
 
@@ -31,54 +35,58 @@ class Half:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.dtype, self.bits = DTYPES[config["dtype"]]
+        self.num_kv_heads = config["num_kv_heads"]
+        first_head, end_head = config["heads"] or (0, self.num_kv_heads)
         self.arena = KvArena(
-            config["num_layers"], config["num_blocks"], config["num_kv_heads"], config["head_dim"], self.dtype
+            config["num_layers"],
+            config["num_blocks"],
+            end_head - first_head,
+            config["head_dim"],
+            self.dtype,
+            first_head=first_head,
         )
         self.format = KvFormat(
             model_hash=config.get("model_hash", "test"),
             dtype=config["dtype"],
             layout_version=1,
             num_layers=config["num_layers"],
-            num_kv_heads=config["num_kv_heads"],
+            num_kv_heads=self.num_kv_heads,
             head_dim=config["head_dim"],
         )
 
     def pattern(self, salt: int, side: int, layer: int, begin: int, end: int) -> torch.Tensor:
-        """[tokens, heads, head_dim] as integers of the element's width."""
-        width = self.arena.num_kv_heads * self.arena.head_dim
+        """[tokens, heads of the arena, head_dim] as integers of the element's width."""
+        width = self.num_kv_heads * self.arena.head_dim
         first = salt * 7919 + (side * self.arena.num_layers + layer) * 65537
         flat = torch.arange(first + begin * width, first + end * width, dtype=torch.int64)
-        return flat.to(self.bits).view(end - begin, self.arena.num_kv_heads, self.arena.head_dim)
+        whole = flat.to(self.bits).view(end - begin, self.num_kv_heads, self.arena.head_dim)
+        return whole[:, self.arena.heads.slice].contiguous()
 
     def sides(self) -> list[torch.Tensor]:
         """K and V as integers."""
         return [self.arena.k.view(self.bits), self.arena.v.view(self.bits)]
 
-    def op_fill(self, salt: int, token_begin: int, token_end: int, blocks: list[int]) -> dict[str, Any]:
-        """Writes the pattern of tokens [token_begin, token_end) into blocks."""
+    def layers(
+        self, salt: int, spans: Spans, blocks: list[int]
+    ) -> Iterator[tuple[torch.Tensor, list[int], torch.Tensor]]:
+        """K and V of each layer, the slots of the tokens of the spans, and the pattern that belongs there."""
+        runs = slot_runs(blocks, sum(end - begin for begin, end in spans))
+        slots = [slot for begin, end in runs for slot in range(begin, end)]
         for side, tensor in enumerate(self.sides()):
             for layer in range(self.arena.num_layers):
-                position = token_begin
-                for begin, end in slot_runs(blocks, token_end - token_begin):
-                    tensor[layer, begin:end] = self.pattern(
-                        salt, side, layer, position, position + end - begin
-                    )
-                    position += end - begin
+                pattern = [self.pattern(salt, side, layer, begin, end) for begin, end in spans]
+                yield tensor[layer], slots, torch.cat(pattern)
+
+    def op_fill(self, salt: int, spans: Spans, blocks: list[int]) -> dict[str, Any]:
+        """Writes the pattern of the tokens of the spans into blocks."""
+        for tensor, slots, pattern in self.layers(salt, spans, blocks):
+            tensor[slots] = pattern
         return {}
 
-    def op_count_wrong(
-        self, salt: int, token_begin: int, token_end: int, blocks: list[int]
-    ) -> dict[str, Any]:
+    def op_count_wrong(self, salt: int, spans: Spans, blocks: list[int]) -> dict[str, Any]:
         """How many elements of these blocks differ from the pattern."""
-        wrong = 0
-        for side, tensor in enumerate(self.sides()):
-            for layer in range(self.arena.num_layers):
-                position = token_begin
-                for begin, end in slot_runs(blocks, token_end - token_begin):
-                    expected = self.pattern(salt, side, layer, position, position + end - begin)
-                    wrong += int((tensor[layer, begin:end] != expected).sum())
-                    position += end - begin
-        return {"wrong": wrong}
+        layers = self.layers(salt, spans, blocks)
+        return {"wrong": sum(int((tensor[slots] != pattern).sum()) for tensor, slots, pattern in layers)}
 
     def op_digest(self) -> dict[str, Any]:
         """A digest of the whole arena."""
@@ -116,12 +124,13 @@ class Source(Half):
         self.transfers: dict[str, Any] = {}
 
     def op_begin(
-        self, key: str, shards: list[dict[str, Any]], token_begin: int, token_end: int, blocks: list[int]
+        self, key: str, shards: list[dict[str, Any]], spans: Spans, blocks: list[int]
     ) -> dict[str, Any]:
         """Begins a transfer under a name."""
         placement = Placement(group="decode-0", shards=[shard_of(shard) for shard in shards])
         attempt = placement.shards[0].fence.attempt
-        self.transfers[key] = self.sender.begin(attempt, placement, token_begin, token_end, blocks)
+        tokens = [Span(*span) for span in spans]
+        self.transfers[key] = self.sender.begin(attempt, placement, tokens, blocks)
         return {}
 
     def op_ready(self, key: str, layers: list[int]) -> dict[str, Any]:
@@ -257,6 +266,8 @@ def shard_of(shard: dict[str, Any]) -> ShardPlacement:
         rank=shard["rank"],
         token_begin=shard["token_begin"],
         token_end=shard["token_end"],
+        head_begin=shard["head_begin"],
+        head_end=shard["head_end"],
         transfer_address=shard["address"],
         fence=fence_of(shard["fence"]),
     )

@@ -45,7 +45,7 @@ class ArenaBytes:
         self.num_model_heads = kv_format.num_kv_heads
         self.token_bytes = 2 * arena.side_token_bytes
         """Bytes of one token in one layer, K and V, all heads of the arena."""
-        self.head_bytes = self.token_bytes // arena.num_kv_heads
+        self.head_bytes = 2 * arena.head_dim * arena.k.element_size()
         """Bytes of one head of one token in one layer, K and V."""
         self.in_host_memory = arena.k.device.type == "cpu"
         # K and V: [layers, slots, heads, bytes].

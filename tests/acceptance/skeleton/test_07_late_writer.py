@@ -2,8 +2,8 @@
 
 import pytest
 
-from support.kv_cluster import stopped_writer
 from support.must_show import MustShow
+from support.stopped_writer import stopped_writer
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 

@@ -1,64 +1,19 @@
-"""Slabs and the intake: bytes, checksums, formats, and everything that is refused."""
+"""Slabs: their bytes, their places in an arena, their checksums and formats."""
 
-import threading
 import zlib
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from sps2.internal.v1.kv_transfer_service_pb2 import KvFormat, SlabHeader, SlabVerdict
-from sps2.internal.v1.placement_pb2 import Attempt, Fence
-from sps2_engine.kv_pool import BLOCK_TOKENS, KvArena
-from sps2_engine.kv_transfer.intake import SlabIntake
+from sps2.internal.v1.kv_transfer_service_pb2 import KvFormat, SlabVerdict
+from sps2_engine.kv_pool import KvArena
 from sps2_engine.kv_transfer.slab import ArenaBytes, checksum, copy_to_device, format_mismatch
 from sps2_layout.layout import Span
-
-FORMAT = KvFormat(model_hash="m", dtype="bf16", layout_version=1, num_layers=2, num_kv_heads=2, head_dim=4)
-FENCE = Fence(process_incarnation="target", epoch=3, attempt=Attempt(request_id="r", number=1))
-TOKEN_BYTES = 2 * 2 * 4 * 2
-BOTH = Span(0, 2)
-
-
-def arena_bytes() -> ArenaBytes:
-    arena = KvArena(2, 4, 2, 4, torch.bfloat16)
-    for tensor in (arena.k, arena.v):
-        tensor.copy_(torch.randn(tensor.shape))
-    return ArenaBytes(arena, FORMAT)
-
-
-def header_of(payload: bytes, **changed: object) -> SlabHeader:
-    fields = {
-        "fence": FENCE,
-        "source_incarnation": "source",
-        "layer": 1,
-        "token_begin": 10,
-        "token_end": 80,
-        "head_end": 2,
-        "num_bytes": len(payload),
-        "crc32": zlib.crc32(payload),
-        **changed,
-    }
-    return SlabHeader(**fields)  # type: ignore[arg-type]
-
-
-class Target:
-    """An intake that expects tokens [10, 140) in blocks 3, 0, 1."""
-
-    def __init__(self, on_complete: Callable[[], None] = lambda: None) -> None:
-        self.bytes = arena_bytes()
-        self.intake = SlabIntake(self.bytes, "target")
-        self.intake.expect(FENCE, 10, 140, [3, 0, 1], on_complete)
-
-    def send(self, payload: bytes, **changed: object) -> tuple[int, str]:
-        header = header_of(payload, **changed)
-        ack = self.intake.take(header, "source", lambda: memoryview(payload))
-        assert ack.sequence == header.sequence
-        return ack.verdict, ack.detail
+from support.slabs import BOTH, Target, kv_format, random_arena
 
 
 def test_pieces_are_k_then_v_in_token_order() -> None:
-    source = arena_bytes()
+    source = random_arena()
     runs = [(192, 256), (0, 6)]
     payload = b"".join(source.pieces(1, runs, BOTH))
     slots = [*range(192, 256), *range(6)]
@@ -68,172 +23,64 @@ def test_pieces_are_k_then_v_in_token_order() -> None:
     assert [size for _, size in source.addresses(1, runs, BOTH)] == [64 * 16, 6 * 16] * 2
 
 
-def test_a_slab_lands_in_its_blocks_and_nowhere_else() -> None:
-    target, source = Target(), arena_bytes()
-    before = target.bytes.arena.k.clone()
-    payload = b"".join(source.pieces(0, [(0, 70)], BOTH))
-    assert target.send(payload) == (SlabVerdict.SLAB_VERDICT_ACCEPTED, "")
-    arena = target.bytes.arena
-    # Token 10 lies in the first slot of block 3, token 74 in the first of block 0.
-    assert torch.equal(arena.k[1, 192:256], source.arena.k[0, :64])
-    assert torch.equal(arena.v[1, 0:6], source.arena.v[0, 64:70])
-    assert torch.equal(arena.k[0], before[0])
-    assert torch.equal(arena.k[1, 6:192], before[1, 6:192])
-
-
-def test_completion_is_told_once_when_every_layer_and_token_is_there() -> None:
-    completions: list[int] = []
-    target = Target(lambda: completions.append(1))
-    first, second = bytes(70 * TOKEN_BYTES), bytes(60 * TOKEN_BYTES)
-    for layer in (0, 1):
-        target.send(first, layer=layer)
-        target.send(first, layer=layer)  # again
-        assert not completions
-        target.send(second, layer=layer, token_begin=80, token_end=140)
-    assert completions == [1]
-    assert target.intake.num_incomplete() == 0
-    target.send(first)
-    assert completions == [1]
-
-
-def test_a_slab_that_comes_again_does_not_overwrite() -> None:
-    target = Target()
-    target.send(bytes(70 * TOKEN_BYTES))
-    target.bytes.arena.k.fill_(7)
-    assert target.send(bytes(70 * TOKEN_BYTES))[0] == SlabVerdict.SLAB_VERDICT_ACCEPTED
-    assert bool((target.bytes.arena.k == 7).all())
-
-
-def stale(**changed: object) -> Fence:
-    attempt = Attempt(request_id="r", number=int(str(changed.pop("number", 1))))
-    return Fence(**{"process_incarnation": "target", "epoch": 3, "attempt": attempt, **changed})  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
-    ("changed", "detail"),
+    ("source", "target", "common"),
     [
-        ({"fence": stale(process_incarnation="before")}, "not before"),
-        ({"fence": stale(epoch=2)}, "epoch 3, not 2"),
-        ({"fence": stale(epoch=4)}, "epoch 3, not 4"),
-        ({"fence": stale(number=2)}, "not expected"),
-        ({"fence": Fence()}, "this is process"),
-        ({"source_incarnation": "another"}, "another source's ring"),
-        ({"layer": 2}, "layer 2 of 2"),
-        ({"layer": -1}, "layer -1"),
-        ({"token_begin": 9, "token_end": 79}, "not in"),
-        ({"token_begin": 80, "token_end": 150}, "not in"),
-        ({"token_begin": 80, "token_end": 80}, "not in"),
-        ({"token_end": 81}, "bytes where"),
-        ({"head_begin": 1}, "bytes where"),
-        ({"head_end": 1}, "bytes where"),
-        ({"head_begin": 1, "head_end": 1}, "heads [1, 1) are not in [0, 2)"),
-        ({"head_end": 3}, "heads [0, 3)"),
-        ({"head_begin": -1}, "heads [-1, 2)"),
-        ({"num_bytes": 0}, "0 bytes"),
+        ((0, 4), (0, 4), (0, 4)),
+        ((0, 2), (0, 4), (0, 2)),
+        ((2, 4), (0, 4), (2, 4)),
+        ((0, 4), (1, 3), (1, 3)),
+        ((1, 4), (0, 3), (1, 3)),
     ],
 )
-def test_a_header_that_is_not_of_the_placement_is_refused(changed: dict[str, object], detail: str) -> None:
-    target = Target()
-    before = target.bytes.arena.k.clone()
-    verdict, why = target.send(bytes(70 * TOKEN_BYTES), **changed)
-    assert verdict == SlabVerdict.SLAB_VERDICT_REFUSED
-    assert detail in why
-    assert torch.equal(target.bytes.arena.k, before)
-
-
-def test_fewer_bytes_than_the_header_says_are_refused() -> None:
-    target = Target()
-    header = header_of(bytes(70 * TOKEN_BYTES))
-    ack = target.intake.take(header, "source", lambda: memoryview(b"short"))
-    assert ack.verdict == SlabVerdict.SLAB_VERDICT_REFUSED
-
-
-def test_a_wrong_checksum_is_corrupt_and_changes_nothing() -> None:
-    target = Target()
-    before = target.bytes.arena.v.clone()
-    verdict, _ = target.send(bytes(70 * TOKEN_BYTES), crc32=1)
-    assert verdict == SlabVerdict.SLAB_VERDICT_CORRUPT
-    assert torch.equal(target.bytes.arena.v, before)
-
-
-def test_what_is_forgotten_while_a_slab_is_checked_is_not_written() -> None:
-    target = Target()
-    payload = bytes(70 * TOKEN_BYTES)
-    before = target.bytes.arena.k.clone()
-    in_copy, forgotten = threading.Event(), threading.Event()
-    verdicts: list[int] = []
-
-    def copy() -> memoryview:
-        in_copy.set()
-        assert forgotten.wait(10)
-        return memoryview(payload)
-
-    taking = threading.Thread(
-        target=lambda: verdicts.append(target.intake.take(header_of(payload), "source", copy).verdict)
-    )
-    taking.start()
-    assert in_copy.wait(10)
-    target.intake.forget(FENCE)
-    target.intake.expect(FENCE, 10, 140, [3, 0, 1], lambda: None)  # even under the very same fence
-    forgotten.set()
-    taking.join(10)
-    assert verdicts == [SlabVerdict.SLAB_VERDICT_REFUSED]
-    assert torch.equal(target.bytes.arena.k, before)
-
-
-def test_a_failing_callback_is_logged_and_the_slab_still_accepted(caplog: pytest.LogCaptureFixture) -> None:
-    def fail() -> None:
-        raise RuntimeError("the engine is closing")
-
-    target = Target(fail)
-    for layer in (0, 1):
-        payload = bytes(130 * TOKEN_BYTES)
-        verdict, _ = target.send(payload, layer=layer, token_end=140)
-    assert verdict == SlabVerdict.SLAB_VERDICT_ACCEPTED
-    assert "the engine is closing" in caplog.text
-
-
-def test_expectations_that_make_no_sense_are_refused() -> None:
-    target = Target()
-    with pytest.raises(ValueError, match="expected already"):
-        target.intake.expect(FENCE, 0, 1, [0], lambda: None)
-    with pytest.raises(ValueError, match="fence is of process"):
-        target.intake.expect(stale(process_incarnation="before"), 0, 1, [0], lambda: None)
-    with pytest.raises(ValueError, match="do not lie in"):
-        target.intake.expect(stale(number=2), 0, BLOCK_TOKENS + 1, [0], lambda: None)
-
-
-def test_forgetting_a_stale_fence_forgets_nothing() -> None:
-    target = Target()
-    target.intake.forget(stale(epoch=2))
-    assert target.send(bytes(70 * TOKEN_BYTES))[0] == SlabVerdict.SLAB_VERDICT_ACCEPTED
+def test_heads_land_in_their_columns(
+    source: tuple[int, int], target: tuple[int, int], common: tuple[int, int]
+) -> None:
+    """Heads of both arenas, and those that both have."""
+    sender, receiver = random_arena(Span(*source), 4), Target(arena=random_arena(Span(*target), 4))
+    heads = Span(*common)
+    there, before = receiver.bytes.arena, receiver.bytes.arena.k.clone()
+    payload = b"".join(sender.pieces(0, [(0, 70)], heads))
+    assert sum(size for _, size in sender.addresses(0, [(0, 70)], heads)) == len(payload)
+    verdict = receiver.send(payload, head_begin=heads.begin, head_end=heads.end)
+    assert verdict == (SlabVerdict.SLAB_VERDICT_ACCEPTED, "")
+    here = sender.arena
+    ours = slice(heads.begin - here.heads.begin, heads.end - here.heads.begin)
+    theirs = slice(heads.begin - there.heads.begin, heads.end - there.heads.begin)
+    assert torch.equal(there.k[1, 192:256, theirs], here.k[0, :64, ours])
+    assert torch.equal(there.v[1, 0:6, theirs], here.v[0, 64:70, ours])
+    before[1, 192:256, theirs], before[1, 0:6, theirs] = here.k[0, :64, ours], here.k[0, 64:70, ours]
+    assert torch.equal(there.k, before)
 
 
 def test_formats_are_compared_field_by_field() -> None:
-    assert format_mismatch(FORMAT, FORMAT) == ""
+    assert format_mismatch(kv_format(), kv_format()) == ""
     for changed in ({"model_hash": "x"}, {"dtype": "fp32"}, {"num_layers": 3}, {"head_dim": 8}):
         other = KvFormat()
-        other.CopyFrom(FORMAT)
+        other.CopyFrom(kv_format())
         other.MergeFrom(KvFormat(**changed))
-        assert next(iter(changed)) in format_mismatch(FORMAT, other)
+        assert next(iter(changed)) in format_mismatch(kv_format(), other)
 
 
 def test_a_format_that_does_not_describe_the_arena_is_refused() -> None:
     with pytest.raises(ValueError, match="head_dim"):
-        ArenaBytes(KvArena(2, 4, 2, 8, torch.bfloat16), FORMAT)
+        ArenaBytes(KvArena(2, 4, 2, 8, torch.bfloat16), kv_format())
     with pytest.raises(ValueError, match="dtype"):
-        ArenaBytes(KvArena(2, 4, 2, 4, torch.float32), FORMAT)
+        ArenaBytes(KvArena(2, 4, 2, 4, torch.float32), kv_format())
+    with pytest.raises(ValueError, match="num_kv_heads is 2 here and 3 there"):
+        ArenaBytes(KvArena(2, 4, 2, 4, torch.bfloat16, first_head=1), kv_format())
 
 
-def test_a_device_arena_gets_the_same_elements() -> None:
+@pytest.mark.parametrize("heads", [BOTH, Span(1, 2)])
+def test_a_device_arena_gets_the_same_elements(heads: Span) -> None:
     """What a GPU's arena is filled by, on one in host memory, beside the copy of bytes."""
-    source, by_bytes, by_copy = arena_bytes(), arena_bytes(), arena_bytes()
+    source, by_bytes, by_copy = random_arena(), random_arena(), random_arena()
     runs = [(3, 40), (64, 97)]
-    payload = memoryview(b"".join(source.pieces(1, [(0, 37), (100, 133)], BOTH)))
+    payload = memoryview(b"".join(source.pieces(1, [(0, 37), (100, 133)], heads)))
     by_copy.arena.k.copy_(by_bytes.arena.k)
     by_copy.arena.v.copy_(by_bytes.arena.v)
-    by_bytes.scatter(payload, 1, runs, BOTH)
-    copy_to_device(payload, by_copy.arena, 1, runs, slice(0, 2))
+    by_bytes.scatter(payload, 1, runs, heads)
+    copy_to_device(payload, by_copy.arena, 1, runs, heads.slice)
     assert torch.equal(by_bytes.arena.k, by_copy.arena.k)
     assert torch.equal(by_bytes.arena.v, by_copy.arena.v)
-    assert torch.equal(by_bytes.arena.k[1, 3:40], source.arena.k[1, 0:37])
+    assert torch.equal(by_bytes.arena.k[1, 3:40, heads.slice], source.arena.k[1, 0:37, heads.slice])
