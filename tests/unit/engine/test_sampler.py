@@ -11,13 +11,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from sps2_engine.sampler import NonFiniteLogitsError, SamplingParams, sample, sample_rows
+from sps2_engine.sampler import NonFiniteLogitsError, SamplingParams, sample_rows
 
 GREEDY = SamplingParams(temperature=0)
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def sample(logits: Tensor, params: SamplingParams, choice: int, position: int) -> int:
+    """One row alone."""
+    (token,) = sample_rows(logits[None], [params], [choice], [position])
+    if isinstance(token, NonFiniteLogitsError):
+        raise token
+    return token
 
 
 def draws(logits: Tensor, params: SamplingParams, count: int) -> list[Any]:
