@@ -74,7 +74,7 @@ def test_draws_follow_the_distribution_of_transformers(params: SamplingParams) -
     assert chi2 < freedom + 5 * math.sqrt(2 * freedom) + 5  # beyond five sigma
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     vocab=st.integers(2, 60),
@@ -135,7 +135,7 @@ _ROWS = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(rows=_ROWS, coarse=st.booleans())
 def test_a_row_is_drawn_alike_in_every_batch(
     rows: list[tuple[SamplingParams, int, int, int]], coarse: bool
