@@ -48,7 +48,7 @@ class Attention:
         return self.layout or exact_layout(self.num_tokens, self.num_ranks(group_size))
 
     def describe(self) -> str:
-        """The mask in one line: "exact", or "N=8 A=4096 levels (1,1),(8,4) sampled tail 64 sinks 4"."""
+        """The mask in one line: "exact", or "N=8 A=4096 levels (1,1),(8,8) sampled tail 64 sinks 0"."""
         layout = self.layout
         if layout is None:
             return "exact"
