@@ -1,8 +1,8 @@
 """Must show 4: time to first token, side by side with exact attention and with transformers.
 
 Needs two cores of its own; figures are ratios within the run, never seconds. Rows and plots go to `.out/csa/ttft`.
-The FLOP floor is the quotient of all FLOPs, attention and matrices alike. Attention runs at a lower rate than matrices, so
-beside it stands the floor at the rates that the bench measured for each in the same run: higher, and not asserted.
+The FLOP floor is the quotient of all FLOPs, attention and matrices alike. Attention runs at a lower rate than matrices:
+beside it stands the floor at the rates that the bench measured for each in the same run, higher and not asserted.
 """
 
 from pathlib import Path
