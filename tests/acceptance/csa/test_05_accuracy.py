@@ -17,8 +17,6 @@ from support.must_show import MustShow
 pytestmark = pytest.mark.acceptance
 
 TOKENS = 200_000
-CONTINUATION = 2_048
-"""Tokens scored after each prompt: with fewer, more prompts and more questions than are asked for."""
 QUESTIONS = 500
 PROFILES = 12
 SHARDS, TAIL = 8, 64
@@ -48,8 +46,6 @@ def document(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[
         text,
         "--tokens",
         str(TOKENS),
-        "--continuation",
-        str(CONTINUATION),
         "--plots",
         repo_root / ".out" / "csa" / "accuracy",
     ]
