@@ -6,6 +6,9 @@ from sps2.v1 import cluster_pb2
 from sps2_service.errors import Cancelled, DeadlineExceeded, Internal, ServiceError, Unavailable
 from sps2_service.status import from_rpc_error
 
+WORKER_LOST = "WORKER_LOST"
+"""Reason of a call whose connection is gone or was never made."""
+
 
 def worker_error(error: grpc.RpcError, worker: cluster_pb2.WorkerInfo) -> ServiceError:
     """The error to act on when a call to `worker` failed.
@@ -30,7 +33,7 @@ def worker_error(error: grpc.RpcError, worker: cluster_pb2.WorkerInfo) -> Servic
 def worker_lost(worker: cluster_pb2.WorkerInfo, detail: str) -> Unavailable:
     """The connection to a worker is gone."""
     return Unavailable(
-        "WORKER_LOST",
+        WORKER_LOST,
         f"lost {worker.worker_id} at {worker.grpc_address}: {detail}",
         metadata={"component": worker.worker_id, "address": worker.grpc_address},
     )
