@@ -203,7 +203,7 @@ class Target:
     # --- what must hold ---------------------------------------------------------------------------------
 
     def interrupt(self, victim: Victim, signum: signal.Signals = signal.SIGKILL) -> Interruption:
-        """A fault amid a stream that cannot go on: a typed error, and no wrong token before it."""
+        """A fault of what a stream cannot go on without: a typed error, and no wrong token before it."""
         expected = self.expected(COMPARED)
         with self.streaming() as stream:
             read_tokens(stream, SEEN_BEFORE)
@@ -249,6 +249,24 @@ class Target:
                 raise AssertionError(f"{victim} ended the stream: {error!r}\n{self.log}") from error
         assert generation.token_ids == expected, f"wrong tokens after {victim} died\n{self.log}"
         return time.monotonic() - since
+
+    def survive(self, victim: Victim, num_tokens: int, signum: signal.Signals = signal.SIGKILL) -> float:
+        """A fault amid a stream that goes on where it stopped: its tokens are right. Its longest pause, in seconds."""
+        expected = self.expected(num_tokens)
+        with self.streaming(num_tokens=num_tokens) as stream:
+            read_tokens(stream, SEEN_BEFORE)
+            self.wait_for_blocks("decode-0/0", "decode-0/1")  # the request is spread over both
+            self.send(victim, signum)
+            self.check_live()
+            longest, before = 0.0, time.monotonic()
+            try:
+                for _ in stream:
+                    longest, before = max(longest, time.monotonic() - before), time.monotonic()
+            except SPS2Error as error:
+                raise AssertionError(f"{victim} ended the stream: {error!r}\n{self.log}") from error
+            generation = stream.final()
+        assert generation.token_ids == expected, f"wrong tokens after {victim} died\n{self.log}"
+        return longest
 
     def lose_prefill(self, victim: Victim) -> tuple[str, float]:
         """A fault while a long prompt is computed: retried unseen, or an error that names the group.
