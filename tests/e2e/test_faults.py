@@ -51,7 +51,7 @@ def one(shared: Target) -> Target:
 
 
 def test_a_stream_that_dies_says_what_died(one: Target) -> None:
-    cut = one.interrupt(Victim("router"))
+    cut = one.interrupt_router()
     assert cut.detected_s <= DETECTED_S
     one.recover(time.monotonic(), RECOVERED_S)
 
@@ -97,5 +97,5 @@ def test_sps2_up_leaves_nothing_behind(model: Path, tmp_path: Path, name: str, r
                 assert up.deployment.process.wait(60.0) == 0, up.log
             else:
                 os.kill(up.deployment.process.pid, signal.SIGKILL)
-                assert up.names(up.error_of(stream), Victim("router"))
+                assert up.names_router(up.error_of(stream))
         traces.gone(GONE_S)
