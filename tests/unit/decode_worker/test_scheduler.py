@@ -144,7 +144,7 @@ def test_the_last_to_come_is_preempted() -> None:
     scheduler = make(7)
     first, second = (start(scheduler, 64, 300, came) for came in (1, 2))
     assert scheduler.free == [3]
-    plans = []
+    plans: list[Plan] = []
     while not plans or not plans[-1].preempted:
         plans.append(step(scheduler))
     assert plans[-1].preempted == plans[-1].release == (second.row_id,)
