@@ -46,32 +46,18 @@ class SamplingParams:
             raise ValueError(f"seed must fit in 64 bits without a sign, not {self.seed}")
 
 
-def sample(logits: Tensor, params: SamplingParams, choice: int, position: int) -> int:
-    """Draws one token.
-
-    Args:
-        logits: fp32 [vocab], all finite; ban a token with `torch.finfo(torch.float32).min`.
-        params: how to choose.
-        choice: index of the choice within its request.
-        position: position of the token to be drawn in its text.
-
-    Raises:
-        NonFiniteLogitsError: if a logit is NaN or infinite.
-    """
-    (token,) = sample_rows(logits[None], [params], [choice], [position])
-    if isinstance(token, NonFiniteLogitsError):
-        raise token
-    return token
-
-
 @torch.inference_mode()
 def sample_rows(
     logits: Tensor, params: Sequence[SamplingParams], choices: Sequence[int], positions: Sequence[int]
 ) -> list[int | NonFiniteLogitsError]:
-    """Draws one token per row of `logits` fp32 [rows, vocab]; the other arguments have one entry per row.
+    """Draws one token per row, each exactly as it would be drawn alone.
 
-    A row is drawn exactly as `sample` would draw it. For a row with a non-finite logit the error stands in
-    its place in the result, so that the caller fails that request alone.
+    Args:
+        logits: fp32 [rows, vocab]; ban a token with `torch.finfo(torch.float32).min`. For a row that is not
+            finite the error stands in its place in the result, so that the caller fails that request alone.
+        params: how to choose, for each row.
+        choices: index of each row's choice within its request.
+        positions: position of the token to be drawn in each row's text.
     """
     if not len(params) == len(choices) == len(positions) == len(logits):
         raise ValueError("params, choices and positions must have one entry per row of logits")

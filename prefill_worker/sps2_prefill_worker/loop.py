@@ -19,7 +19,7 @@ from sps2_engine.collectives import LeadingRanks, SoloCommunicator
 from sps2_engine.kv_pool import slot_runs
 from sps2_engine.kv_transfer.rows import TensorSource, cut_rows, tensor_source
 from sps2_engine.kv_transfer.sender import KvSender
-from sps2_engine.layers.rows import RowWalk, row_chunks
+from sps2_engine.layers.rows import BYTE_FLOPS, RowWalk, row_chunks
 from sps2_engine.layers.tensor_ranks import KIND as SUM_KIND
 from sps2_engine.layers.tensor_ranks import TensorRanks, WithoutPeers
 from sps2_engine.models import Attend
@@ -143,11 +143,12 @@ class PrefillRole:
         plan = follow(run, ranks.rank, ranks.size, self._shape)
         slicer = Slicer(run.slice_flops, lambda: self._end_slice(key))
         schedule = CsaSchedule(plan, LeadingRanks(ranks, plan.num_ranks), self._model.scale, slicer)
-        runs = slot_runs(delivery.blocks, len(sent))
         key, posted_before = attempt_key(run.attempt), self._collective_bytes
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._store(layer, runs, k[sent.slice], v[sent.slice])
+            kept_k, kept_v = k[sent.slice], v[sent.slice]
+            for rows in walk(len(sent), BYTE_FLOPS * 2 * k.shape[1] * k.shape[2] * k.element_size()):
+                self._store(layer, delivery.blocks, rows, kept_k, kept_v)
             self._loaded_publisher.layer_ready(delivery, layer)
             o = schedule.attend(layer, q, k, v)
             self.steps_done += 1
@@ -198,14 +199,14 @@ class PrefillRole:
         failed = engine_pb2.AttemptFailed(attempt=attempt, reason="NON_FINITE_LOGITS", message=message)
         self._send(engine_pb2.EngineEvent(attempt_failed=failed))
 
-    def _store(self, layer: int, runs: list[tuple[int, int]], k: Tensor, v: Tensor) -> None:
-        """Writes keys and values to be sent, [tokens, kv_heads, head_dim], to their slots of the arena."""
-        taken = 0
-        for begin, end in runs:
-            rows = slice(taken, taken + end - begin)
-            self._model.arena.k[layer, begin:end] = k[rows]
-            self._model.arena.v[layer, begin:end] = v[rows]
-            taken = rows.stop
+    def _store(self, layer: int, blocks: Sequence[int], rows: slice, k: Tensor, v: Tensor) -> None:
+        """Writes some rows of what is to be sent, [tokens, kv_heads, head_dim], to their slots."""
+        taken = rows.start
+        for begin, end in slot_runs(blocks, rows.stop - rows.start, rows.start):
+            part = slice(taken, taken + end - begin)
+            self._model.arena.k[layer, begin:end] = k[part]
+            self._model.arena.v[layer, begin:end] = v[part]
+            taken = part.stop
 
     def _forward(
         self,

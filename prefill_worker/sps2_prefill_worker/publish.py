@@ -3,6 +3,7 @@
 Knows nothing of models or ranks: it is told when a layer's KV lies in its blocks.
 """
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,8 @@ from sps2_engine.kv_transfer.base import TransferError
 from sps2_engine.kv_transfer.sender import KvSender
 from sps2_engine.kv_transfer.transfer import Transfer
 from sps2_layout.layout import Span
+
+_log = logging.getLogger(__name__)
 
 ROOM_TIMEOUT_S = 60.0
 """Longest wait for earlier prompts' KV to be delivered when the arena is full."""
@@ -104,11 +107,11 @@ class Publisher:
         if delivery is None:
             return
         if delivery.transfer is None:
-            self._free(delivery.blocks)
+            self._free_given_up(delivery)
         else:
             # A write that is under way still reads the blocks, and cannot be called back.
             quiet = self._sender.abort(delivery.transfer)
-            quiet.add_done_callback(lambda _quiet: self._free(delivery.blocks))
+            quiet.add_done_callback(lambda _quiet: self._free_given_up(delivery))
 
     def give_up_all(self) -> None:
         """`give_up` for every attempt."""
@@ -159,6 +162,10 @@ class Publisher:
         )
         report = engine_pb2.PrefillReport(attempt=delivery.attempt, delivered=delivered)
         self._report(engine_pb2.EngineEvent(prefill=report))
+
+    def _free_given_up(self, delivery: Delivery) -> None:
+        self._free(delivery.blocks)
+        _log.info("%s given up: %d KV blocks in use", delivery.attempt.request_id, self.blocks_used)
 
     def _free(self, blocks: list[int]) -> None:
         with self._changed:

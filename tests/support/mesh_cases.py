@@ -1,9 +1,10 @@
 """A whole model on the ranks of a mesh, held against the same model in one process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,18 @@ from sps2_engine.rank_groups import RankGroups
 from sps2_engine.slices import Slicer
 from sps2_layout.attention import Attention
 from sps2_layout.profiles import EXACT, Ladder, Profile
+from support.oracle import NEAR_TIE
 from support.ranks import run_mesh
 
+MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "llama 8/2": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_attention_heads": 8}),
+    "one KV head": ("mistral", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8}),
+    "qwen2": ("qwen2", {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"num_attention_heads": 4, "num_key_value_heads": 4}),
+}
+"""Checkpoints that are split; family, and what differs from the tiny one of the family."""
+EXCHANGES: tuple[Exchange, ...] = ("heads", "kv")
 CPU = torch.device("cpu")
 ELEMENT_BYTES = 4
 LOGIT_TOLERANCE = 2e-4
@@ -48,6 +59,15 @@ class RankRun:
     counted: int
 
 
+@dataclass(frozen=True)
+class MeshComparison:
+    """A prompt on a mesh against the same in one process."""
+
+    num_tokens: int
+    worst: float
+    """Largest difference of a logit."""
+
+
 @cache
 def reference_logits(folder: Path, mask: str, prompt: tuple[int, ...]) -> Tensor:
     """Logits [tokens, vocab] of one process."""
@@ -61,6 +81,27 @@ def run_model(
     """Prefills a prompt on every rank of a mesh, thread by thread over Gloo."""
     attention = Attention.admit(MASKS[mask], len(prompt))
     return run_mesh(mesh, lambda groups: _run_rank(folder, mesh, groups, attention, prompt, exchange))
+
+
+def check_mesh(
+    folder: Path, mesh: Mesh, mask: str, prompt: tuple[int, ...], runs: list[RankRun]
+) -> MeshComparison:
+    """Logits and greedy tokens at every place, posted bytes on every rank, and that all ranks stay in step.
+
+    Raises:
+        AssertionError: something differs; tokens may where the two best are nearly tied.
+    """
+    expected, actual = reference_logits(folder, mask, prompt), assembled(runs, mesh)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=LOGIT_TOLERANCE)
+    top = expected.topk(2).values
+    clear = top[:, 0] - top[:, 1] > NEAR_TIE
+    assert torch.equal(actual.argmax(1)[clear], expected.argmax(1)[clear])
+    assert int(clear.sum()) > 0.9 * len(prompt)
+    for run in runs:
+        assert run.exchanged == run.planned
+        assert run.summed == run.counted
+    assert len({run.num_slices for run in runs}) == 1
+    return MeshComparison(len(prompt), float((actual - expected).abs().max()))
 
 
 def assembled(runs: list[RankRun], mesh: Mesh) -> Tensor:
@@ -97,7 +138,7 @@ def _run_rank(
         num_slices += 1
         assert not groups.everyone.agree(False)
 
-    slicer = Slicer(1_000_000, end_slice)
+    slicer = Slicer(max(1_000_000, 50 * len(prompt) ** 2), end_slice)  # some slices in prompts of any length
     schedule = CsaSchedule(plan, LeadingRanks(ranks, num_ranks), config.head_dim**-0.5, slicer)
     tokens = torch.tensor([token for span in plan.spans(ranks.rank) for token in range(span.begin, span.end)])
 

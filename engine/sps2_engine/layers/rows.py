@@ -7,6 +7,9 @@ ROW_CHUNK = 2048
 """Rows worked on at once. Large enough to fill a device's matrix units; at this size the temporaries of the
 widest layer are a small part of the hidden states of a long prompt."""
 
+BYTE_FLOPS = 50
+"""FLOPs that take about as long as writing one byte to fresh memory: 75 GFLOP/s and 1.5 GB/s on a core. What work
+that only moves data is counted as, where it could last long without a look for a cancel."""
 
 RowWalk: TypeAlias = Callable[[int, int], Iterator[slice]]
 """How row-wise work is cut: takes rows and FLOPs of a row, yields slices of at most `ROW_CHUNK` rows in order, each

@@ -18,7 +18,7 @@ from sps2_engine.layers.linear import Linear
 from sps2_engine.layers.mlp import SwiGLU
 from sps2_engine.layers.rms_norm import RMSNorm
 from sps2_engine.layers.rope import RotaryEmbedding, Rotation
-from sps2_engine.layers.rows import RowWalk, row_chunks
+from sps2_engine.layers.rows import BYTE_FLOPS, RowWalk, row_chunks
 from sps2_engine.layers.tensor_ranks import ALONE, TensorRanks
 from sps2_engine.mesh import WHOLE_MODEL, Part, TensorShare
 from sps2_engine.models.config import ModelConfig
@@ -162,12 +162,17 @@ class Decoder:
             GroupError: a tensor rank died.
         """
         self._check(ranks)
-        x = self._vocabulary.embed(token_ids, ranks)
+        x = torch.empty(
+            len(token_ids), self.config.hidden_size, dtype=self._norm.weight.dtype, device=token_ids.device
+        )
+        row_flops = BYTE_FLOPS * self.config.hidden_size * x.element_size()
+        for rows in walk(len(x), row_flops):
+            x[rows] = self._vocabulary.embed(token_ids[rows], ranks)
         rotation = self._rotary(positions)
         for attention, feed_forward in self._layers:
             attention.add_to(x, rotation, attend, walk, ranks)
             feed_forward.add_to(x, walk, ranks)
-        for rows in row_chunks(len(x)):
+        for rows in walk(len(x), row_flops):
             x[rows] = self._norm(x[rows])
         return x
 

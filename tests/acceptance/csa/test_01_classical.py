@@ -1,15 +1,18 @@
 """Must show 1: the tests that catch the classical mistakes (`attention.md`), one line each.
 
-Shown here: 1 to 11 within the attention of one layer. `test_01_model` has 12 and 13, `test_01_kernels` 14 and 15.
+Shown here: 1 to 11 within the attention of one layer, and 11 for whole models on (sp, tp) meshes. `test_01_model` has
+12 and 13, `test_01_kernels` 14 and 15.
 """
 
 from collections.abc import Callable
 from itertools import pairwise, permutations
+from pathlib import Path
 
 import pytest
 import torch
 
 from sps2_engine.attention.csa_plan import CsaPlan
+from sps2_engine.mesh import Mesh
 from sps2_kernels import reference
 from sps2_kernels.csa_pack import csa_pack, csa_unpack
 from sps2_kernels.merge_states import merge_pair, merge_states
@@ -17,6 +20,7 @@ from sps2_kernels.paged_decode import PAGE_TOKENS, PagedRows, paged_decode_parti
 from sps2_kernels.segment_attention import UNMASKED, segment_attention
 from sps2_layout.layout import Layout, exact_layout
 from sps2_layout.profiles import Profile
+from support.checkpoints import make_tiny_checkpoint
 from support.csa_cases import (
     ELEMENT_BYTES,
     HEAD_DIM,
@@ -29,6 +33,9 @@ from support.csa_cases import (
     oracle,
     run_plan,
 )
+from support.deployment import DEMO_MODEL
+from support.identity import Prompt, book_prompts, byte_prompts
+from support.mesh_cases import EXCHANGES, MASKS, MESHES, MODELS, check_mesh, run_model
 from support.must_show import MustShow
 
 pytestmark = pytest.mark.acceptance
@@ -238,3 +245,29 @@ def test_classical(must_show: MustShow, number: int) -> None:
     test = TESTS[number - 1]
     with must_show(f"1.{number} {test.__name__.replace('_', ' ')}") as figures:
         figures.append(test())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Prompt]]:
+    """Every kind of tiny checkpoint with a short prompt, and the demo model with a long one."""
+    (short,) = byte_prompts([310])
+    tiny = [
+        (make_tiny_checkpoint(tmp_path_factory.mktemp("model"), family, **overrides), short)
+        for family, overrides in MODELS.values()
+    ]
+    return [*tiny, (DEMO_MODEL, book_prompts([4_000])[0])]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh.sp}x{mesh.tp}")
+def test_meshes(must_show: MustShow, models: list[tuple[Path, Prompt]], mesh: Mesh) -> None:
+    with must_show(f"1.11 whole models on (sp, tp) = ({mesh.sp}, {mesh.tp})") as figures:
+        results = [
+            check_mesh(folder, mesh, mask, prompt, run_model(folder, mesh, mask, prompt, exchange))
+            for folder, prompt in models
+            for mask in MASKS
+            for exchange in (EXCHANGES if mesh.sp > 1 else EXCHANGES[:1])
+        ]
+        figures.append(f"{len(results)} runs of {len(models)} models under {len(MASKS)} masks")
+        figures.append(f"{sum(result.num_tokens for result in results):,} greedy tokens as in one process")
+        figures.append(f"logits differ by {max(result.worst for result in results):.0e} at most")
+        figures.append("posted bytes are the counted ones on every rank")

@@ -1,6 +1,8 @@
 """The generic decoder against transformers, on tiny checkpoints of every family."""
 
 import weakref
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,24 @@ def test_row_chunks_do_not_change_the_result(llama: Path, monkeypatch: pytest.Mo
 def test_row_chunks_cover_all_rows() -> None:
     assert list(rows.row_chunks(0)) == []
     assert list(rows.row_chunks(5000)) == [slice(0, 2048), slice(2048, 4096), slice(4096, 5000)]
+
+
+def test_all_that_is_done_row_by_row_is_walked(llama: Path) -> None:
+    """Embedding and last norm included: a long prompt can be given up in them too."""
+    decoder, done = load_decoder(llama, torch.float32, CPU), list[str]()
+
+    def walk(num_rows: int, flops_per_row: int) -> Iterator[slice]:
+        assert flops_per_row > 0
+        done.append("rows")
+        yield from rows.row_chunks(num_rows)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        done.append("attend")
+        return q
+
+    decoder.forward(tokens(), torch.arange(NUM_TOKENS), attend, walk)
+    layers = [["rows", "attend", "rows", "rows"]] * decoder.config.num_layers
+    assert done == ["rows", *chain.from_iterable(layers), "rows"]
 
 
 def test_nothing_holds_q_k_v_after_attend(llama: Path) -> None:

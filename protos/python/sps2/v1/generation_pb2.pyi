@@ -519,7 +519,7 @@ class BytesMoved(_message.Message):
     Q_EXCHANGE_FIELD_NUMBER: _builtins.int
     KV_TRANSFER_FIELD_NUMBER: _builtins.int
     collective: _builtins.int
-    """Prefill head exchanges between ranks, in and out, all layers."""
+    """Prefill exchanges between ranks, in and out, and sums of tensor ranks, all layers."""
     q_exchange: _builtins.int
     """Decode Q exchanges and the partial outputs that return."""
     kv_transfer: _builtins.int

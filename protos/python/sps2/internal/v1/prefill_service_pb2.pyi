@@ -265,7 +265,7 @@ class PrefillDelivered(_message.Message):
     KV_TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     EXPOSED_S_FIELD_NUMBER: _builtins.int
     collective_bytes: _builtins.int
-    """Bytes posted in head exchanges, all ranks and layers."""
+    """Bytes posted in exchanges and in sums of tensor ranks, all ranks and layers."""
     kv_transfer_bytes: _builtins.int
     """Bytes written to decode ranks."""
     exposed_s: _builtins.float

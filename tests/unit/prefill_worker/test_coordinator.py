@@ -1,0 +1,102 @@
+"""The leader of a prefill group: what it tells the ranks of a prompt, and what it refuses."""
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import pytest
+
+from sps2.internal.v1 import engine_pb2, prefill_service_pb2
+from sps2_engine.attention.cost_model import Choice
+from sps2_layout.attention import Attention
+from sps2_layout.profiles import EXACT
+from sps2_layout.wire import pack_attention
+from sps2_prefill_worker.coordinator import BLOCK_TOKENS, PrefillCoordinator
+from sps2_service.errors import FailedPrecondition
+from sps2_service.ranks.group import GroupState
+
+NUM_TOKENS = 10 * BLOCK_TOKENS
+TIMEOUT_S = 10.0
+
+
+@dataclass
+class StandInGroup:
+    """A formed group that keeps what its ranks are sent."""
+
+    size: int
+    name: str = "prefill-0"
+    state: GroupState = GroupState.FORMED
+    missing: str = ""
+    sent: dict[int, list[engine_pb2.EngineCommand]] = field(default_factory=dict)
+
+    told: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when every rank has been sent something."""
+
+    def send(self, rank: int, command: engine_pb2.EngineCommand) -> None:
+        self.sent.setdefault(rank, []).append(command)
+        if len(self.sent) == self.size:
+            self.told.set()
+
+    def broadcast(self, command: engine_pb2.EngineCommand) -> None:
+        for rank in range(self.size):
+            self.send(rank, command)
+
+
+def make(choice: Choice, num_ranks: int, kv_blocks: int) -> tuple[PrefillCoordinator, StandInGroup]:
+    coordinator, group = PrefillCoordinator(choice), StandInGroup(num_ranks)
+    coordinator.attach(group)  # type: ignore[arg-type]
+    loaded = engine_pb2.EngineLoaded(
+        device="cpu",
+        dtype="fp32",
+        num_q_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        kv_blocks_total=kv_blocks,
+        slice_flops=7,
+    )
+    coordinator.on_formed(1, [loaded] * num_ranks)
+    return coordinator, group
+
+
+def request() -> prefill_service_pb2.PrefillRequest:
+    made = prefill_service_pb2.PrefillRequest(
+        token_ids=range(NUM_TOKENS), attention=pack_attention(Attention.admit(EXACT, NUM_TOKENS))
+    )
+    made.attempt.request_id = "one"
+    made.placement.shards.add(token_begin=0, token_end=NUM_TOKENS)
+    return made
+
+
+async def first_commands(
+    coordinator: PrefillCoordinator, group: StandInGroup
+) -> dict[int, list[engine_pb2.EngineCommand]]:
+    """What the ranks are sent of a request whose call ends as soon as it has begun."""
+    async with aclosing(coordinator.prefill(request())) as events:
+        waiting = asyncio.ensure_future(anext(events))
+        async with asyncio.timeout(TIMEOUT_S):
+            await group.told.wait()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    return group.sent
+
+
+@pytest.mark.parametrize("choice", ["heads", "kv"])
+def test_every_rank_is_told_the_schedule_and_its_tokens_and_the_cancel(choice: Choice) -> None:
+    sent = asyncio.run(first_commands(*make(choice, 2, kv_blocks=5)))
+    runs = [commands[0].run_prefill for commands in sent.values()]
+    assert {run.exchange for run in runs} == {engine_pb2.Exchange.Value(f"EXCHANGE_{choice.upper()}")}
+    assert [len(run.spans) for run in runs] == [{"heads": 1, "kv": 2}[choice]] * 2
+    assert sorted(token for run in runs for token in run.token_ids) == list(range(NUM_TOKENS))
+    assert {run.slice_flops for run in runs} == {7}
+    assert [commands[1].WhichOneof("command") for commands in sent.values()] == ["cancel_prefill"] * 2
+
+
+@pytest.mark.parametrize("choice", ["heads", "kv"])
+def test_a_prompt_that_no_rank_has_room_for_is_refused(choice: Choice) -> None:
+    coordinator, _ = make(choice, 2, kv_blocks=4)
+
+    async def ask() -> None:
+        await anext(coordinator.prefill(request()))
+
+    with pytest.raises(FailedPrecondition, match="raise --kv-tokens"):
+        asyncio.run(ask())
