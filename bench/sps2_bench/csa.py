@@ -17,7 +17,7 @@ from sps2_engine.collectives import Communicator
 from sps2_engine.models import ModelConfig
 from sps2_layout.layout import Layout, exact_layout
 from sps2_layout.profile_file import ProfileError, load_profile
-from sps2_layout.profiles import MIN_SHARD_TOKENS, NAMED, RUNG_SHARDS, Ladder, Profile
+from sps2_layout.profiles import DEFAULT_TAIL, MIN_SHARD_TOKENS, NAMED, RUNG_SHARDS, Ladder, Profile
 
 __all__ = [
     "KIND",
@@ -43,7 +43,7 @@ ProfileName: TypeAlias = Literal["exact", "paper", "default", "local"]
 
 SHARD_TOKENS = MIN_SHARD_TOKENS
 """The ladder stays dense while a shard would hold fewer tokens than this."""
-LOCAL = Ladder("local", tuple(Profile(count, ((1, 1),), sinks=4, tail=64) for count in RUNG_SHARDS))
+LOCAL = Ladder("local", tuple(Profile(count, ((1, 1),), tail=DEFAULT_TAIL) for count in RUNG_SHARDS))
 """The default without levels; not offered to requests."""
 
 

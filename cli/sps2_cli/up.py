@@ -15,7 +15,7 @@ from sps2_cli.local.redis import RedisMissingError
 from sps2_cli.local.reporter import Reporter
 from sps2_cli.options import DEFAULT_ADDRESS, Json
 from sps2_layout.profile_file import ProfileError, load_profile
-from sps2_layout.profiles import EXACT
+from sps2_layout.profiles import DEFAULT
 
 START_STOP_TIMEOUT_S = 5.0
 """Patience with processes that have no work yet."""
@@ -118,7 +118,7 @@ def up(
             metavar="exact|paper|default|FILE",
             help="Attention of requests that name none; FILE is JSON, see docs/profiles.md.",
         ),
-    ] = EXACT.name,
+    ] = DEFAULT.name,
     device: Annotated[Device, typer.Option(help="Where ranks compute.")] = Device.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Weights; auto: bf16 where it is fast.")] = Dtype.FP32,
     exchange: Annotated[

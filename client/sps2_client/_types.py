@@ -54,7 +54,7 @@ class Usage:
     """Bytes by plane."""
     attention_profile: str
     """Attention that the router resolved: "exact", or the profile and its mask, as in
-    "default: N=8 A=4096 levels (1,1),(8,4) sampled tail 64 sinks 4"."""
+    "default: N=8 A=4096 levels (1,1),(8,8) sampled tail 64 sinks 0"."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class Attention:
         return self.layout.extended(num_tokens)
 
     def describe(self) -> str:
-        """The mask in one line: "exact", or "N=8 A=4096 levels (1,1),(8,4) sampled tail 64 sinks 4"."""
+        """The mask in one line: "exact", or "N=8 A=4096 levels (1,1),(8,8) sampled tail 64 sinks 0"."""
         layout = self.layout
         if layout is None:
             return "exact"

@@ -3,14 +3,16 @@
 It never depends on how many ranks serve a prompt: the same prompt has the same answer at every degree.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sps2_layout.layout import Layout, Level
 
 MIN_SHARD_TOKENS = 4096
 """A prompt is dense while a shard would fall under this."""
 MAX_SHARDS = 1024
-PAPER_STRIDE = 8
+STRIDE = 8
+"""One of so many tokens is sampled beyond a shard: the paper's, and what the accuracy rule chose."""
+DEFAULT_TAIL = 64
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,16 @@ class Ladder:
 
 def paper_profile(num_shards: int) -> Profile:
     """The paper's: levels [(1, 1), (N, 8)], sampled queries, no tail, no sinks."""
-    return Profile(num_shards, ((1, 1), (num_shards, PAPER_STRIDE)))
+    return Profile(num_shards, ((1, 1), (num_shards, STRIDE)))
 
 
 def default_profile(num_shards: int) -> Profile:
-    """Stride 4 within 8 shards and 8 beyond, sampled queries, a dense tail of 64 tokens and 4 sinks.
+    """The paper's and a dense tail of 64 tokens, without which a question at the prompt's end sees an eighth of it.
 
-    The tail is what keeps a question at the prompt's end able to see all of it (`attention.md`).
+    Chosen by the rule of `sps2 eval accuracy` (bench/results/accuracy): the cheapest of those that keep perplexity
+    and retrieval and see more of the prompt than shards by themselves.
     """
-    near = min(num_shards, 8)
-    far = ((num_shards, 8),) if num_shards > near else ()
-    return Profile(num_shards, ((1, 1), (near, 4), *far), sinks=4, tail=64)
+    return replace(paper_profile(num_shards), tail=DEFAULT_TAIL)
 
 
 RUNG_SHARDS = tuple(2**power for power in range(1, MAX_SHARDS.bit_length()))

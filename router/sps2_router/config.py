@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sps2_layout.profiles import EXACT
+from sps2_layout.profiles import DEFAULT
 from sps2_router.admission import AdmissionLimits
 from sps2_router.front_door import TimeLimits
 from sps2_router.retries import RetryLimits
@@ -22,7 +22,7 @@ class RouterConfig(ServiceConfig):
     """HOST:PORT of the KV directory."""
     model_name: str = ""
     """Name that requests use; empty: the folder's name."""
-    profile: str = EXACT.name
+    profile: str = DEFAULT.name
     """Attention of prompts whose request names none: exact, paper, default, or a JSON file of profiles."""
     policy: Literal["least_loaded"] = "least_loaded"
     """How groups are picked."""

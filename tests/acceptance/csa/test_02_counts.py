@@ -95,7 +95,7 @@ def test_table_of_savings(must_show: MustShow, repo_root: Path) -> None:
         profiles = {
             "`paper`": paper_profile(TABLE_SHARDS),
             "`default`": default_profile(TABLE_SHARDS),
-            "stride 8, tail 64": Profile(TABLE_SHARDS, far, tail=64, sinks=4),
+            "stride 4": Profile(TABLE_SHARDS, ((1, 1), (TABLE_SHARDS, 4)), tail=64),
             "stride 8, dense queries": Profile(TABLE_SHARDS, far, dense_queries=True),
             "strides 2 and 8": Profile(TABLE_SHARDS, ((1, 1), (2, 2), (TABLE_SHARDS, 8)), tail=64),
         }

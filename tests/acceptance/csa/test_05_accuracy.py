@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from sps2_bench.accuracy.candidates import catalogue
+from sps2_layout.profiles import default_profile
 from support.bench import sps2_json
 from support.deployment import DEMO_MODEL
 from support.must_show import MustShow
@@ -15,8 +17,11 @@ from support.must_show import MustShow
 pytestmark = pytest.mark.acceptance
 
 TOKENS = 200_000
+CONTINUATION = 2_048
+"""Tokens scored after each prompt: with fewer, more prompts and more questions than are asked for."""
 QUESTIONS = 500
 PROFILES = 12
+SHARDS, TAIL = 8, 64
 TIMEOUT_S = 3 * 3_600
 
 # The trainer knows which spans of the books the demo model has never seen.
@@ -43,6 +48,8 @@ def document(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[
         text,
         "--tokens",
         str(TOKENS),
+        "--continuation",
+        str(CONTINUATION),
         "--plots",
         repo_root / ".out" / "csa" / "accuracy",
     ]
@@ -78,6 +85,7 @@ def test_default_by_the_rule(must_show: MustShow, document: dict[str, Any]) -> N
         chosen = profiles[document["default"]]
         figures.append(f"\n  chosen: {document['default']}")
         assert all(chosen["verdicts"].values())
+        assert catalogue(SHARDS, TAIL)[document["default"]].ladder.rungs == (default_profile(SHARDS),)
         cheaper = [
             one
             for one in profiles.values()

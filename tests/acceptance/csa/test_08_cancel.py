@@ -14,6 +14,7 @@ from support.streams import wait_for_free_kv
 pytestmark = pytest.mark.acceptance
 
 LONG = 65_400
+DECODE_RANKS = 3
 WITHIN_S = 0.5
 REPORT_TIMEOUT_S = 30.0
 MOMENTS_S = (0.5, 1.0, 1.9, 2.7, 3.4, 4.1)
@@ -48,9 +49,9 @@ def test_cancel(must_show: MustShow, num_ranks: int, exchange: str, profile: str
     title = f"8 cancel of a {LONG:,}-token {profile} prefill on {num_ranks} ranks by {exchange}"
     with must_show(title) as figures:
         (long,) = long_prompts([LONG])
-        arguments = ["--kv-tokens", str(LONG // num_ranks + 256), "--exchange", exchange]
+        arguments = ["--kv-tokens", str(LONG // min(num_ranks, DECODE_RANKS) + 256), "--exchange", exchange]
         with (
-            deployment(prefill=f"1x{num_ranks}", decode="1x3", arguments=arguments) as running,
+            deployment(prefill=f"1x{num_ranks}", decode=f"1x{DECODE_RANKS}", arguments=arguments) as running,
             running.client() as client,
         ):
             client.generate(token_ids=long[:600], max_tokens=1, timeout=GENERATE_TIMEOUT_S)

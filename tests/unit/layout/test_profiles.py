@@ -45,15 +45,15 @@ def test_the_named_profiles() -> None:
         0,
         False,
     )
-    assert default.levels == (Level(1, 1), Level(8, 4), Level(16, 8))
-    assert min(default.tail, default.sinks) > 0
+    assert default.levels == (Level(1, 1), Level(16, 8))
+    assert (default.tail, default.sinks, default.dense_queries) == (64, 0, False)
     assert set(NAMED) == {"exact", "paper", "default"}
 
 
 def test_what_usage_says() -> None:
     assert Attention.admit(DEFAULT, 500).describe() == "exact"
     said = Attention.admit(DEFAULT, 32_768).describe()
-    assert said == "N=8 A=4096 levels (1,1),(8,4) sampled tail 64 sinks 4"
+    assert said == "N=8 A=4096 levels (1,1),(8,8) sampled tail 64 sinks 0"
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_the_attention_profile_of_a_request_goes_before_the_deployments() -> Non
         assert request.attention.num_tokens == 20_000
         said[spec.attention_profile] = request.attention_profile
     assert said == {
-        "": "default: N=4 A=5000 levels (1,1),(4,4) sampled tail 64 sinks 4",
+        "": "default: N=4 A=5000 levels (1,1),(4,8) sampled tail 64 sinks 0",
         "exact": "exact",
         "paper": "paper: N=4 A=5000 levels (1,1),(4,8) sampled tail 0 sinks 0",
         "default": said[""],
