@@ -8,6 +8,8 @@ from sps2_service.status import from_rpc_error
 
 WORKER_LOST = "WORKER_LOST"
 """Reason of a call whose connection is gone or was never made."""
+WRITE_FAILED = "Internal error from Core"
+"""What grpc.aio makes of a call that ended while we wrote to it; how it ended is not told any more."""
 
 
 def worker_error(error: grpc.RpcError, worker: cluster_pb2.WorkerInfo) -> ServiceError:
@@ -19,7 +21,8 @@ def worker_error(error: grpc.RpcError, worker: cluster_pb2.WorkerInfo) -> Servic
     found = from_rpc_error(error)
     bare = found.reason == found.code.name
     # A call that we did not cancel was cancelled by a server that went away.
-    if isinstance(found, Cancelled) or (bare and isinstance(found, Unavailable)):
+    is_cut = isinstance(found, Unavailable) or found.message == WRITE_FAILED
+    if isinstance(found, Cancelled) or (bare and is_cut):
         return worker_lost(worker, found.message)
     if bare and isinstance(found, DeadlineExceeded):
         return DeadlineExceeded(

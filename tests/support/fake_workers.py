@@ -288,13 +288,12 @@ class FakeDecode(FakeLeader):
         self, requests: AsyncIterator[decode_pb.DecodeRequest], context: Context
     ) -> AsyncIterator[decode_pb.DecodeResponse]:
         """All of each choice's tokens in turns, also those of a stopped one; then all end."""
-        reading = asyncio.create_task(self._note_stops(requests))
-        longest = max(map(len, self.tokens_by_choice.values()))
         failure = self.fail_after.pop(0) if self.fail_after else None
+        # A call cannot be aborted while it is being read.
+        reading = None if failure else asyncio.create_task(self._note_stops(requests))
+        longest = max(map(len, self.tokens_by_choice.values()))
         for place in range(longest):
             if failure is not None and place == failure[0]:
-                reading.cancel()
-                await asyncio.gather(reading, return_exceptions=True)
                 await failure[1].abort(context)
             for choice, tokens in self.tokens_by_choice.items():
                 if place < len(tokens):
@@ -305,7 +304,8 @@ class FakeDecode(FakeLeader):
                 reason=self.reason, q_exchange_bytes=200, num_holders=1, choice_index=choice
             )
             yield decode_pb.DecodeResponse(finished=finished)
-        await reading
+        if reading is not None:
+            await reading
 
     def _choice_token(self, choice: int, index: int, token_id: int) -> decode_pb.DecodeResponse:
         tokens = decode_pb.DecodedTokens(
