@@ -51,5 +51,4 @@ class LiveAttempt:
 
     def num_blocks(self, rank: int) -> int:
         """Blocks that all choices together hold on a rank."""
-        shared = self.row.shared.blocks[rank]
-        return shared + sum(row.blocks[rank] - shared for row in self.rows)
+        return self.row.tenant.held(rank)

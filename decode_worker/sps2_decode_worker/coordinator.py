@@ -6,12 +6,22 @@ Runs in rank 0's supervisor, on its event loop.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+import structlog
+
 from sps2.internal.v1 import decode_service_pb2, engine_pb2, kv_directory_service_pb2, placement_pb2
 from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
+from sps2_decode_worker.placing import max_new_tokens
 from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row, RowState
 from sps2_service.directory_client import DirectoryClient
-from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
+from sps2_service.errors import (
+    PREEMPTED,
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    ServiceError,
+    Unavailable,
+)
 from sps2_service.ranks.failures import attempt_failure
 from sps2_service.ranks.group import GroupLeader, GroupState
 
@@ -22,6 +32,11 @@ RECORD_LEASE_S = 60.0
 """How long the directory keeps a record of shards that is not renewed."""
 RECEIVE_TIMEOUT_S = 60.0
 """Longest wait, from the first token on, for the rest of a prompt's KV."""
+
+PREEMPTED_RETRY_S = 0.25
+"""What a preempted request is told to wait: about as long as rows take to end or to be preempted in turn."""
+
+log = structlog.get_logger(__name__)
 
 
 class DecodeCoordinator:
@@ -203,7 +218,15 @@ class DecodeCoordinator:
     def _pump(self) -> None:
         """Sends every plan that is due."""
         while self._group.state is GroupState.FORMED and (plan := self._scheduler.next_plan()) is not None:
+            self._tell_preempted(plan)
             self._group.broadcast(engine_pb2.EngineCommand(step_plan=self._message(plan)))
+
+    def _tell_preempted(self, plan: Plan) -> None:
+        """Their callers learn it; tokens of theirs that are still computed are dropped."""
+        attempts = {row_id: live for row_id in plan.preempted if (live := self._rows.pop(row_id, None))}
+        for live in dict.fromkeys(attempts.values()):
+            log.info("preempted", request_id=live.request.attempt.request_id)
+            self._fail(live, preempted(self._group.name))
 
     def _message(self, plan: Plan) -> engine_pb2.StepPlan:
         # A row may be released before the plan that was to reserve it went out; both then go in one plan, in
@@ -229,12 +252,17 @@ class DecodeCoordinator:
         self._check(request)
         num_choices = max(1, request.choice.num_choices)
         try:
-            rows = self._scheduler.reserve(request.num_prompt_tokens, request.choice.max_tokens, num_choices)
+            rows = self._scheduler.reserve(
+                request.num_prompt_tokens,
+                max_new_tokens(request.choice),
+                num_choices,
+                turn=(-request.priority, request.admitted_at_us),
+            )
         except NeverFitsError:
             raise FailedPrecondition(
                 "REQUEST_TOO_LARGE",
-                f"{request.num_prompt_tokens} prompt tokens and {num_choices} times {request.choice.max_tokens} more "
-                f"need more KV than "
+                f"{request.num_prompt_tokens} prompt tokens and {num_choices} times "
+                f"{max_new_tokens(request.choice)} more need more KV than "
                 f"decode group {self._group.name} has: raise --kv-tokens or use more ranks",
             ) from None
         except NoRoomError:
@@ -263,8 +291,11 @@ class DecodeCoordinator:
                 f"attempt {request.attempt.number} of request {request.attempt.request_id!r} is served already: "
                 "two live requests may not share an id",
             )
-        if request.num_prompt_tokens < 1 or request.choice.max_tokens < 1:
-            raise InvalidArgument("EMPTY_REQUEST", "num_prompt_tokens and max_tokens must be at least 1")
+        if request.num_prompt_tokens < 1 or max_new_tokens(request.choice) < 1:
+            raise InvalidArgument(
+                "EMPTY_REQUEST",
+                "num_prompt_tokens must be at least 1, and max_tokens more than what is generated",
+            )
 
     def _reserve_message(
         self, request: decode_service_pb2.ReserveKv, rows: list[Row]
@@ -334,3 +365,13 @@ class DecodeCoordinator:
         self._directory.record_shards(record, RECORD_LEASE_S)
         loop = asyncio.get_running_loop()
         live.record_timer = loop.call_later(RECORD_LEASE_S / 3, self._record, live)
+
+
+def preempted(group: str) -> Unavailable:
+    """What a call ends with whose blocks an earlier request needs; no failure, and not its last attempt."""
+    return Unavailable(
+        PREEMPTED,
+        f"decode group {group} has given its KV room to an earlier request",
+        retry_after=PREEMPTED_RETRY_S,
+        metadata={"component": group},
+    )

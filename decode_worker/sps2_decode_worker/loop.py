@@ -146,10 +146,15 @@ class DecodeRole:
                 row.row_id: plan.row_bytes_per_layer(row.plan_row) * config.num_layers for row in active
             }
             self._exchange = QExchange(plan, self._communicator, self._model.scale, self._device)
-        new_slots = [self._rows[row.row_id].append_slot() for row in self._exchange.home_rows]
+        new_slots = [self._append(self._rows[row.row_id]) for row in self._exchange.home_rows]
         held = [row for row in self._rows.values() if row.admitted and row.num_local]
         self._exchange.begin_step({row.row_id: row.runs() for row in held}, new_slots)
         return self._exchange
+
+    def _append(self, row: RowState) -> int:
+        """The slot of the row's next token."""
+        self._loaded_receiver.extend(row)
+        return row.append_slot()
 
     def _forward(self, token_ids: list[int], positions: list[int], attend: Attend) -> Tensor:
         ids, places = torch.tensor([token_ids, positions], dtype=torch.int64, device=self._device)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from sps2.internal.v1 import engine_pb2
+from sps2_decode_worker.placing import max_new_tokens, tokens_ahead
 from sps2_decode_worker.rows import RowState, shard_of
 from sps2_engine.kv_pool import BLOCK_TOKENS
 from sps2_engine.kv_transfer.receiver import KvReceiver
@@ -43,7 +44,8 @@ class Receiver:
         shard = shard_of(reserve.placement, rank)
         num_prompt = shard.token_end - shard.token_begin if shard else 0
         at_home = reserve.home == rank
-        blocks = self._pool.allocate(-(-(num_prompt + reserve.choice.max_tokens * at_home) // BLOCK_TOKENS))
+        num_ahead = tokens_ahead(max_new_tokens(reserve.choice)) if at_home else 0
+        blocks = self._pool.allocate(-(-(num_prompt + num_ahead) // BLOCK_TOKENS))
         if shard is not None:
             self._receiver.expect(shard.fence, shard.token_begin, shard.token_end, blocks, on_complete)
         first = RowState(reserve.row, reserve, rank, 0, blocks, num_prompt)
@@ -57,6 +59,11 @@ class Receiver:
             yield RowState(
                 row_id, first.reserve, first.rank, index, [*shared, *own], first.num_local, first, len(shared)
             )
+
+    def extend(self, row: RowState) -> None:
+        """Takes a block for a row's next token where its blocks are full; the leader has counted that one is free."""
+        if not row.finished and row.num_local == len(row.blocks) * BLOCK_TOKENS:
+            row.blocks.extend(self._pool.allocate(1))
 
     def copy_prompt(self, row: RowState) -> None:
         """Fills a row's own block with the end of the prompt that it shares; before any row of it appends."""

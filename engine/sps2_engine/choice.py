@@ -46,10 +46,17 @@ class ChoiceState:
         self,
         choice: prefill_service_pb2.TokenChoice,
         index: int,
-        num_prompt_tokens: int,
+        num_tokens: int,
         device: torch.device,
     ) -> None:
-        """`index` is the choice's within its request, `device` that of the logits."""
+        """Starts after the tokens that earlier attempts have generated.
+
+        Args:
+            choice: how tokens are chosen.
+            index: the choice's within its request.
+            num_tokens: of the text so far, prompt and what was generated before.
+            device: of the logits.
+        """
         self.sampling = sampling_params(choice)
         self.index = choice.sampling.first_choice + index
         """In the key of the random numbers."""
@@ -57,11 +64,13 @@ class ChoiceState:
         self.num_outputs = 0
         """Tokens so far."""
         self._choice = choice
-        self._num_prompt_tokens = num_prompt_tokens
+        self._num_prompt_tokens = num_tokens - len(choice.generated_token_ids)
         edits = edit_params(choice)
         self.edits = (
             None if edits.idle else LogitEdits(edits, choice.prompt_token_ids, choice.max_tokens, device)
         )
+        for token_id in choice.generated_token_ids:
+            self.take(token_id)
 
     @property
     def position(self) -> int:

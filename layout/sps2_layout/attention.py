@@ -43,9 +43,17 @@ class Attention:
             return group_size
         return min(self.layout.num_shards, 1 << (group_size.bit_length() - 1))
 
-    def sliced(self, group_size: int) -> Layout:
-        """The layout that a group computes by, over `num_ranks` of its ranks."""
-        return self.layout or exact_layout(self.num_tokens, self.num_ranks(group_size))
+    def sliced(self, group_size: int, num_generated: int = 0) -> Layout:
+        """The layout that a group computes by, over `num_ranks` of its ranks.
+
+        Args:
+            group_size: ranks of the group.
+            num_generated: tokens behind the prompt that the request has generated in earlier attempts: dense queries.
+        """
+        num_tokens = self.num_tokens + num_generated
+        if self.layout is None:
+            return exact_layout(num_tokens, self.num_ranks(group_size))
+        return self.layout.extended(num_tokens)
 
     def describe(self) -> str:
         """The mask in one line: "exact", or "N=8 A=4096 levels (1,1),(8,8) sampled tail 64 sinks 0"."""

@@ -2,10 +2,11 @@
 
 CSA is a mask on shards (N equal slices of the prompt), defined in `attention.md`: a query sees its own shard up
 to itself, the sinks, and, in earlier shards, the keys that its level samples; the prompt's tail sees everything.
-With all strides 1 this is dense causal attention.
+With all strides 1 this is dense causal attention. A request that goes on where it stopped has its prompt's
+layout, extended by the tokens that it has generated: dense queries behind the tail.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,11 @@ class Layout:
     """The first tokens, which every query sees."""
     tail: int = 0
     """The last tokens, which see everything."""
+    num_extra: int = 0
+    """Of them, those that `extended` has put behind the prompt; the last shard takes what no shard has room for."""
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1 or self.num_shards < 1 or min(self.sinks, self.tail) < 0:
+        if self.num_tokens - self.num_extra < 1 or self.num_shards < 1 or min(self.sinks, self.tail) < 0:
             raise ValueError(f"not a layout: {self}")
         if not self.levels or self.levels[0] != Level(1, 1):
             raise ValueError("the first level is (1, 1): each shard sees itself, densely")
@@ -92,14 +95,32 @@ class Layout:
             raise ValueError(f"groups of {self.levels[-1].group} must divide all {self.num_shards} shards")
         if (
             self.shard_tokens % self.levels[-1].stride
-            or self.shard_tokens * self.num_shards < self.num_tokens
+            or self.shard_tokens * self.num_shards < self.num_tokens - self.num_extra
         ):
             raise ValueError(f"shards of {self.shard_tokens} tokens do not cover the prompt by whole strides")
+
+    def extended(self, num_tokens: int) -> "Layout":
+        """The same mask over the prompt, and behind it dense queries up to `num_tokens` in all.
+
+        The mask of the prompt's tokens stays as it is: nobody sees later keys, and the tail begins where it began.
+
+        Raises:
+            ValueError: fewer tokens than the layout has.
+        """
+        more = num_tokens - self.num_tokens
+        if more < 0:
+            raise ValueError(f"a layout of {self.num_tokens} tokens cannot be cut to {num_tokens}")
+        return replace(self, num_tokens=num_tokens, tail=self.tail + more, num_extra=self.num_extra + more)
 
     def shard(self, index: int) -> Span:
         """Tokens of a shard."""
         begin = min(self.num_tokens, index * self.shard_tokens)
-        return Span(begin, min(self.num_tokens, begin + self.shard_tokens))
+        is_last = index == self.num_shards - 1
+        return Span(begin, self.num_tokens if is_last else min(self.num_tokens, begin + self.shard_tokens))
+
+    def shard_of(self, token: int) -> int:
+        """The shard that a token lies in."""
+        return min(self.num_shards - 1, token // self.shard_tokens)
 
     def shards(self, first: int, last: int) -> Span:
         """Tokens of shards [first, last)."""

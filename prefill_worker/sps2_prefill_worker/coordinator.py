@@ -158,7 +158,7 @@ class PrefillCoordinator:
         if begins != edges[:-1] or edges[-1] != len(request.token_ids):
             raise InvalidArgument.of_field("placement", "shards must cover the prompt in order, without gaps")
         assert self._planner is not None, "a group that is formed has told its shape"
-        planned = self._planner.plan(_attention_of(request))
+        planned = self._planner.plan(_attention_of(request), len(request.choice.generated_token_ids))
         slice_tokens = planned.most_kept
         if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
             raise FailedPrecondition(
@@ -251,8 +251,12 @@ def _attention_of(request: prefill_service_pb2.PrefillRequest) -> Attention:
         attention = unpack_attention(request.attention)
     except ValueError as error:
         raise InvalidArgument.of_field("attention", str(error)) from None
-    if attention.num_prefilled != attention.num_tokens or attention.num_tokens != len(request.token_ids):
+    generated = request.choice.generated_token_ids
+    num_prompt_tokens = len(request.token_ids) - len(generated)
+    if attention.num_prefilled != attention.num_tokens or attention.num_tokens != num_prompt_tokens:
         raise InvalidArgument.of_field("attention", "the mask must be laid over the whole prompt")
+    if request.token_ids[num_prompt_tokens:] != generated:
+        raise InvalidArgument.of_field("token_ids", "the tokens generated before must follow the prompt")
     return attention
 
 

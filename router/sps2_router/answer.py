@@ -1,16 +1,18 @@
-"""One committed attempt's tokens to the client, choice by choice, to the last event of its stream.
+"""One request's tokens to the client, choice by choice, through all of its attempts to the last event.
 
-Knows what comes when; how tokens become text and events is in `relay`, how an attempt speaks in `attempt`.
+Knows what comes when and where each choice stands; how tokens become text and events is in `relay`, how an attempt
+speaks in `attempt`.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias
 
 from sps2.internal.v1 import decode_service_pb2, prefill_service_pb2
 from sps2.v1 import generation_pb2
 from sps2_router.attempt import Attempt
 from sps2_router.detokenizer import Decoder, Detokenizer
+from sps2_router.handshake import Handshake
 from sps2_router.relay import ChoiceRelay, Event, StreamEvents
 from sps2_router.timings import Milestones, timings
 from sps2_router.types import Request
@@ -21,15 +23,13 @@ Send: TypeAlias = Callable[[Event], Awaitable[None]]
 
 
 class Answer:
-    """The events of one request."""
+    """The events of one request. Attempts may relay different choices at the same time."""
 
-    def __init__(
-        self, request: Request, attempt: Attempt, decoder: Decoder, arrived_at: float, send: Send
-    ) -> None:
-        """`attempt` has committed; nothing was sent yet."""
+    def __init__(self, request: Request, decoder: Decoder, arrived_at: float, send: Send) -> None:
+        """Nothing is sent before the first attempt that has committed is relayed."""
         self._request = request
-        self._attempt = attempt
         self._send = send
+        self._turn = asyncio.Lock()  # of the attempts that write
         self._milestones = Milestones(arrived_at)
         self._now = asyncio.get_running_loop().time
         self._events = StreamEvents(request.request_id)
@@ -37,30 +37,99 @@ class Answer:
             ChoiceRelay(self._events, Detokenizer(decoder), request.choice, index)
             for index in range(request.choice.num_choices)
         ]
-        self._q_exchange_bytes = [0] * len(self._choices)
+        self._first: Handshake | None = None
+        """That of the first attempt that committed."""
+        self._bytes = generation_pb2.BytesMoved()
 
-    async def relay(self) -> None:
-        """Sends everything.
+    async def relay(self, attempt: Attempt, request: Request) -> None:
+        """Sends all that an attempt makes for the choices of `request`, the whole one or a part.
 
         Raises:
             ServiceError: what died; the client has what was sent before.
         """
-        first = self._attempt.handshake.first_token
-        assert first is not None
-        await self._first_tokens(first)
-        ended_by_worker = False
-        while self._num_open:
-            ended_by_worker = await self._next_event()
-        usage = self._usage()
-        summary = await self._attempt.summary()
-        usage.bytes.CopyFrom(
-            generation_pb2.BytesMoved(
-                collective=summary.collective_bytes,
-                q_exchange=sum(self._q_exchange_bytes),
-                kv_transfer=summary.kv_transfer_bytes,
-            )
+        self._first = self._first or attempt.handshake
+        await _AttemptRelay(self, attempt, self._choices_of(request)).run()
+
+    async def rest(self, request: Request) -> list[Request]:
+        """What is left of a request that an attempt was to serve: itself, each choice that goes on, or nothing."""
+        choices = self._choices_of(request)
+        for choice in choices:
+            if not choice.finished and choice.complete:
+                await self.finish(choice, choice.complete)
+        if all(choice.num_tokens == len(request.generated_ids) for choice in choices):
+            return [request]
+        return [
+            self._request.resumed(choice.index, choice.token_ids) for choice in choices if not choice.finished
+        ]
+
+    def count(self, attempt: Attempt) -> None:
+        """Adds the bytes that an attempt has moved, once it is over."""
+        delivered = attempt.handshake.delivered
+        self._bytes.collective += delivered.collective_bytes
+        self._bytes.kv_transfer += delivered.kv_transfer_bytes
+
+    async def end(self) -> None:
+        """Sends the last event; after every choice has ended."""
+        counts = [choice.num_tokens for choice in self._choices]
+        assert self._first is not None, "what has ended was relayed"
+        usage = generation_pb2.Usage(
+            prompt_tokens=self._request.num_prompt_tokens,
+            output_tokens=sum(counts),
+            timings=timings(self._milestones, self._first, max(counts)),
+            attention_profile=self._request.attention_profile,
+            bytes=self._bytes,
         )
         await self._send(self._events.usage(usage))
+
+    async def tokens(
+        self,
+        choice: ChoiceRelay,
+        first_index: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[generation_pb2.TokenLogprob],
+    ) -> None:
+        """Sends a choice's next tokens."""
+        async with self._turn:
+            await self._send(choice.tokens(first_index, token_ids, logprobs))
+            self._milestones.last_sent_at = self._now()
+            self._milestones.first_sent_at = self._milestones.first_sent_at or self._milestones.last_sent_at
+
+    async def finish(self, choice: ChoiceRelay, reason: generation_pb2.FinishReason.ValueType) -> None:
+        """Sends a choice's end."""
+        async with self._turn:
+            for event in choice.finish(reason):
+                await self._send(event)
+
+    def count_q_exchange(self, num_bytes: int) -> None:
+        """Adds what a choice's Q exchanges have moved in one attempt."""
+        self._bytes.q_exchange += num_bytes
+
+    def _choices_of(self, request: Request) -> Sequence[ChoiceRelay]:
+        first = request.choice.first_choice - self._request.choice.first_choice
+        return self._choices[first : first + request.choice.num_choices]
+
+
+class _AttemptRelay:
+    """One committed attempt's events, which number the choices from 0."""
+
+    def __init__(self, answer: Answer, attempt: Attempt, choices: Sequence[ChoiceRelay]) -> None:
+        self._answer = answer
+        self._attempt = attempt
+        self._choices = choices
+        self._q_exchange_bytes = [0] * len(choices)
+
+    async def run(self) -> None:
+        """See `Answer.relay`."""
+        first = self._attempt.handshake.first_token
+        assert first is not None
+        ended_by_worker = False
+        try:
+            await self._first_tokens(first)
+            while self._num_open:
+                ended_by_worker = await self._next_event()
+        finally:
+            self._answer.count_q_exchange(sum(self._q_exchange_bytes))
+        await self._attempt.summary()
         if ended_by_worker:
             await self._attempt.goodbye()
 
@@ -71,9 +140,7 @@ class Answer:
     async def _first_tokens(self, first: prefill_service_pb2.FirstToken) -> None:
         for choice, token in zip(self._choices, (first, *first.more_choices), strict=True):
             logprobs = [token.logprob] if token.HasField("logprob") else []
-            await self._send(choice.tokens(0, [token.token_id], logprobs))
-            self._milestones.last_sent_at = self._now()
-            self._milestones.first_sent_at = self._milestones.first_sent_at or self._milestones.last_sent_at
+            await self._answer.tokens(choice, choice.num_tokens, [token.token_id], logprobs)
             await self._end_if_over(choice, token.finish_reason)
 
     async def _next_event(self) -> bool:
@@ -89,20 +156,19 @@ class Answer:
                 return False
             case "finished":
                 choice = self._choice(response.finished.choice_index)
-                self._q_exchange_bytes[choice.index] = response.finished.q_exchange_bytes
+                self._q_exchange_bytes[response.finished.choice_index] = response.finished.q_exchange_bytes
                 if not choice.finished:
-                    await self._finish(choice, response.finished.reason)
+                    await self._answer.finish(choice, response.finished.reason)
                 return True
             case event:
                 raise Internal("OUT_OF_ORDER", f"the decode leader sent {event} after the commit point")
 
     async def _tokens(self, tokens: decode_service_pb2.DecodedTokens) -> None:
         choice = self._choice(tokens.choice_index)
-        self._q_exchange_bytes[choice.index] = tokens.q_exchange_bytes
+        self._q_exchange_bytes[tokens.choice_index] = tokens.q_exchange_bytes
         if choice.finished:
             return  # overrun of a choice that a stop string has ended
-        await self._send(choice.tokens(tokens.first_index, tokens.token_ids, tokens.logprobs))
-        self._milestones.last_sent_at = self._now()
+        await self._answer.tokens(choice, tokens.first_index, tokens.token_ids, tokens.logprobs)
         await self._end_if_over(choice)
 
     async def _end_if_over(
@@ -111,25 +177,12 @@ class Answer:
         reason: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_UNSPECIFIED,
     ) -> None:
         if reason or choice.stopped:
-            await self._finish(choice, reason or generation_pb2.FINISH_REASON_STOP)
+            await self._answer.finish(choice, reason or generation_pb2.FINISH_REASON_STOP)
             # The end of the call tells the worker of the last one.
             if not reason and self._num_open:
-                await self._attempt.stop_choice(choice.index)
-
-    async def _finish(self, choice: ChoiceRelay, reason: generation_pb2.FinishReason.ValueType) -> None:
-        for event in choice.finish(reason):
-            await self._send(event)
+                await self._attempt.stop_choice(self._choices.index(choice))
 
     def _choice(self, index: int) -> ChoiceRelay:
         if not 0 <= index < len(self._choices):
             raise Internal("UNKNOWN_CHOICE", f"the decode leader sent choice {index} of {len(self._choices)}")
         return self._choices[index]
-
-    def _usage(self) -> generation_pb2.Usage:
-        counts = [choice.num_tokens for choice in self._choices]
-        return generation_pb2.Usage(
-            prompt_tokens=self._request.num_prompt_tokens,
-            output_tokens=sum(counts),
-            timings=timings(self._milestones, self._attempt.handshake, max(counts)),
-            attention_profile=self._request.attention_profile,
-        )

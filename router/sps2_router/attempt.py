@@ -31,6 +31,8 @@ from sps2_service.errors import ServiceError
 SUMMARY_WAIT_S = 0.25
 # What the decode leader gets to end its call by itself after its last word, before it is cancelled.
 GOODBYE_S = 0.5
+# What the decode leader gets to say that it has preempted the attempt when prefill cannot deliver its KV.
+CAUSE_WAIT_S = 0.25
 
 log = structlog.get_logger(__name__)
 
@@ -47,14 +49,18 @@ class Attempt:
         prefill_channel: grpc.aio.Channel,
         decode_channel: grpc.aio.Channel,
         scope: CallScope,
+        admitted_at_us: int,
         on_prefill_started: Callable[[], None],
         on_prefill_computed: Callable[[], None],
     ) -> None:
-        """`on_prefill_started` is called when the prompt leaves the queue (perhaps more than once).
+        """For `admitted_at_us` see ReserveKv.
 
+        `on_prefill_started` is called when the prompt leaves the queue (perhaps more than once).
         `on_prefill_computed` is called when the prefill group may compute something else.
         """
-        self.handshake = Handshake(request.num_prompt_tokens, request.choice.num_choices)
+        self.handshake = Handshake(request.num_tokens, request.choice.num_choices)
+        self.number = number
+        self._admitted_at_us = admitted_at_us
         self._request = request
         self._pair = pair
         self._attempt = placement_pb2.Attempt(request_id=request.request_id, number=number)
@@ -86,7 +92,7 @@ class Attempt:
         Raises:
             ServiceError: what failed; nothing was given to the client.
         """
-        await self._write(wire.pack_reserve(self._request, self._attempt, self._pair))
+        await self._write(wire.pack_reserve(self._request, self._attempt, self._pair, self._admitted_at_us))
         self.handshake.on_decode(await self.next_event(), self._now())
         steps = [self._drive_prefill(), self._await_commit(), self._await_answerable()]
         self._tasks = [asyncio.create_task(step) for step in steps]
@@ -94,9 +100,21 @@ class Attempt:
         while not self._answerable.is_set():
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                # An answerable attempt stays one, whatever else failed in the same moment.
-                if not self._answerable.is_set():
-                    task.result()
+                await self._check(task)
+
+    async def _check(self, task: asyncio.Task[None]) -> None:
+        """Raises what a step of the commit has failed with.
+
+        A preemption is told by the decode leader, and may come after what it does to the transfer.
+        """
+        _, committing, _ = self._tasks
+        if task.exception() is not None:
+            await asyncio.wait([committing], timeout=CAUSE_WAIT_S)
+        # An answerable attempt stays one, whatever else failed in the same moment.
+        if not self._answerable.is_set():
+            if committing.done():
+                committing.result()
+            task.result()
 
     async def next_event(self) -> decode_service_pb2.DecodeResponse:
         """The decode leader's next word.

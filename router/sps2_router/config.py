@@ -35,9 +35,9 @@ class RouterConfig(ServiceConfig):
     regroup_wait_s: float = setting(SchedulerLimits.regroup_wait_s, minimum=0)
     """Seconds that a request which lost its group waits for another one."""
     max_attempts: int = setting(RetryLimits.max_attempts, minimum=1)
-    """Attempts per request; after the first token there is no other one."""
+    """Attempts of a request that may fail before it does, whatever of its answer was sent; preemptions do not count."""
     admission_wait_s: float = setting(RetryLimits.admission_wait_s, minimum=0)
-    """Seconds that a request waits for room on a decode group."""
+    """Seconds that a new request waits for room on a decode group."""
     max_request_s: float = setting(TimeLimits.total_s, minimum=1)
     """Longest life of a request, in seconds."""
     max_silence_s: float = setting(TimeLimits.silence_s, minimum=1)

@@ -1,12 +1,15 @@
-"""One request from admission to its last event: attempts until one commits, then its tokens to the client.
+"""One request from admission to its last event: attempts, each from where the one before has come to.
 
-Knows the order of things; how an attempt speaks to the leaders is in `attempt`, whether there is another one
-in `retries`, what the client gets in `answer`.
+Before the commit point nobody sees that an attempt has failed; after it the stream goes on with the tokens that it
+would have had. Knows the order of things; how an attempt speaks to the leaders is in `attempt`, whether there is
+another one in `retries`, what the client gets in `answer`.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
 
 import structlog
 
@@ -15,9 +18,10 @@ from sps2_router.answer import Answer, Send
 from sps2_router.attempt import Attempt
 from sps2_router.channels import LeaderChannels
 from sps2_router.detokenizer import Decoder
+from sps2_router.handshake import Phase
 from sps2_router.retries import Retries, RetryLimits
 from sps2_router.scheduler import Scheduler, Seat
-from sps2_router.types import Request
+from sps2_router.types import GroupPair, Request
 from sps2_service.errors import ServiceError, Unavailable
 
 log = structlog.get_logger(__name__)
@@ -45,43 +49,98 @@ class Dispatcher:
         """Answers the request; the first `send` comes after the commit point.
 
         Raises:
-            ServiceError: before the first `send`, when the attempts are used up; after it, what died.
+            ServiceError: what the last attempt has failed with, when they are used up.
         """
-        retries = Retries(self._limits)
+        answer = Answer(request, self._decoder, arrived_at, send)
         with ExitStack() as queue:
             queue.enter_context(self._admission.queue(request.num_prompt_tokens))
-            while True:
-                async with AsyncExitStack() as stack:
-                    try:
-                        taken = await stack.enter_async_context(self._seat(request, retries))
-                    except Unavailable as error:
-                        raise retries.no_group(error) from None
-                    attempt = await stack.enter_async_context(
-                        self._attempt(request, live, taken, queue.close)
-                    )
-                    try:
-                        await attempt.commit()
-                    except ServiceError as error:
-                        pause = retries.after(error, attempt.handshake.phase, taken.pair, self._now())
-                        log.info(
-                            "attempt failed",
-                            request_id=request.request_id,
-                            attempt=live.last_attempt,
-                            phase=attempt.handshake.phase.name,
-                            reason=error.reason,
-                            pause_s=pause,
-                        )
-                    else:
-                        return await Answer(request, attempt, self._decoder, arrived_at, send).relay()
-                await asyncio.sleep(pause)
+            await self._attempts(request, live, answer, Retries(self._limits), queue.close)
+        await answer.end()
+
+    async def _attempts(
+        self,
+        request: Request,
+        live: LiveRequest,
+        answer: Answer,
+        retries: Retries,
+        on_prefill_started: Callable[[], None],
+    ) -> None:
+        """Serves a request, or a choice that goes on, until it has ended."""
+        while (failure := await self._try(request, live, answer, retries, on_prefill_started)) is not None:
+            rest = await answer.rest(request)
+            if not rest:
+                return
+            pause = retries.after(failure.error, failure.phase, failure.pair, self._now())
+            log.info(
+                "attempt failed",
+                request_id=request.request_id,
+                attempt=live.last_attempt,
+                phase=failure.phase.name,
+                reason=failure.error.reason,
+                pause_s=pause,
+            )
+            await asyncio.sleep(pause)
+            if len(rest) > 1:
+                await self._apart(rest, live, answer, retries)
+                return
+            (request,) = rest
+
+    async def _apart(
+        self, rest: Sequence[Request], live: LiveRequest, answer: Answer, retries: Retries
+    ) -> None:
+        """Choices that have begun no longer share their text: each goes on by itself."""
+        try:
+            async with asyncio.TaskGroup() as choices:
+                for one in rest:
+                    choices.create_task(self._attempts(one, live, answer, retries.fork(), lambda: None))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _try(
+        self,
+        request: Request,
+        live: LiveRequest,
+        answer: Answer,
+        retries: Retries,
+        on_prefill_started: Callable[[], None],
+    ) -> "_Failure | None":
+        """One attempt; None when it has ended well.
+
+        Raises:
+            ServiceError: there is no group to try.
+        """
+        async with AsyncExitStack() as stack:
+            try:
+                taken = await stack.enter_async_context(self._seat(request, retries))
+            except Unavailable as error:
+                raise retries.no_group(error) from None
+            asked_at_us = retries.admitted_at_us or time.time_ns() // 1000
+            attempt = await stack.enter_async_context(
+                self._attempt(request, live, taken, asked_at_us, on_prefill_started)
+            )
+            try:
+                await attempt.commit()
+                await answer.relay(attempt, request)
+            except ServiceError as error:
+                return _Failure(error, attempt.handshake.phase, taken.pair)
+            finally:
+                answer.count(attempt)
+                if attempt.handshake.phase is not Phase.RESERVING:
+                    retries.admitted_at_us = asked_at_us
+        return None
 
     def _seat(self, request: Request, retries: Retries) -> AbstractAsyncContextManager[Seat]:
         # A request that lost its group waits for one; a new one is told at once that there is none.
-        return self._scheduler.seat(request.num_prompt_tokens, retries.avoid, patient=bool(retries.avoid))
+        return self._scheduler.seat(request.num_tokens, retries.avoid, patient=bool(retries.avoid))
 
     @asynccontextmanager
     async def _attempt(
-        self, request: Request, live: LiveRequest, seat: Seat, on_prefill_started: Callable[[], None]
+        self,
+        request: Request,
+        live: LiveRequest,
+        seat: Seat,
+        admitted_at_us: int,
+        on_prefill_started: Callable[[], None],
     ) -> AsyncIterator[Attempt]:
         pair = seat.pair
         async with (
@@ -94,8 +153,18 @@ class Dispatcher:
                 prefill_channel=prefill_channel,
                 decode_channel=decode_channel,
                 scope=live.scope,
+                admitted_at_us=admitted_at_us,
                 on_prefill_started=on_prefill_started,
                 on_prefill_computed=lambda: self._scheduler.leave_prefill(seat),
             ) as attempt,
         ):
             yield attempt
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """How an attempt ended that did not end well."""
+
+    error: ServiceError
+    phase: Phase
+    pair: GroupPair

@@ -58,10 +58,26 @@ class ChoiceRelay:
         self._stop_token_ids = frozenset(choice.stop_token_ids)
         self._stops = StopFinder(choice.stop_strings)
         self._min_tokens = choice.min_tokens
+        self._max_tokens = choice.max_tokens
         self._digest = hashlib.sha256()
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
+        """What was given so far, the stop tokens included."""
         self.finished = False
         """Whether `finish` was called; tokens that come later are the overrun."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens given so far."""
+        return len(self.token_ids)
+
+    @property
+    def complete(self) -> generation_pb2.FinishReason.ValueType:
+        """Why a worker draws no token more, though it may not have said so; UNSPECIFIED where it does."""
+        if self.token_ids and self.token_ids[-1] in self._stop_token_ids:
+            return generation_pb2.FINISH_REASON_STOP
+        if self.num_tokens >= self._max_tokens:
+            return generation_pb2.FINISH_REASON_LENGTH
+        return generation_pb2.FINISH_REASON_UNSPECIFIED
 
     @property
     def stopped(self) -> bool:
@@ -85,8 +101,8 @@ class ChoiceRelay:
                 f"got {len(token_ids)} tokens from index {first_index}, the next is {self.num_tokens}",
             )
         text, count = self._text(token_ids)
-        self.num_tokens += count
         taken = token_ids[:count]
+        self.token_ids.extend(taken)
         self._digest.update(struct.pack(f"<{count}i", *taken))
         delta = generation_pb2.Delta(
             text=text, token_ids=taken, first_index=first_index, logprobs=logprobs[:count]

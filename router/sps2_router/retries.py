@@ -1,14 +1,18 @@
 """Whether a failed attempt is followed by another one. Pure: no clock, no gRPC.
 
-The router is the one owner of retries. Before the commit point the client has seen nothing, so a failure of a
-worker is tried again, on other groups where there are some. "No room now" is no failure: it is waited out.
+The router is the one owner of retries. A failure of a worker is tried again, on other groups where there are some:
+before the commit point the client has seen nothing, after it the next attempt goes on where the stream has come to.
+"No room now" is no failure: it is waited out, by a request that was given room once for as long as it may live, since
+preemption is how a group makes room.
 """
 
+import copy
 from dataclasses import dataclass
 
 from sps2_router.handshake import Phase
 from sps2_router.types import GroupPair
-from sps2_service.errors import Aborted, ServiceError, Unavailable
+from sps2_router.worker_errors import WORKER_LOST
+from sps2_service.errors import PREEMPTED, Aborted, ServiceError, Unavailable
 
 MIN_WAIT_S = 0.02
 MAX_WAIT_S = 1.0
@@ -21,7 +25,7 @@ class RetryLimits:
     max_attempts: int = 3
     """Attempts that may fail before the request does; waiting for room is none."""
     admission_wait_s: float = 60.0
-    """Seconds that a request waits for room on a decode group."""
+    """Seconds that a request waits for room on a decode group, unless it was given room before."""
     retry_after_s: float = 1.0
     """What the client is told to wait when the router gives up."""
 
@@ -37,6 +41,12 @@ class Retries:
         self._cause: ServiceError | None = None
         """The first failure that names what died; later ones may be its echoes."""
         self.num_failures = 0
+        self.admitted_at_us: int | None = None
+        """When an attempt was first given room; None before that."""
+
+    def fork(self) -> "Retries":
+        """That of one of the request's choices, which goes on by itself."""
+        return copy.copy(self)
 
     @property
     def avoid(self) -> frozenset[str]:
@@ -55,8 +65,8 @@ class Retries:
         Raises:
             ServiceError: there will be no other attempt; this goes to the client.
         """
-        if isinstance(error, Unavailable) and error.retry_after is not None and phase is Phase.RESERVING:
-            return self._wait_for_room(error, error.retry_after, pair, now)
+        if isinstance(error, Unavailable) and self._is_no_failure(error, phase):
+            return self._wait_for_room(error, pair, now)
         if not isinstance(error, Unavailable | Aborted):
             raise error
         self.num_failures += 1
@@ -68,12 +78,20 @@ class Retries:
         # The first retry is quick, as there may be another group; the next gives one time to re-form.
         return MAX_WAIT_S if self.num_failures > 1 else MIN_WAIT_S
 
-    def _wait_for_room(self, error: ServiceError, retry_after: float, pair: GroupPair, now: float) -> float:
+    def _is_no_failure(self, error: Unavailable, phase: Phase) -> bool:
+        if error.reason == PREEMPTED:
+            return True
+        # A leader that has died stays in the directory for the rest of its lease; what is live outwaits that.
+        is_away = self.admitted_at_us is not None and error.reason == WORKER_LOST
+        return phase is Phase.RESERVING and (error.retry_after is not None or is_away)
+
+    def _wait_for_room(self, error: Unavailable, pair: GroupPair, now: float) -> float:
         self._full_groups = frozenset({pair.decode.name})
         self._waiting_since = now if self._waiting_since is None else self._waiting_since
         waited = now - self._waiting_since
+        retry_after = self._limits.retry_after_s if error.retry_after is None else error.retry_after
         delay = min(max(retry_after, MIN_WAIT_S), MAX_WAIT_S)
-        if waited + delay > self._limits.admission_wait_s:
+        if self.admitted_at_us is None and waited + delay > self._limits.admission_wait_s:
             raise self._given_up(error, f"{error.message} (waited {waited:.1f} s for room)")
         return delay
 

@@ -4,7 +4,7 @@ Plain data with invariants; knows nothing about gRPC calls, clocks or tokenizing
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sps2.v1 import cluster_pb2
 from sps2_layout.attention import Attention
@@ -78,16 +78,35 @@ class Request:
     """How the prompt is attended."""
     attention_profile: str
     """The same for people, with the name of the profile that chose it."""
+    generated_ids: Sequence[int] = ()
+    """Tokens that its only choice has from earlier attempts; an attempt goes on behind them."""
 
     def __post_init__(self) -> None:
         """A request without a prompt cannot be served."""
         if not self.prompt_ids:
             raise ValueError("a request has at least one prompt token")
+        if self.generated_ids and self.choice.num_choices != 1:
+            raise ValueError("choices go on one by one")
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.prompt_ids)
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """What prefill computes: the prompt, then what was generated."""
+        return [*self.prompt_ids, *self.generated_ids] if self.generated_ids else self.prompt_ids
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that prefill computes."""
+        return len(self.prompt_ids) + len(self.generated_ids)
+
+    def resumed(self, index: int, generated_ids: Sequence[int]) -> "Request":
+        """One of its choices alone, from where it has come to."""
+        choice = replace(self.choice, num_choices=1, first_choice=self.choice.first_choice + index)
+        return replace(self, choice=choice, generated_ids=tuple(generated_ids))
 
 
 @dataclass(frozen=True)

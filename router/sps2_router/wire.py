@@ -29,21 +29,23 @@ def pack_choice(request: Request) -> prefill_service_pb2.TokenChoice:
         num_logprobs=choice.num_logprobs,
         num_choices=choice.num_choices,
         prompt_token_ids=sorted(set(request.prompt_ids)) if penalizes_prompt else (),
+        generated_token_ids=request.generated_ids,
     )
 
 
 def pack_reserve(
-    request: Request, attempt: placement_pb2.Attempt, pair: GroupPair
+    request: Request, attempt: placement_pb2.Attempt, pair: GroupPair, admitted_at_us: int
 ) -> decode_service_pb2.DecodeRequest:
-    """The first message of a decode call."""
+    """The first message of a decode call; for `admitted_at_us` see ReserveKv."""
     return decode_service_pb2.DecodeRequest(
         reserve=decode_service_pb2.ReserveKv(
             attempt=attempt,
-            num_prompt_tokens=request.num_prompt_tokens,
+            num_prompt_tokens=request.num_tokens,
             choice=pack_choice(request),
             model_hash=pair.prefill_leader.capabilities.model_hash,
             prefill_group=pair.prefill.name,
             attention=pack_attention(request.attention),
+            admitted_at_us=admitted_at_us,
         )
     )
 
@@ -70,7 +72,7 @@ def pack_prefill(
     """The request of a prefill call."""
     return prefill_service_pb2.PrefillRequest(
         attempt=attempt,
-        token_ids=request.prompt_ids,
+        token_ids=request.token_ids,
         placement=placement,
         choice=pack_choice(request),
         attention=pack_attention(request.attention),

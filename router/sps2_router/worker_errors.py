@@ -6,6 +6,11 @@ from sps2.v1 import cluster_pb2
 from sps2_service.errors import Cancelled, DeadlineExceeded, Internal, ServiceError, Unavailable
 from sps2_service.status import from_rpc_error
 
+WORKER_LOST = "WORKER_LOST"
+"""Reason of a call whose connection is gone or was never made."""
+WRITE_FAILED = "Internal error from Core"
+"""What grpc.aio makes of a call that ended while we wrote to it; how it ended is not told any more."""
+
 
 def worker_error(error: grpc.RpcError, worker: cluster_pb2.WorkerInfo) -> ServiceError:
     """The error to act on when a call to `worker` failed.
@@ -16,7 +21,8 @@ def worker_error(error: grpc.RpcError, worker: cluster_pb2.WorkerInfo) -> Servic
     found = from_rpc_error(error)
     bare = found.reason == found.code.name
     # A call that we did not cancel was cancelled by a server that went away.
-    if isinstance(found, Cancelled) or (bare and isinstance(found, Unavailable)):
+    is_cut = isinstance(found, Unavailable) or found.message == WRITE_FAILED
+    if isinstance(found, Cancelled) or (bare and is_cut):
         return worker_lost(worker, found.message)
     if bare and isinstance(found, DeadlineExceeded):
         return DeadlineExceeded(
@@ -30,7 +36,7 @@ def worker_error(error: grpc.RpcError, worker: cluster_pb2.WorkerInfo) -> Servic
 def worker_lost(worker: cluster_pb2.WorkerInfo, detail: str) -> Unavailable:
     """The connection to a worker is gone."""
     return Unavailable(
-        "WORKER_LOST",
+        WORKER_LOST,
         f"lost {worker.worker_id} at {worker.grpc_address}: {detail}",
         metadata={"component": worker.worker_id, "address": worker.grpc_address},
     )

@@ -27,6 +27,9 @@ from typing import ClassVar, Self
 
 import grpc
 
+PREEMPTED = "PREEMPTED"
+"""Reason of an Unavailable that is no failure: the caller's room was given to an earlier request, for a while."""
+
 
 @dataclass(frozen=True)
 class FieldViolation:

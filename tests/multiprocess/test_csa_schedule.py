@@ -48,6 +48,18 @@ def test_equals_the_mask(
     assert outcome.posted == [plan.sent_bytes(rank, layer) for rank in range(num_ranks)]
 
 
+@pytest.mark.parametrize("schedule", PLANS)
+@pytest.mark.parametrize("name", PROFILES)
+def test_equals_the_mask_of_an_extended_layout(schedule: str, name: str) -> None:
+    """The last shard has more tokens than the others: 75 of them were generated after the prompt."""
+    layout = PROFILES[name].resolve(150).extended(225)
+    inputs = draw(225, 14, 2)
+    plan = PLANS[schedule](layout, 4, 14, 2, HEAD_DIM, ELEMENT_BYTES, 1 << 14)
+    outcome = run_plan(plan, 1, inputs)
+    torch.testing.assert_close(outcome.o.double(), oracle(layout, 1, inputs), atol=3e-6, rtol=1e-5)
+    assert plan.last_rank == plan.owner(plan.num_blocks - 1)
+
+
 @pytest.mark.parametrize("heads", [(8, 8), (8, 4), (14, 2), (5, 1)])
 @pytest.mark.parametrize("schedule", PLANS)
 def test_chunks_change_neither_bytes_nor_outputs(schedule: str, heads: tuple[int, int]) -> None:

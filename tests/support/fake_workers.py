@@ -52,6 +52,13 @@ class Refusal:
 
 
 NO_KV = Refusal(grpc.StatusCode.UNAVAILABLE, "NO_KV", "no KV now", retry_after=0.02)
+PREEMPTED = Refusal(
+    grpc.StatusCode.UNAVAILABLE,
+    "PREEMPTED",
+    "room given away",
+    retry_after=0.02,
+    metadata={"component": "decode-0"},
+)
 
 
 def rank_died(component: str) -> Refusal:
@@ -122,6 +129,10 @@ class FakePrefill(FakeLeader):
     def __init__(self, worker_id: str = "prefill-0/0") -> None:
         super().__init__(worker_id)
         self.first_token = ord("a") + 2
+        self.tokens: Sequence[int] = [ord(one) + 2 for one in "bcd"]
+        """Its samples behind tokens that were generated before: the one that follows as many."""
+        self.tokens_by_choice: dict[int, Sequence[int]] = {}
+        """Instead of `tokens`, for choices that go on."""
         self.finish_reason: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_UNSPECIFIED
         self.logprob: generation_pb2.TokenLogprob | None = None
         self.refusals: list[Refusal] = []
@@ -144,12 +155,16 @@ class FakePrefill(FakeLeader):
         async for event in self._watched(self._events(context)):
             yield event
 
-    def _first_token(self) -> prefill_pb.FirstToken:
+    def _first_token(self, choice: prefill_pb.TokenChoice) -> prefill_pb.FirstToken:
+        num_generated = len(choice.generated_token_ids)
+        script = self.tokens_by_choice.get(choice.sampling.first_choice, self.tokens)
+        token_id = script[num_generated - 1] if num_generated else self.first_token
         return prefill_pb.FirstToken(
-            token_id=self.first_token, finish_reason=self.finish_reason, logprob=self.logprob
+            token_id=token_id, finish_reason=self.finish_reason, logprob=self.logprob
         )
 
     async def _events(self, context: Context) -> AsyncIterator[prefill_pb.PrefillResponse]:
+        choice = self.requests[-1].choice
         if self.refusals:
             await self.refusals.pop(0).abort(context)
         yield prefill_pb.PrefillResponse(started=prefill_pb.PrefillStarted())
@@ -157,8 +172,8 @@ class FakePrefill(FakeLeader):
             await asyncio.sleep(self.progress_interval_s)
             if self.reports_progress:
                 yield prefill_pb.PrefillResponse(progress=prefill_pb.PrefillProgress(fraction=0.5))
-        first = self._first_token()
-        first.more_choices.extend(self._first_token() for _ in range(1, self.requests[-1].choice.num_choices))
+        first = self._first_token(choice)
+        first.more_choices.extend(self._first_token(choice) for _ in range(1, choice.num_choices))
         yield prefill_pb.PrefillResponse(first_token=first)
         if self.dies_before_delivery:
             await rank_died("prefill-0/1").abort(context)
@@ -174,14 +189,14 @@ class FakeDecode(FakeLeader):
     def __init__(self, worker_id: str = "decode-0/0") -> None:
         super().__init__(worker_id)
         self.tokens: Sequence[int] = [ord(one) + 2 for one in "bcd"]
-        """What follows the first token."""
+        """What follows the first token; an attempt that goes on sends what is left of it."""
         self.reason: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_LENGTH
         self.refusals: list[Refusal] = []
         """Answers to the next reservations."""
         self.refuse_commit: list[Refusal] = []
         """Answers to the next starts, instead of the commit."""
-        self.fail_after: tuple[int, Refusal] | None = None
-        """Tokens to send, then how to fail."""
+        self.fail_after: list[tuple[int, Refusal]] = []
+        """For each of the next attempts: tokens to send, then how to fail."""
         self.index_shift = 0
         """Added to the indices of all tokens but the first two."""
         self.ends_without_finish = False
@@ -232,20 +247,32 @@ class FakeDecode(FakeLeader):
         if self.refuse_commit:
             await self.refuse_commit.pop(0).abort(context)
         yield decode_pb.DecodeResponse(committed=decode_pb.DecodeCommitted())
-        tokens = self._tokens(context) if not self.tokens_by_choice else self._choices(requests)
+        num_generated = len(reserve.choice.generated_token_ids)
+        if self.tokens_by_choice and not num_generated:
+            tokens = self._choices(requests, context)
+        elif self.tokens_by_choice:
+            choice = reserve.choice.sampling.first_choice
+            tokens = self._tokens(context, self.tokens_by_choice[choice], num_generated)
+        else:
+            tokens = self._tokens(context, self.tokens, num_generated)
         async for event in tokens:
             yield event
 
-    def _messages(self) -> Iterable[Sequence[int]]:
+    def _messages(self, token_ids: Sequence[int]) -> Iterable[Sequence[int]]:
         if self.rounds is None:
-            return ([one] for one in self.tokens)
-        return itertools.repeat(self.tokens, self.rounds)
+            return ([one] for one in token_ids)
+        return itertools.repeat(token_ids, self.rounds)
 
-    async def _tokens(self, context: Context) -> AsyncIterator[decode_pb.DecodeResponse]:
-        index = 1
-        for token_ids in self._messages():
-            if self.fail_after is not None and index > self.fail_after[0]:
-                await self.fail_after[1].abort(context)
+    async def _tokens(
+        self, context: Context, script: Sequence[int], num_generated: int
+    ) -> AsyncIterator[decode_pb.DecodeResponse]:
+        index = 1 + num_generated
+        failure = self.fail_after.pop(0) if self.fail_after else None
+        for sent, token_ids in enumerate(itertools.chain(self._messages(script[num_generated:]), [()])):
+            if failure is not None and sent == failure[0]:
+                await failure[1].abort(context)
+            if not token_ids:
+                break
             if self.pause_s:
                 await asyncio.sleep(self.pause_s)
             shift = self.index_shift if index > 1 else 0
@@ -258,12 +285,16 @@ class FakeDecode(FakeLeader):
             yield decode_pb.DecodeResponse(finished=finished)
 
     async def _choices(
-        self, requests: AsyncIterator[decode_pb.DecodeRequest]
+        self, requests: AsyncIterator[decode_pb.DecodeRequest], context: Context
     ) -> AsyncIterator[decode_pb.DecodeResponse]:
         """All of each choice's tokens in turns, also those of a stopped one; then all end."""
-        reading = asyncio.create_task(self._note_stops(requests))
+        failure = self.fail_after.pop(0) if self.fail_after else None
+        # A call cannot be aborted while it is being read.
+        reading = None if failure else asyncio.create_task(self._note_stops(requests))
         longest = max(map(len, self.tokens_by_choice.values()))
         for place in range(longest):
+            if failure is not None and place == failure[0]:
+                await failure[1].abort(context)
             for choice, tokens in self.tokens_by_choice.items():
                 if place < len(tokens):
                     await asyncio.sleep(self.pause_s)
@@ -273,7 +304,8 @@ class FakeDecode(FakeLeader):
                 reason=self.reason, q_exchange_bytes=200, num_holders=1, choice_index=choice
             )
             yield decode_pb.DecodeResponse(finished=finished)
-        await reading
+        if reading is not None:
+            await reading
 
     def _choice_token(self, choice: int, index: int, token_id: int) -> decode_pb.DecodeResponse:
         tokens = decode_pb.DecodedTokens(

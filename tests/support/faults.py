@@ -202,21 +202,19 @@ class Target:
 
     # --- what must hold ---------------------------------------------------------------------------------
 
-    def interrupt(self, victim: Victim, signum: signal.Signals = signal.SIGKILL) -> Interruption:
-        """A fault amid a stream that cannot go on: a typed error, and no wrong token before it."""
+    def interrupt_router(self) -> Interruption:
+        """The one death that a stream does not survive: a typed error, and no wrong token before it."""
         expected = self.expected(COMPARED)
         with self.streaming() as stream:
             read_tokens(stream, SEEN_BEFORE)
-            if victim.part != "process":
-                self.wait_for_blocks("decode-0/0", "decode-0/1")  # the request is spread over both
-            since = self.send(victim, signum)
+            since = self.send(Victim("router"))
             error = self.error_of(stream)
             detected_s = time.monotonic() - since
         given = error.received.token_ids
         assert given == stream.token_ids
         assert len(given) >= SEEN_BEFORE
         assert given[:COMPARED] == expected[: len(given)], f"wrong tokens before the fault\n{self.log}"
-        assert self.names(error, victim), f"{error} {error.metadata} does not name {victim}\n{self.log}"
+        assert self.names_router(error), f"{error} {error.metadata} does not name the router\n{self.log}"
         return Interruption(error, detected_s)
 
     def error_of(self, stream: Stream) -> SPS2Error:
@@ -230,11 +228,9 @@ class Target:
             f"the stream ended as if complete, with {len(stream.token_ids)} tokens\n{self.log}"
         )
 
-    def names(self, error: SPS2Error, victim: Victim) -> bool:
-        """Whether the error says what died: the rank, or, when it is the router, its address."""
-        if victim.name == "router":
-            return self.deployment.address in error.message
-        return error.metadata.get("component") == victim.name and victim.name in error.message
+    def names_router(self, error: SPS2Error) -> bool:
+        """Whether the error says that the router is gone."""
+        return self.deployment.address in error.message
 
     def carry_on(self, victim: Victim, num_tokens: int) -> float:
         """A fault that must not touch a stream: its tokens are right. Seconds from the fault to its end."""
@@ -249,6 +245,24 @@ class Target:
                 raise AssertionError(f"{victim} ended the stream: {error!r}\n{self.log}") from error
         assert generation.token_ids == expected, f"wrong tokens after {victim} died\n{self.log}"
         return time.monotonic() - since
+
+    def survive(self, victim: Victim, num_tokens: int, signum: signal.Signals = signal.SIGKILL) -> float:
+        """A fault amid a stream that goes on where it stopped: its tokens are right. Its longest pause, in seconds."""
+        expected = self.expected(num_tokens)
+        with self.streaming(num_tokens=num_tokens) as stream:
+            read_tokens(stream, SEEN_BEFORE)
+            self.wait_for_blocks("decode-0/0", "decode-0/1")  # the request is spread over both
+            self.send(victim, signum)
+            self.check_live()
+            longest, before = 0.0, time.monotonic()
+            try:
+                for _ in stream:
+                    longest, before = max(longest, time.monotonic() - before), time.monotonic()
+            except SPS2Error as error:
+                raise AssertionError(f"{victim} ended the stream: {error!r}\n{self.log}") from error
+            generation = stream.final()
+        assert generation.token_ids == expected, f"wrong tokens after {victim} died\n{self.log}"
+        return longest
 
     def lose_prefill(self, victim: Victim) -> tuple[str, float]:
         """A fault while a long prompt is computed: retried unseen, or an error that names the group.

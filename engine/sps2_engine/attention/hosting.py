@@ -116,7 +116,7 @@ class Hosting(ABC):
     @cached_property
     def last_rank(self) -> int:
         """Rank that has the last prompt token, and samples."""
-        return self.owner((self.layout.num_tokens - 1) // (self.block_shards * self.layout.shard_tokens))
+        return self.owner(self.layout.shard_of(self.layout.num_tokens - 1) // self.block_shards)
 
     @cached_property
     def exchanges(self) -> bool:

@@ -2,14 +2,15 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 from google.rpc import error_details_pb2
 
-from support.fake_workers import NO_KV, FakeDecode, FakePrefill, Refusal, rank_died
+from sps2.v1 import generation_pb2
+from support.fake_workers import NO_KV, PREEMPTED, FakeDecode, FakePrefill, Refusal, rank_died
 from support.router_deployment import (
     Code,
     Deployment,
@@ -17,9 +18,9 @@ from support.router_deployment import (
     failure,
     prompt,
     reason,
-    status_of,
     until,
 )
+from support.tiny_model import byte_ids
 
 pytestmark = pytest.mark.service
 
@@ -68,30 +69,125 @@ async def test_waiting_for_room_ends() -> None:
         await up.assert_all_freed()
 
 
-async def test_a_failure_after_the_commit_names_what_died(up: Deployment) -> None:
-    up.decode.fail_after = (1, rank_died("decode-0/1"))
+async def test_a_failure_after_the_commit_is_not_seen_either(up: Deployment) -> None:
+    up.decode.fail_after = [(1, rank_died("decode-0/1"))]
+    events = [event async for event in up.stream()]
+    deltas = [event.delta for event in events if event.HasField("delta")]
+    assert [(delta.first_index, delta.text) for delta in deltas] == list(enumerate("abcd"))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.WhichOneof("event") for event in events[-2:]] == ["finish", "usage"]
+    usage = events[-1].usage
+    assert (usage.output_tokens, usage.prompt_tokens) == (4, len(up.prefill.requests[0].token_ids))
+    assert (usage.bytes.collective, usage.bytes.q_exchange, usage.bytes.kv_transfer) == (200, 200, 600)
+
+
+async def test_what_an_attempt_that_goes_on_is_asked_for(up: Deployment) -> None:
+    up.decode.fail_after = [(1, rank_died("decode-0/1"))]
+    await up.generate(prompt(sampling=generation_pb2.SamplingSpec(repetition_penalty=2)))
+    (first, second), (before, after) = up.prefill.requests, up.decode.reserved
+    given = byte_ids(b"ab")
+    assert list(second.token_ids) == [*first.token_ids, *given]
+    assert second.attention == first.attention == after.attention
+    assert second.choice == after.choice
+    assert list(after.choice.generated_token_ids) == given
+    assert after.num_prompt_tokens == before.num_prompt_tokens + 2
+    assert after.admitted_at_us == before.admitted_at_us > 0
+    after.choice.ClearField("generated_token_ids")
+    assert after.choice == before.choice
+    assert [one.attempt.number for one in (before, after)] == [1, 2]
+
+
+async def test_when_attempts_are_used_up_the_stream_ends_with_what_died(up: Deployment) -> None:
+    up.prefill.tokens = up.decode.tokens = byte_ids(b"bcdefghijk")
+    up.decode.fail_after = [(1, rank_died("decode-0/1"))] * 3
     seen: list[Any] = []
     error = await failure(up.stream(), seen)
-    assert [event.WhichOneof("event") for event in seen] == ["delta", "delta"]
+    assert "".join(event.delta.text for event in seen) == "abcdef"
     assert (error.code(), reason(error)) == (Code.UNAVAILABLE, "RANK_DIED")
     assert detail(error, error_details_pb2.ErrorInfo()).metadata["component"] == "decode-0/1"
+    assert len(up.decode.reserved) == 3
+
+
+async def test_preemptions_are_not_counted() -> None:
+    """Nor is it room that is waited for in between, for longer than a new request would wait."""
+    async with Deployment(admission_wait_s=0.1) as up:
+        up.prefill.tokens = up.decode.tokens = byte_ids(b"bcdefghijk")
+        up.decode.refuse_commit = [PREEMPTED] * 3
+        up.decode.fail_after = [(1, PREEMPTED)] * 3
+        answer = up.stream()
+        seen = []
+        async for event in answer:
+            seen.append(event)
+            if event.sequence_number == 0:
+                up.decode.refusals = [NO_KV] * 10
+        assert "".join(event.delta.text for event in seen) == "abcdefghijk"
+        assert len(up.decode.reserved) == 3 + 3 + 10 + 1
+        await up.assert_all_freed()
+
+
+async def test_what_the_last_tokens_end_is_over_though_nobody_said_so(up: Deployment) -> None:
+    up.decode.fail_after = [(3, rank_died("decode-0/1"))]
+    answer = await up.generate(prompt(stop=generation_pb2.StopSpec(max_tokens=4)))
+    assert (answer.text, answer.finish.reason) == ("abcd", generation_pb2.FINISH_REASON_LENGTH)
     assert len(up.decode.reserved) == 1
 
 
+async def test_text_goes_on_across_attempts(up: Deployment) -> None:
+    """Half a character, and half of a stop string, when the attempt dies."""
+    up.prefill.tokens = up.decode.tokens = byte_ids("€xstopy".encode())
+    up.decode.fail_after = [(2, rank_died("decode-0/1")), (3, rank_died("decode-0/1"))]
+    answer = await up.generate(prompt(stop=generation_pb2.StopSpec(stop_strings=["stop"])))
+    assert (answer.text, answer.finish.reason) == ("a€x", generation_pb2.FINISH_REASON_STOP)
+    assert answer.finish.token_count == 9
+    assert len(up.decode.reserved) == 3
+
+
+async def test_choices_go_on_one_by_one(up: Deployment) -> None:
+    up.decode.tokens_by_choice = {0: byte_ids(b"bcdef"), 1: byte_ids(b"pqstopr"), 2: byte_ids(b"klmnop")}
+    up.prefill.tokens_by_choice = up.decode.tokens_by_choice
+    up.decode.fail_after = [(4, rank_died("decode-0/1"))]
+    spec = prompt(num_choices=3, stop=generation_pb2.StopSpec(stop_strings=["st"]))
+    answer = await up.generate(spec)
+    assert [answer.text, *(one.text for one in answer.more_choices)] == ["abcdef", "apq", "aklmnop"]
+    assert sorted(
+        (one.choice.num_choices, one.choice.sampling.first_choice, one.attempt.number)
+        for one in up.decode.reserved
+    ) == [(1, 0, 2), (1, 2, 3), (3, 0, 1)]
+    await up.assert_all_freed()
+
+
 async def test_a_decode_leader_killed_in_the_stream(up: Deployment, processes: Any, repo_root: Path) -> None:
+    up.decodes.append(FakeDecode("decode-1/0"))
+    up.prefill.tokens = up.decodes[1].tokens = [ord("b") + 2] * 400
     victim = processes(
         [sys.executable, repo_root / "tests/support/fake_workers.py"], env={"PYTHONPATH": "tests"}
     )
     address = victim.wait_for_line(r"listening on (\S+)").group(1)
     await up.view.put(up.decode.info(grpc_address=address))
     seen: list[Any] = []
-    ended = asyncio.ensure_future(failure(up.stream(), seen))
-    await until(lambda: len(seen) > 3)
-    victim.kill()
-    error = await ended
-    assert (error.code(), reason(error)) == (Code.UNAVAILABLE, "WORKER_LOST")
-    assert detail(error, error_details_pb2.ErrorInfo()).metadata["component"] == "decode-0/0"
-    assert address in status_of(error).message
+    async for event in up.stream():
+        seen.append(event)
+        if len(seen) == 3:
+            await up.add(up.decodes[1])
+            victim.kill()
+    assert [one.delta.first_index for one in seen if one.HasField("delta")] == list(range(401))
+    assert seen[-2].finish.token_count == 401
+    assert 3 <= len(up.decodes[1].reserved[0].choice.generated_token_ids) < 400
+
+
+async def test_a_dead_leader_is_outwaited_by_a_live_stream(up: Deployment) -> None:
+    """It stays in the directory for a while; then another takes its place."""
+    up.prefill.tokens = up.decode.tokens = byte_ids(b"bcdefghijk")
+    up.decode.fail_after = [(1, rank_died("decode-0/0"))]
+    up.decode.pause_s = 0.05
+    text = ""
+    async for event in up.stream():
+        text += event.delta.text
+        if text == "a":
+            await up.view.put(up.decode.info(grpc_address="127.0.0.1:1"))
+            back = asyncio.create_task(_later(3.0, up.view.put(up.decode.info())))
+    await back
+    assert text == "abcdefghijk"
 
 
 async def test_a_leader_that_stops_before_the_commit_is_replaced(up: Deployment) -> None:
@@ -165,3 +261,8 @@ async def test_a_retry_with_the_nonce_takes_the_place_of_its_first_call(up: Depl
     up.prefill.may_sample.set()
     assert (await second).text == "abcd"
     assert [one.attempt.number for one in up.decode.reserved] == [1, 2]
+
+
+async def _later(delay_s: float, work: Coroutine[Any, Any, None]) -> None:
+    await asyncio.sleep(delay_s)
+    await work

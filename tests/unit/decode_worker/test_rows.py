@@ -6,7 +6,7 @@ import torch
 from sps2.internal.v1.engine_pb2 import ReserveRow
 from sps2.internal.v1.placement_pb2 import Placement, ShardPlacement
 from sps2.internal.v1.prefill_service_pb2 import TokenChoice
-from sps2.v1.generation_pb2 import SamplingSpec
+from sps2.v1.generation_pb2 import FINISH_REASON_LENGTH, SamplingSpec
 from sps2_decode_worker.receive import Receiver
 from sps2_decode_worker.rows import RowState
 from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, KvArena, slot_runs
@@ -45,7 +45,7 @@ def rows_of(holder: Receiver, num_tokens: int, home: int) -> list[RowState]:
     return holder.reserve(reserve, 0, lambda: None)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_used"), [(130, 2 + 3 * 2), (128, 2 + 3 * 2), (10, 3 * 2)])
+@pytest.mark.parametrize(("num_tokens", "num_used"), [(130, 2 + 3 * 2), (128, 2 + 3 * 1), (10, 3 * 2)])
 def test_home_shares_full_blocks_and_copies_the_last(num_tokens: int, num_used: int) -> None:
     holder = receiver()
     rows = rows_of(holder, num_tokens, home=0)
@@ -78,3 +78,48 @@ def test_other_holders_share_all() -> None:
     for row in rows:
         holder.release(row)
     assert holder.blocks_used == 0
+
+
+def test_a_row_takes_blocks_as_its_output_comes() -> None:
+    holder = receiver()
+    row, *others = rows_of(holder, 10, home=0)
+    for other in others:
+        holder.release(other)
+    row.admit(1, torch.device("cpu"))
+    slots = []
+    for _ in range(70):
+        holder.extend(row)
+        slots.append(row.append_slot())
+    assert holder.blocks_used == 2
+    for _ in range(60):
+        holder.extend(row)
+        slots.append(row.append_slot())
+    assert holder.blocks_used == len(row.blocks) == 3
+    assert len(set(slots)) == 130
+    row.finished = True
+    holder.extend(row)
+    holder.release(row)
+    assert holder.blocks_used == 0
+
+
+def test_a_row_that_comes_back_has_its_place_in_the_text() -> None:
+    """Ten tokens, of which the last three were generated: the next is output 3, and its penalties know them."""
+    holder = receiver()
+    reserve = ReserveRow(
+        row=1,
+        home=0,
+        num_prompt_tokens=10,
+        placement=Placement(shards=[ShardPlacement(token_end=10)]),
+        choice=TokenChoice(
+            sampling=SamplingSpec(top_p=1, presence_penalty=1), max_tokens=5, generated_token_ids=[4, 5, 4]
+        ),
+    )
+    (row,) = holder.reserve(reserve, 0, lambda: None)
+    row.admit(6, torch.device("cpu"))
+    assert (row.position, row.at_home.num_outputs) == (10, 4)
+    assert row.at_home.take(7) == FINISH_REASON_LENGTH
+    assert row.at_home.edits is not None
+    logits = torch.zeros(9)
+    row.at_home.edits.apply(logits)
+    assert logits.tolist() == [0, 0, 0, 0, -1, -1, -1, -1, 0]
+    holder.release(row)

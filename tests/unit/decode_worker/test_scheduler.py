@@ -1,12 +1,6 @@
-"""The pure decode scheduler: blocks, plans one step ahead, rows that leave."""
-
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+"""The pure decode scheduler: blocks, plans one step ahead, rows that leave, rows that must."""
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sps2_decode_worker.scheduler import (
     MAX_STEPS_IN_FLIGHT,
@@ -15,7 +9,6 @@ from sps2_decode_worker.scheduler import (
     NoRoomError,
     Plan,
     Row,
-    RowState,
 )
 
 BLOCK = 64
@@ -119,86 +112,104 @@ def test_room_is_found_for_all_choices_or_none() -> None:
     assert scheduler.free == [0]
 
 
-@dataclass
-class Ranks:
-    """What one rank would hold, from the plans alone."""
-
-    blocks: dict[int, int] = field(default_factory=dict)
-    admitted: set[int] = field(default_factory=set)
-
-
-def held(rank: int, rows: Iterable[Row]) -> int:
-    """Blocks of a rank that these rows hold, shared ones once."""
-    rows = [row for row in rows if rank in row.blocks]
-    prompts = {id(row.shared): row.shared.blocks[rank] for row in rows}
-    return sum(prompts.values()) + sum(row.blocks[rank] - row.shared.blocks[rank] for row in rows)
+def start(scheduler: DecodeScheduler, num_tokens: int, max_new: int, came: int = 0) -> Row:
+    """A row that decodes from the next plan on."""
+    (row,) = scheduler.reserve(num_tokens, max_new, turn=(0, came))
+    scheduler.admit(row.row_id)
+    return row
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """Any order of events: no rank ever needs more blocks than it has, and nothing is left behind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scheduler = DecodeScheduler((6, 9), BLOCK, 64)
-        self.rank = Ranks()
-        self.known: dict[int, Row] = {}
-        self.sequence = 0
-
-    @rule(tokens=st.integers(1, 400), more=st.integers(1, 100), choices=st.integers(1, 3))
-    def reserve(self, tokens: int, more: int, choices: int) -> None:
-        try:
-            rows = self.scheduler.reserve(tokens, more, choices)
-        except (NoRoomError, NeverFitsError):
-            return
-        self.known.update({row.row_id: row for row in rows})
-
-    @precondition(lambda self: self.known)
-    @rule(data=st.data())
-    def admit(self, data: st.DataObject) -> None:
-        row_id = data.draw(st.sampled_from(sorted(self.known)))
-        row = self.scheduler.rows.get(row_id)
-        if row is not None and row.state is RowState.RESERVED:
-            self.scheduler.admit(row_id)
-
-    @precondition(lambda self: self.known)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        self.scheduler.release(data.draw(st.sampled_from(sorted(self.known))))
-
-    @precondition(lambda self: self.scheduler.steps_in_flight > 0)
-    @rule()
-    def step_done(self) -> None:
-        self.scheduler.step_done()
-
-    @rule()
-    def send_plans(self) -> None:
-        for plan in drain(self.scheduler):
-            self.sequence += 1
-            assert plan.sequence == self.sequence
-            skipped = set(plan.reserve) & set(plan.release)
-            for row_id in set(plan.release) - skipped:
-                del self.rank.blocks[row_id]
-                self.rank.admitted.discard(row_id)
-            for row_id in set(plan.reserve) - skipped:
-                self.rank.blocks[row_id] = row_id
-            for rank, total in enumerate(self.scheduler.blocks_total):
-                assert held(rank, [self.known[row_id] for row_id in self.rank.blocks]) <= total
-
-    @invariant()
-    def blocks_are_counted(self) -> None:
-        for rank, total in enumerate(self.scheduler.blocks_total):
-            assert self.scheduler.free[rank] + held(rank, self.scheduler.rows.values()) == total
-        assert 0 <= self.scheduler.steps_in_flight <= MAX_STEPS_IN_FLIGHT
-
-    def teardown(self) -> None:
-        for row_id in self.known:
-            self.scheduler.release(row_id)
-        while self.scheduler.steps_in_flight:
-            self.scheduler.step_done()
-        drain(self.scheduler)
-        assert self.scheduler.free == list(self.scheduler.blocks_total)
-        assert not self.scheduler.rows
+def step(scheduler: DecodeScheduler) -> Plan:
+    """The next step's plan, done at once."""
+    plan = scheduler.next_plan()
+    assert plan is not None
+    assert plan.run
+    scheduler.step_done()
+    return plan
 
 
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+def test_output_takes_its_blocks_as_it_comes() -> None:
+    """40 tokens and 64 ahead are 2 blocks; the 88th new token is the last that fits them."""
+    scheduler = make(10)
+    row = start(scheduler, 40, 300)
+    assert scheduler.free == [8]
+    for _ in range(88):
+        step(scheduler)
+    assert (scheduler.free, row.blocks) == ([8], {0: 2})
+    step(scheduler)
+    assert (scheduler.free, row.blocks) == ([7], {0: 3})
+
+
+def test_the_last_to_come_is_preempted() -> None:
+    scheduler = make(7)
+    first, second = (start(scheduler, 64, 300, came) for came in (1, 2))
+    assert scheduler.free == [3]
+    plans: list[Plan] = []
+    while not plans or not plans[-1].preempted:
+        plans.append(step(scheduler))
+    assert plans[-1].preempted == plans[-1].release == (second.row_id,)
+    assert list(scheduler.rows) == [first.row_id]
+    assert (first.blocks, scheduler.free) == ({0: 4}, [3])
+    while first.row_id in scheduler.rows:
+        step(scheduler)
+    assert drain(scheduler)[0].release == (first.row_id,)
+
+
+def test_who_waits_for_kv_is_preempted_as_well() -> None:
+    scheduler = make(5)
+    first = start(scheduler, 64, 200, 1)
+    (second,) = scheduler.reserve(60, 4, turn=(0, 2))
+    while not (plan := step(scheduler)).preempted:
+        assert scheduler.rows
+    assert plan.preempted == (second.row_id,)
+    assert first.row_id in scheduler.rows
+
+
+def test_who_comes_back_takes_its_room_from_later_ones() -> None:
+    scheduler = make(6)
+    later = [start(scheduler, 64, 64, came) for came in (5, 6)]
+    scheduler.reserve(100, 28, turn=(0, 4))
+    step(scheduler)
+    (row,) = scheduler.reserve(100, 28, turn=(0, 3))
+    plan = step(scheduler)
+    assert plan.preempted == plan.release == (later[1].row_id,)
+    assert plan.reserve == (row.row_id,)
+    with pytest.raises(NoRoomError):
+        scheduler.reserve(64, 64, turn=(0, 6))
+
+
+def test_who_is_more_urgent_comes_first() -> None:
+    scheduler = make(2)
+    (usual,) = scheduler.reserve(64, 64, turn=(0, 1))
+    with pytest.raises(NoRoomError):
+        scheduler.reserve(64, 64, turn=(0, 2))
+    scheduler.reserve(64, 64, turn=(-1, 2))
+    assert usual.row_id not in scheduler.rows
+
+
+def test_a_new_one_leaves_each_row_its_next_block() -> None:
+    scheduler = make(5)
+    start(scheduler, 64, 200, 1)
+    scheduler.reserve(64, 64, turn=(0, 2))
+    with pytest.raises(NoRoomError):
+        scheduler.reserve(1, 1, turn=(0, 3))
+    assert scheduler.free == [1]
+
+
+def test_no_place_is_taken_in_which_the_output_could_never_end() -> None:
+    scheduler = make(4, 9)
+    (row,) = scheduler.reserve(64, 500, turn=(0, 1))
+    assert row.home == 1
+    scheduler.reserve(64, 192, turn=(0, 2))
+    with pytest.raises(NoRoomError):
+        scheduler.reserve(64, 500, turn=(0, 4))
+
+
+def test_choices_are_preempted_together() -> None:
+    scheduler = make(8)
+    first = start(scheduler, 64, 300, 1)
+    rows = scheduler.reserve(100, 64, 2, turn=(0, 2))
+    assert scheduler.free == [8 - 2 - 1 - 2 * 2]
+    while not (plan := step(scheduler)).preempted:
+        assert first.row_id in scheduler.rows
+    assert plan.preempted == tuple(row.row_id for row in rows)

@@ -33,7 +33,23 @@ def layouts(draw: st.DrawFn) -> Layout:
         sinks=draw(st.sampled_from([0, 1, 5, 40])),
         tail=draw(st.sampled_from([0, 1, 7, 50])),
     )
-    return profile.resolve(draw(st.integers(1, 130)))
+    layout = profile.resolve(draw(st.integers(1, 130)))
+    return layout.extended(layout.num_tokens + draw(st.sampled_from([0, 0, 1, 30, 90])))
+
+
+@settings(max_examples=100, deadline=None)
+@given(layouts(), st.integers(0, 70), st.integers(0, 3), st.integers(0, 3))
+def test_an_extended_layout_keeps_the_mask(layout: Layout, more: int, kv_head: int, layer: int) -> None:
+    """Every query of the prompt sees what it saw, and every one behind it all before it."""
+    num_tokens = layout.num_tokens
+    extended = layout.extended(num_tokens + more)
+    seen = mask(extended, kv_head, layer)
+    assert torch.equal(seen[:num_tokens, :num_tokens], mask(layout, kv_head, layer))
+    assert not seen[:num_tokens, num_tokens:].any()
+    assert torch.equal(seen[num_tokens:], torch.ones_like(seen).tril()[num_tokens:])
+    assert sum(len(extended.shard(n)) for n in range(extended.num_shards)) == num_tokens + more
+    with pytest.raises(ValueError, match="cannot be cut"):
+        extended.extended(extended.num_tokens - 1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,7 @@ from sps2_layout.attention import Attention
 from sps2_layout.profiles import EXACT
 from sps2_layout.wire import pack_attention
 from sps2_prefill_worker.coordinator import BLOCK_TOKENS, PrefillCoordinator
-from sps2_service.errors import FailedPrecondition
+from sps2_service.errors import FailedPrecondition, InvalidArgument
 from sps2_service.ranks.group import GroupState
 
 NUM_TOKENS = 10 * BLOCK_TOKENS
@@ -68,10 +68,12 @@ def request() -> prefill_service_pb2.PrefillRequest:
 
 
 async def first_commands(
-    coordinator: PrefillCoordinator, group: StandInGroup
+    coordinator: PrefillCoordinator,
+    group: StandInGroup,
+    asked: prefill_service_pb2.PrefillRequest | None = None,
 ) -> dict[int, list[engine_pb2.EngineCommand]]:
     """What the ranks are sent of a request whose call ends as soon as it has begun."""
-    async with aclosing(coordinator.prefill(request())) as events:
+    async with aclosing(coordinator.prefill(asked or request())) as events:
         waiting = asyncio.ensure_future(anext(events))
         async with asyncio.timeout(TIMEOUT_S):
             await group.told.wait()
@@ -99,4 +101,38 @@ def test_a_prompt_that_no_rank_has_room_for_is_refused(choice: Choice) -> None:
         await anext(coordinator.prefill(request()))
 
     with pytest.raises(FailedPrecondition, match="raise --kv-tokens"):
+        asyncio.run(ask())
+
+
+def generated_behind_a_prompt(*generated: int) -> prefill_service_pb2.PrefillRequest:
+    """The request, of whose tokens the prompt is as many fewer as were generated."""
+    made = request()
+    num_prompt = NUM_TOKENS - len(generated)
+    made.attention.CopyFrom(pack_attention(Attention.admit(EXACT, num_prompt)))
+    made.choice.generated_token_ids.extend(generated)
+    return made
+
+
+def test_what_was_generated_follows_the_prompt() -> None:
+    """The mask lies over the prompt alone; each rank is told which tokens are behind it."""
+    asked = generated_behind_a_prompt(NUM_TOKENS - 2, NUM_TOKENS - 1)
+    sent = asyncio.run(first_commands(*make("auto", 2, kv_blocks=5), asked))
+    runs = [commands[0].run_prefill for commands in sent.values()]
+    assert sorted(token for run in runs for token in run.token_ids) == list(range(NUM_TOKENS))
+    assert [len(run.choice.generated_token_ids) for run in runs] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [generated_behind_a_prompt(5, NUM_TOKENS - 1), generated_behind_a_prompt(NUM_TOKENS - 1, NUM_TOKENS)],
+)
+def test_generated_tokens_that_do_not_end_the_text_are_refused(
+    asked: prefill_service_pb2.PrefillRequest,
+) -> None:
+    coordinator, _ = make("auto", 2, kv_blocks=5)
+
+    async def ask() -> None:
+        await anext(coordinator.prefill(asked))
+
+    with pytest.raises(InvalidArgument, match="must follow the prompt"):
         asyncio.run(ask())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sps2.internal.v1 import engine_pb2
+from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2_engine.attention.cost_model import Choice, Exchange
 from sps2_engine.mesh import TensorShare
 from sps2_layout.attention import Attention
@@ -20,11 +20,16 @@ def planner(num_ranks: int, choice: Choice) -> PromptPlanner:
     return PromptPlanner.of([LOADED] * num_ranks, choice, threads=1)
 
 
-def told(ladder: Ladder, num_tokens: int, num_ranks: int, choice: Choice) -> list[engine_pb2.RunPrefill]:
-    """What each rank of a group is told of a prompt whose tokens are their positions."""
-    attention = Attention.admit(ladder, num_tokens)
-    planned = planner(num_ranks, choice).plan(attention)
-    runs = [engine_pb2.RunPrefill(attention=pack_attention(attention)) for _ in range(num_ranks)]
+def told(
+    ladder: Ladder, num_tokens: int, num_ranks: int, choice: Choice, num_generated: int = 0
+) -> list[engine_pb2.RunPrefill]:
+    """What each rank of a group is told of a text whose tokens are their positions."""
+    attention = Attention.admit(ladder, num_tokens - num_generated)
+    planned = planner(num_ranks, choice).plan(attention, num_generated)
+    generated = prefill_service_pb2.TokenChoice(generated_token_ids=range(num_generated))
+    runs = [
+        engine_pb2.RunPrefill(attention=pack_attention(attention), choice=generated) for _ in range(num_ranks)
+    ]
     for rank, run in enumerate(runs):
         planned.assign(rank, run, range(num_tokens))
     return runs
@@ -33,11 +38,11 @@ def told(ladder: Ladder, num_tokens: int, num_ranks: int, choice: Choice) -> lis
 @pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: ladder.name)
 @pytest.mark.parametrize("choice", ["auto", "heads", "kv"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("num_tokens", [1, 5, 333])
+@pytest.mark.parametrize(("num_tokens", "num_generated"), [(1, 0), (5, 0), (333, 0), (333, 150), (5, 4)])
 def test_ranks_are_told_one_schedule_and_each_token_once(
-    ladder: Ladder, choice: Choice, num_ranks: int, num_tokens: int
+    ladder: Ladder, choice: Choice, num_ranks: int, num_tokens: int, num_generated: int
 ) -> None:
-    runs = told(ladder, num_tokens, num_ranks, choice)
+    runs = told(ladder, num_tokens, num_ranks, choice, num_generated)
     assert len({run.exchange for run in runs}) == 1
     assert sorted(token for run in runs for token in run.token_ids) == list(range(num_tokens))
     shape = planner(num_ranks, choice).model

@@ -71,12 +71,20 @@ class ReserveKv(_message.Message):
     MODEL_HASH_FIELD_NUMBER: _builtins.int
     PREFILL_GROUP_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
+    ADMITTED_AT_US_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
-    """Tokens of the prompt."""
+    """Tokens that prefill delivers: the prompt's and those generated in earlier attempts."""
     model_hash: _builtins.str
     """Model hash of the prefill side."""
     prefill_group: _builtins.str
     """Prefill group, for the directory's record."""
+    admitted_at_us: _builtins.int
+    """When the request was first given room, in microseconds of the router's clock since 1970; now, where it never
+    was. When blocks run out, what came last is preempted (UNAVAILABLE, reason PREEMPTED), whatever its attempt.
+    """
+    priority: _builtins.int
+    """Of more urgent requests, which keep or get their room before less urgent ones; 0 is normal."""
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -98,10 +106,12 @@ class ReserveKv(_message.Message):
         model_hash: _builtins.str = ...,
         prefill_group: _builtins.str = ...,
         attention: _placement_pb2.AttentionLayout | None = ...,
+        admitted_at_us: _builtins.int = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "model_hash", b"model_hash", "num_prompt_tokens", b"num_prompt_tokens", "prefill_group", b"prefill_group"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_at_us", b"admitted_at_us", "attempt", b"attempt", "attention", b"attention", "choice", b"choice", "model_hash", b"model_hash", "num_prompt_tokens", b"num_prompt_tokens", "prefill_group", b"prefill_group", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -117,7 +127,7 @@ class StartDecode(_message.Message):
     MORE_FIRST_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISHED_CHOICES_FIELD_NUMBER: _builtins.int
     first_token_id: _builtins.int
-    """The token that prefill sampled for choice 0: output index 0."""
+    """The token that prefill sampled for choice 0: output index 0, or that after the tokens generated before."""
     @_builtins.property
     def more_first_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Those of choices 1, 2, ..."""
@@ -238,7 +248,7 @@ class DecodedTokens(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     Q_EXCHANGE_BYTES_FIELD_NUMBER: _builtins.int
     first_index: _builtins.int
-    """Output index of the first of them, >= 1."""
+    """Output index of the first of them, >= 1; counted through all attempts."""
     choice_index: _builtins.int
     """Choice that they belong to."""
     q_exchange_bytes: _builtins.int

@@ -182,7 +182,7 @@ class RunPrefill(_message.Message):
     EXCHANGE_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
-    """Tokens of the whole prompt."""
+    """Tokens of the whole prompt and of what was generated in earlier attempts."""
     @_builtins.property
     @_deprecated("""This field has been marked as deprecated using proto field options.""")
     def token_begin(self) -> _builtins.int:
@@ -215,7 +215,7 @@ class RunPrefill(_message.Message):
 
     @_builtins.property
     def attention(self) -> _placement_pb2.AttentionLayout:
-        """The mask of the prompt."""
+        """The mask of the prompt; what was generated follows as dense queries."""
 
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSpan]:
@@ -374,7 +374,7 @@ class ReserveRow(_message.Message):
     home: _builtins.int
     """Rank that runs the dense layers for it and takes its new tokens."""
     num_prompt_tokens: _builtins.int
-    """Tokens of the prompt."""
+    """Tokens that prefill delivers."""
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -421,7 +421,7 @@ class AdmitRow(_message.Message):
     row: _builtins.int
     """The row."""
     first_token_id: _builtins.int
-    """Token that the first step takes in: output index 0."""
+    """Token that the first step takes in: the one that prefill sampled."""
     def __init__(
         self,
         *,

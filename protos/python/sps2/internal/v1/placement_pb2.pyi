@@ -184,7 +184,8 @@ Global___ShardPlacement: _TypeAlias = ShardPlacement  # noqa: Y015
 @_typing.final
 class AttentionLayout(_message.Message):
     """AttentionLayout is the mask of a request's prompt, fixed by the router at admission from the
-    prompt's length alone, the same for every attempt and every number of ranks.
+    prompt's length alone, the same for every attempt and every number of ranks. Tokens that an attempt brings
+    beyond num_tokens are dense queries.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

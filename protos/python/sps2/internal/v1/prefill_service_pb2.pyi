@@ -33,6 +33,7 @@ class TokenChoice(_message.Message):
     NUM_LOGPROBS_FIELD_NUMBER: _builtins.int
     NUM_CHOICES_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Most tokens to generate, >= 1."""
     min_tokens: _builtins.int
@@ -53,6 +54,12 @@ class TokenChoice(_message.Message):
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Distinct ids of the prompt; set only where there is a repetition penalty."""
 
+    @_builtins.property
+    def generated_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that the only choice has from earlier attempts: this one draws output index n after n of them.
+        They count for every limit and penalty.
+        """
+
     def __init__(
         self,
         *,
@@ -63,10 +70,11 @@ class TokenChoice(_message.Message):
         num_logprobs: _builtins.int | None = ...,
         num_choices: _builtins.int = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        generated_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "num_logprobs", b"num_logprobs", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "generated_token_ids", b"generated_token_ids", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_logprobs: _TypeAlias = _typing.Literal["num_logprobs"]  # noqa: Y015
     _WhichOneofArgType__num_logprobs: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs"]  # noqa: Y015
@@ -91,7 +99,7 @@ class PrefillRequest(_message.Message):
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The prompt."""
+        """The prompt, then the tokens generated in earlier attempts, which are dense queries."""
 
     @_builtins.property
     def placement(self) -> _placement_pb2.Placement:
@@ -103,7 +111,7 @@ class PrefillRequest(_message.Message):
 
     @_builtins.property
     def attention(self) -> _placement_pb2.AttentionLayout:
-        """The mask of the prompt, over as many tokens as it has."""
+        """The mask of the prompt, over as many tokens as it has; those generated are not counted."""
 
     def __init__(
         self,
@@ -207,7 +215,7 @@ Global___PrefillProgress: _TypeAlias = PrefillProgress  # noqa: Y015
 
 @_typing.final
 class FirstToken(_message.Message):
-    """FirstToken is the token after the prompt."""
+    """FirstToken is the token after the prompt and what was generated before."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

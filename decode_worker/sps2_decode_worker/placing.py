@@ -1,0 +1,108 @@
+"""Where an attempt's prompt and output go in a decode group, and how many blocks that takes. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sps2.internal.v1 import prefill_service_pb2
+from sps2_engine.attention.decode_plan import choose_holders, place_tokens
+
+TOKENS_AHEAD = 64
+"""New tokens of each choice that have room from the beginning; a row takes blocks for more as they come."""
+
+
+def max_new_tokens(choice: prefill_service_pb2.TokenChoice) -> int:
+    """Most tokens that an attempt draws for each of its choices: earlier attempts may have drawn some."""
+    return choice.max_tokens - len(choice.generated_token_ids)
+
+
+def tokens_ahead(max_new_tokens: int) -> int:
+    """New tokens of a choice that has at most so many for which its row is given room at first."""
+    return min(TOKENS_AHEAD, max_new_tokens)
+
+
+@dataclass(frozen=True)
+class BlockCounts:
+    """Blocks of the ranks of a group."""
+
+    total: tuple[int, ...]
+    """All that a rank has."""
+    room: tuple[int, ...]
+    """What may be taken now."""
+    num_at_home: tuple[int, ...]
+    """Rows that live at each rank."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """An attempt's room when it comes."""
+
+    home: int
+    shards: dict[int, tuple[int, int]]
+    """Tokens [begin, end) of the prompt on each holder."""
+    blocks: dict[int, int]
+    """Blocks of one row on each of them, the shared ones included."""
+    shared: dict[int, int]
+    """Of these the ones that all rows share: those of the prompt into which no row appends."""
+    max_new_tokens: int
+    """Most tokens of a row after the prompt, the one that prefill samples included."""
+    block_tokens: int
+
+    def blocks_at_home(self, num_new_tokens: int) -> int:
+        """Blocks of one row at home with so many new tokens behind its part of the prompt."""
+        begin, end = self.shards[self.home]
+        return -(-(end - begin + num_new_tokens) // self.block_tokens)
+
+
+def place(
+    num_tokens: int,
+    max_new_tokens: int,
+    num_choices: int,
+    counts: BlockCounts,
+    block_tokens: int,
+    min_holder_tokens: int,
+) -> Places | None:
+    """Room for a prompt and the beginning of its choices' outputs, spread as wide as the prompt allows.
+
+    It is such that all of the output fits as well once the group has nothing else to hold.
+
+    Args:
+        num_tokens: that prefill delivers, >= 1.
+        max_new_tokens: most tokens of each choice after these, >= 1.
+        num_choices: rows that share the prompt.
+        counts: of the group.
+        block_tokens: tokens of a block.
+        min_holder_tokens: a further holder is taken only while each would hold at least so many.
+
+    Returns:
+        None where it does not fit.
+    """
+    ranges = place_tokens(num_tokens, block_tokens, len(counts.total), min_holder_tokens)
+    holders = choose_holders(counts.room, len(ranges))
+    shards = dict(zip(holders, ranges, strict=True))
+    for home in sorted(holders, key=lambda rank: (counts.num_at_home[rank], rank)):
+        first, last = (
+            _places(home, shards, num_new, max_new_tokens, block_tokens)
+            for num_new in (tokens_ahead(max_new_tokens), max_new_tokens)
+        )
+        if _fits(first, num_choices, counts.room) and _fits(last, num_choices, counts.total):
+            return first
+    return None
+
+
+def _places(
+    home: int, shards: dict[int, tuple[int, int]], num_new: int, max_new_tokens: int, block_tokens: int
+) -> Places:
+    """With room for `num_new` tokens."""
+    blocks = {rank: -(-(end - begin) // block_tokens) for rank, (begin, end) in shards.items()}
+    begin, end = shards[home]
+    shared = blocks | {home: (end - begin) // block_tokens}
+    blocks[home] = -(-(end - begin + num_new) // block_tokens)
+    return Places(home, shards, blocks, shared, max_new_tokens, block_tokens)
+
+
+def _fits(places: Places, num_choices: int, room: Sequence[int]) -> bool:
+    """All rows together; the shared blocks count once."""
+    return all(
+        places.shared[rank] + num_choices * (count - places.shared[rank]) <= room[rank]
+        for rank, count in places.blocks.items()
+    )

@@ -1,0 +1,41 @@
+"""Streams go on where they stopped, token for token: after the death of a decode rank, and after preemption."""
+
+from pathlib import Path
+
+import pytest
+
+from sps2_layout.profile_file import load_profile
+from support.deployment import DEMO_MODEL, deployment
+from support.faults import Target, Victim
+from support.preemption import crowd, cut_and_compare, tight, write_profile
+from support.streams import Asked, mixed_requests
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+RECOVERED_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_profile(tmp_path_factory.mktemp("profiles"))
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["exact", "csa"])
+def test_a_stream_goes_on_exactly(profile: Path, *, sparse: bool) -> None:
+    name = str(profile) if sparse else "exact"
+    greedy, sampled = (Asked(one.prompt, 300, one.seed) for one in mixed_requests([700, 700]))
+    arguments = ["--profile", name, "--threads", "1"]
+    with deployment(DEMO_MODEL, arguments=arguments) as running, running.client() as client:
+        one = Target(running)
+        for asked, rank in ((greedy, "decode-0/0"), (sampled, "decode-0/1")):
+            cut_and_compare(one, client, load_profile(name), asked, Victim(rank, "engine")).check()
+            one.settled(RECOVERED_S)
+
+
+def test_a_pool_too_small_for_all(profile: Path) -> None:
+    """1,536 tokens of KV for 6 streams of 3,300 tokens."""
+    requests = [Asked(one.prompt, 250, one.seed) for one in mixed_requests([300, 400, 300, 100, 400, 300])]
+    with tight(str(profile), "1x2", 768) as running, running.client() as client:
+        outcome = crowd(running, client, load_profile(str(profile)), requests)
+    outcome.tally.check()
+    assert outcome.num_preemptions > 0

@@ -1,0 +1,235 @@
+"""Any order of events: no rank ever needs more blocks than it has, nothing is left behind, every request ends."""
+
+from dataclasses import dataclass, field
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from sps2_decode_worker.placing import BlockCounts, place, tokens_ahead
+from sps2_decode_worker.scheduler import (
+    MAX_STEPS_IN_FLIGHT,
+    DecodeScheduler,
+    NeverFitsError,
+    NoRoomError,
+    Row,
+    RowState,
+)
+
+BLOCK = 64
+
+
+@dataclass
+class RankRow:
+    """A row as the ranks have it, from the plans alone."""
+
+    row: Row
+    prompt: int
+    """Which prompt it shares with others."""
+    num_at_home: int
+    own_blocks: int
+    """At home, those of the prompt that it shares left out."""
+    active: bool = False
+
+
+@dataclass
+class Ranks:
+    """What the ranks of a group hold: they take blocks as the receiver and the loop of a rank do."""
+
+    totals: tuple[int, ...]
+    rows: dict[int, RankRow] = field(default_factory=dict)
+
+    def execute(self, scheduler: DecodeScheduler, known: dict[int, Row]) -> list[int]:
+        """The next plan, in order; the rows that made a token in it, None where there is no plan."""
+        plan = scheduler.next_plan()
+        if plan is None:
+            return []
+        skipped = set(plan.reserve) & set(plan.release)
+        for row_id in set(plan.release) - skipped:
+            del self.rows[row_id]
+        for row_id in set(plan.reserve) - skipped:
+            places = known[row_id].tenant.places
+            begin, end = places.shards[places.home]
+            blocks = -(-(end - begin + tokens_ahead(places.max_new_tokens)) // BLOCK)
+            shared = places.shared[places.home]
+            self.rows[row_id] = RankRow(known[row_id], id(places), end - begin, blocks - shared)
+        for row_id in set(plan.admit) & set(self.rows):
+            self.rows[row_id].active = True
+        made = []
+        if plan.run:
+            for row_id, row in self.rows.items():
+                if row.active:
+                    made.append(row_id)
+                    self._append(row)
+        for rank, total in enumerate(self.totals):
+            assert self.held(rank) <= total
+        return made
+
+    def _append(self, row: RankRow) -> None:
+        places = row.row.tenant.places
+        row.num_at_home += 1
+        if row.num_at_home > (row.own_blocks + places.shared[places.home]) * BLOCK:
+            row.own_blocks += 1
+
+    def held(self, rank: int) -> int:
+        """Blocks of a rank in use, those that rows share once."""
+        shared = {
+            row.prompt: row.row.tenant.places.shared[rank]
+            for row in self.rows.values()
+            if rank in row.row.shards
+        }
+        return sum(shared.values()) + sum(
+            row.own_blocks for row in self.rows.values() if row.row.home == rank
+        )
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Rows that come, in turn or out of it, and go at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = DecodeScheduler((6, 9), BLOCK, 64)
+        self.ranks = Ranks((6, 9))
+        self.known: dict[int, Row] = {}
+
+    @rule(
+        tokens=st.integers(1, 400),
+        more=st.integers(1, 300),
+        choices=st.integers(1, 3),
+        priority=st.integers(0, 1),
+        came=st.integers(0, 20),
+    )
+    def reserve(self, tokens: int, more: int, choices: int, priority: int, came: int) -> None:
+        try:
+            rows = self.scheduler.reserve(tokens, more, choices, (-priority, came))
+        except (NoRoomError, NeverFitsError):
+            return
+        self.known.update({row.row_id: row for row in rows})
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def admit(self, data: st.DataObject) -> None:
+        row_id = data.draw(st.sampled_from(sorted(self.known)))
+        row = self.scheduler.rows.get(row_id)
+        if row is not None and row.state is RowState.RESERVED:
+            self.scheduler.admit(row_id)
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.scheduler.release(data.draw(st.sampled_from(sorted(self.known))))
+
+    @rule(steps=st.integers(1, 100))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.ranks.execute(self.scheduler, self.known)
+            self.scheduler.steps_in_flight = min(1, self.scheduler.steps_in_flight)
+
+    @rule()
+    def send_plans(self) -> None:
+        while self.ranks.execute(self.scheduler, self.known):
+            pass
+
+    @invariant()
+    def blocks_are_counted(self) -> None:
+        tenants = {row.tenant for row in self.scheduler.rows.values()}
+        for rank, total in enumerate(self.scheduler.blocks_total):
+            held = sum(tenant.held(rank) for tenant in tenants if rank in tenant.places.shards)
+            assert self.scheduler.free[rank] + held == total
+            assert self.scheduler.free[rank] >= 0
+        assert 0 <= self.scheduler.steps_in_flight <= MAX_STEPS_IN_FLIGHT
+
+    def teardown(self) -> None:
+        for row_id in self.known:
+            self.scheduler.release(row_id)
+        self.scheduler.steps_in_flight = 0
+        while self.scheduler.next_plan() is not None:
+            pass
+        assert self.scheduler.free == list(self.scheduler.blocks_total)
+        assert not self.scheduler.rows
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@dataclass
+class Asked:
+    """A request and its life outside the group: it comes back until it has all of its tokens."""
+
+    num_prompt: int
+    max_tokens: int
+    came: int
+    delay: int
+    """Ticks of each prefill."""
+    num_tokens: int = 0
+    row: Row | None = None
+    ready_at: int = 0
+    num_preempted: int = 0
+
+    def try_to_enter(self, scheduler: DecodeScheduler, tick: int) -> None:
+        """One call of the router's."""
+        new = self.max_tokens - self.num_tokens
+        if self.row is None and tick >= self.came and new:
+            try:
+                (self.row,) = scheduler.reserve(self.num_prompt + self.num_tokens, new, 1, (0, self.came))
+            except NoRoomError:
+                return
+            self.ready_at = tick + self.delay
+
+    def prefilled(self, scheduler: DecodeScheduler, tick: int) -> None:
+        """Its KV has come, and a token with it."""
+        if self.row is not None and tick >= self.ready_at and self.row.state is RowState.RESERVED:
+            self.num_tokens += 1
+            scheduler.admit(self.row.row_id)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.builds(Asked, st.integers(1, 300), st.integers(2, 250), st.integers(0, 60), st.integers(0, 5)),
+        min_size=2,
+        max_size=7,
+    ),
+    st.sampled_from([(9,), (6, 9), (5, 5, 5)]),
+    st.randoms(use_true_random=False),
+)
+def test_every_request_ends(requests: list[Asked], totals: tuple[int, ...], order: Random) -> None:
+    scheduler, ranks = DecodeScheduler(totals, BLOCK, 128), Ranks(totals)
+    fresh = BlockCounts(totals, totals, (0,) * len(totals))
+    requests = [one for one in requests if place(one.num_prompt, one.max_tokens, 1, fresh, BLOCK, 128)]
+    known: dict[int, Row] = {}
+    for tick in range(20_000):
+        if all(one.num_tokens == one.max_tokens for one in requests):
+            return
+        order.shuffle(requests)
+        for one in requests:
+            one.try_to_enter(scheduler, tick)
+            one.prefilled(scheduler, tick)
+            if one.row is not None:
+                known[one.row.row_id] = one.row
+        made = set(ranks.execute(scheduler, known))
+        scheduler.steps_in_flight = 0
+        for one in requests:
+            if one.row is None:
+                continue
+            one.num_tokens += one.row.row_id in made
+            if one.num_tokens == one.max_tokens:
+                scheduler.release(one.row.row_id)
+                one.row = None
+            elif one.row.row_id not in scheduler.rows:
+                one.row, one.num_preempted = None, one.num_preempted + 1
+    raise AssertionError(f"still not done: {requests}")
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 900), st.integers(1, 600), st.integers(1, 5), st.integers(2, 12), st.data())
+def test_what_fits_once_fits_when_it_comes_back(
+    num_prompt: int, max_tokens: int, num_ranks: int, blocks: int, data: st.DataObject
+) -> None:
+    group = BlockCounts((blocks,) * num_ranks, (blocks,) * num_ranks, (0,) * num_ranks)
+    if place(num_prompt, max_tokens, 1, group, BLOCK, 128) is None:
+        return
+    done = data.draw(st.integers(0, max_tokens - 1))
+    assert place(num_prompt + done, max_tokens - done, 1, group, BLOCK, 128) is not None
