@@ -91,7 +91,7 @@ async def test_what_an_attempt_that_goes_on_is_asked_for(up: Deployment) -> None
     assert second.choice == after.choice
     assert list(after.choice.generated_token_ids) == given
     assert after.num_prompt_tokens == before.num_prompt_tokens + 2
-    assert after.admitted_at_us == before.admitted_at_us > 0
+    assert after.asked_at_us == before.asked_at_us > 0
     after.choice.ClearField("generated_token_ids")
     assert after.choice == before.choice
     assert [one.attempt.number for one in (before, after)] == [1, 2]
