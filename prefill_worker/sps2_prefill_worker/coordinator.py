@@ -157,18 +157,20 @@ class PrefillCoordinator:
         begins = [shard.token_begin for shard in request.placement.shards]
         if begins != edges[:-1] or edges[-1] != len(request.token_ids):
             raise InvalidArgument.of_field("placement", "shards must cover the prompt in order, without gaps")
+        assert self._planner is not None, "a group that is formed has told its shape"
         attention, choice = _attention_of(request), request.choice
-        self._check_room(attention, max(len(choice.generated_token_ids), choice.max_tokens - 1))
+        self._check_room(
+            self._planner, attention, max(len(choice.generated_token_ids), choice.max_tokens - 1)
+        )
         return self._planner.plan(attention, len(choice.generated_token_ids))
 
-    def _check_room(self, attention: Attention, max_generated: int) -> None:
+    def _check_room(self, planner: PromptPlanner, attention: Attention, max_generated: int) -> None:
         """Takes only what has room when it comes back with all that it may have generated: then each resumption does.
 
         Raises:
             FailedPrecondition: it has not.
         """
-        assert self._planner is not None, "a group that is formed has told its shape"
-        slice_tokens = self._planner.most_kept(attention, max_generated)
+        slice_tokens = planner.most_kept(attention, max_generated)
         if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
             raise FailedPrecondition(
                 "PROMPT_TOO_LARGE",
