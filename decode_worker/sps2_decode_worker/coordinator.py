@@ -59,7 +59,7 @@ class DecodeCoordinator:
         self._model_hash = model_hash
         self._min_holder_tokens = min_holder_tokens
         self._debug_invariants = debug_invariants
-        self._control = ControlTime(time.perf_counter)
+        self._control = ControlTime(time.thread_time)
         self._line_leases: dict[str, asyncio.TimerHandle] = {}
         """End the places in line of requests that do not come back."""
         self._leader: GroupLeader | None = None
@@ -183,7 +183,7 @@ class DecodeCoordinator:
         blocks = tuple(loaded.kv_blocks_total for loaded in ranks)
         self._scheduler = DecodeScheduler(blocks, BLOCK_TOKENS, self._min_holder_tokens)
         self._reported.clear()
-        self._control = ControlTime(time.perf_counter)
+        self._control = ControlTime(time.thread_time)
 
     def on_broken(self, error: Unavailable) -> None:
         """See `Coordinator.on_broken`."""
