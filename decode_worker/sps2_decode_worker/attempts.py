@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from sps2.internal.v1 import decode_service_pb2, engine_pb2
-from sps2_decode_worker.scheduler import Row
+from sps2_decode_worker.tenants import Row
 from sps2_service.errors import ServiceError
 
 

@@ -12,7 +12,8 @@ from sps2.internal.v1 import decode_service_pb2, engine_pb2, kv_directory_servic
 from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
 from sps2_decode_worker.placing import max_new_tokens
-from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row, RowState
+from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan
+from sps2_decode_worker.tenants import Row, RowState
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.errors import (
     PREEMPTED,

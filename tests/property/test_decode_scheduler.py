@@ -13,9 +13,8 @@ from sps2_decode_worker.scheduler import (
     DecodeScheduler,
     NeverFitsError,
     NoRoomError,
-    Row,
-    RowState,
 )
+from sps2_decode_worker.tenants import Row, RowState
 
 BLOCK = 64
 
