@@ -72,12 +72,12 @@ class KvArena:
         """A copy of whole blocks, uint8 [blocks, block_bytes], as `write_blocks` takes them anywhere else."""
         index = torch.tensor(blocks, dtype=torch.int64, device=self.k.device)
         sides = [plane[:, index].transpose(0, 1) for plane in self._by_block]  # [blocks, layers, elements]
-        return torch.stack(sides, dim=1).view(len(blocks), -1).view(torch.uint8)
+        return torch.stack(sides, dim=1).view(-1).view(torch.uint8).view(len(blocks), self.block_bytes)
 
     def write_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
         """Puts what `read_blocks` gave, uint8 [blocks, block_bytes], into these blocks."""
         index = torch.tensor(blocks, dtype=torch.int64, device=self.k.device)
-        sides = data.view(self.k.dtype).view(len(blocks), 2, self.num_layers, -1)
+        sides = data.view(self.k.dtype).unflatten(1, (2, self.num_layers, -1))
         for side, plane in enumerate(self._by_block):
             plane[:, index] = sides[:, side].transpose(0, 1)
 

@@ -385,7 +385,7 @@ class MoveRows(_message.Message):
 
     @_builtins.property
     def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockMove]:
-        """Whole blocks."""
+        """Whole blocks, those of one source after those of another of lower rank."""
 
     @_builtins.property
     def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
