@@ -91,7 +91,7 @@ class KvMover:
         parts = [self._pack(row, told) for row, told in leaving]
         send = torch.cat(parts) if parts else self.arena.read_blocks([]).view(-1)
         received = self.communicator.all_to_all(send, out, into, KIND, LANE).wait()
-        packed = received.split([self._packed_bytes(told) for _, told in coming])
+        packed = torch.split(received, [self._packed_bytes(told) for _, told in coming])
         for (row, _), one in zip(coming, packed, strict=True):
             self._unpack(row, one)
 

@@ -83,4 +83,4 @@ class Receiver:
         shard = shard_of(row.reserve.placement, row.rank)
         if shard is not None:
             self._receiver.forget(shard.fence)  # for all choices: they leave together, or after the commit
-        self._pool.free([*row.prompt.blocks, *row.own.blocks])
+        self._pool.free(row.blocks)

@@ -85,9 +85,9 @@ class RowState:
         return self.plan_row.home == self.rank
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks that are its own here, or shared by it."""
-        return len(self.prompt.blocks) + len(self.own.blocks)
+    def blocks(self) -> list[int]:
+        """All its blocks here, shared or not, in the order of its KV."""
+        return [*self.prompt.blocks, *self.own.blocks]
 
     @property
     def num_local(self) -> int:

@@ -77,7 +77,8 @@ class KvArena:
     def write_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
         """Puts what `read_blocks` gave, uint8 [blocks, block_bytes], into these blocks."""
         index = torch.tensor(blocks, dtype=torch.int64, device=self.k.device)
-        sides = data.view(self.k.dtype).unflatten(1, (2, self.num_layers, -1))
+        elements = self.block_bytes // self.k.element_size() // (2 * self.num_layers)
+        sides = data.view(self.k.dtype).view(len(blocks), 2, self.num_layers, elements)
         for side, plane in enumerate(self._by_block):
             plane[:, index] = sides[:, side].transpose(0, 1)
 

@@ -1,14 +1,15 @@
 """Any order of resizes, arrivals, ends and preemptions: every token's KV lies once, where the leader thinks."""
 
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from sps2.internal.v1.engine_pb2 import ReserveRow
 from sps2_decode_worker.resizing import NotMovableError
-from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan
+from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError
 from sps2_decode_worker.spread import TooShortError
 from sps2_decode_worker.tenants import Row, RowState, Tenant
-from support.decode_ranks import Attempt, DecodeRanks
+from support.decode_ranks import DecodeRanks, reserve_message
 
 BLOCK = 64
 TOTALS = (9, 14, 11)
@@ -21,7 +22,7 @@ class MovingMachine(RuleBasedStateMachine):
         super().__init__()
         self.scheduler = DecodeScheduler(TOTALS, BLOCK, 64, blocks_per_plan=2)
         self.ranks = DecodeRanks(TOTALS)
-        self.attempts: dict[int, Attempt] = {}
+        self.attempts: dict[int, ReserveRow] = {}
 
     @rule(
         tokens=st.integers(1, 500),
@@ -34,7 +35,7 @@ class MovingMachine(RuleBasedStateMachine):
             rows = self.scheduler.reserve(tokens, more, choices, (0, came))
         except (NoRoomError, NeverFitsError):
             return
-        self.attempts[rows[0].row_id] = Attempt.of(rows)
+        self.attempts[rows[0].row_id] = reserve_message(rows)
 
     @property
     def tenants(self) -> list[Tenant]:
@@ -45,7 +46,7 @@ class MovingMachine(RuleBasedStateMachine):
     def admit(self, data: st.DataObject) -> None:
         tenant = data.draw(st.sampled_from(self.tenants))
         for row in tenant.rows:
-            if row.state is RowState.RESERVED:
+            if row.state is RowState.RESERVED and row.row_id in self.ranks.rows[0]:
                 self.scheduler.admit(row.row_id)
 
     @precondition(lambda self: self.scheduler.rows)
@@ -95,7 +96,7 @@ class MovingMachine(RuleBasedStateMachine):
             here = rows[row.row_id]
             if not here.admitted:
                 return  # its plan has not gone out
-            assert here.num_blocks == row.blocks.get(rank, 0)
+            assert len(here.blocks) == row.blocks.get(rank, 0)
             marks = self.ranks.marks(rank, row.row_id)
             assert all(who == (row.row_id if place >= num_prompt else 0) for who, place in marks)
             spans = row.tenant.spread.tokens_on(rank, num_tokens)

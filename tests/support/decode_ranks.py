@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,9 +43,9 @@ class NoTransfers:
 def receiver(num_blocks: int) -> Receiver:
     """A rank's room, with KV of one layer, one head and two elements."""
     made = Receiver.__new__(Receiver)
-    made._pool = BlockPool(num_blocks)  # noqa: SLF001
-    made._arena = KvArena(1, num_blocks, 1, 2)  # noqa: SLF001
-    made._receiver = NoTransfers()  # type: ignore[assignment] # noqa: SLF001
+    made._pool = BlockPool(num_blocks)
+    made._arena = KvArena(1, num_blocks, 1, 2)
+    made._receiver = NoTransfers()  # type: ignore[assignment]
     return made
 
 
@@ -78,7 +77,7 @@ class QueueRanks:
         """See `Communicator.all_to_all`; what comes must be as long as is expected."""
         assert len(send) == sum(send_bytes)
         self.bytes_posted[kind] += sum(send_bytes)
-        for peer, part in enumerate(send.split(list(send_bytes))):
+        for peer, part in enumerate(torch.split(send, list(send_bytes))):
             self._queues[self.rank][peer].put(part)
         return Received([sent[self.rank] for sent in self._queues])
 
@@ -90,32 +89,24 @@ class QueueRanks:
         """Nothing to leave."""
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """An attempt as its leader would describe it to the ranks."""
-
-    reserve: ReserveRow
-
-    @classmethod
-    def of(cls, rows: Sequence[Row]) -> Self:
-        """A new one, whose rows have their places."""
-        first, *more = rows
-        places = first.tenant.places
-        placement = Placement()
-        for rank, (begin, end) in places.shards.items():
-            placement.shards.add(rank=rank, token_begin=begin, token_end=end)
-        most = places.max_new_tokens
-        choice = TokenChoice(sampling=SamplingSpec(top_p=1), max_tokens=most, num_choices=len(rows))
-        return cls(
-            ReserveRow(
-                row=first.row_id,
-                placement=placement,
-                home=first.home,
-                num_prompt_tokens=places.num_tokens,
-                choice=choice,
-                choice_rows=[row.row_id for row in more],
-            )
-        )
+def reserve_message(rows: Sequence[Row], choice: TokenChoice | None = None) -> ReserveRow:
+    """How the ranks are told of an attempt whose rows have their places; sampling is greedy unless named."""
+    first, *more = rows
+    places = first.tenant.places
+    placement = Placement()
+    for rank, (begin, end) in places.shards.items():
+        placement.shards.add(rank=rank, token_begin=begin, token_end=end)
+    greedy = TokenChoice(
+        sampling=SamplingSpec(top_p=1), max_tokens=places.max_new_tokens, num_choices=len(rows)
+    )
+    return ReserveRow(
+        row=first.row_id,
+        placement=placement,
+        home=first.home,
+        num_prompt_tokens=places.num_tokens,
+        choice=choice or greedy,
+        choice_rows=[row.row_id for row in more],
+    )
 
 
 class DecodeRanks:
@@ -136,14 +127,14 @@ class DecodeRanks:
         """Ends its threads."""
         self._threads.shutdown()
 
-    def execute(self, plan: Plan, attempts: Mapping[int, Attempt]) -> None:
+    def execute(self, plan: Plan, attempts: Mapping[int, ReserveRow]) -> None:
         """What every rank does with a plan, in the loop's order; `attempts` by their first rows."""
         for rank, (taker, rows) in enumerate(zip(self.receivers, self.rows, strict=True)):
             for row_id in set(plan.release) - set(plan.reserve):
                 taker.release(rows.pop(row_id))
             for row_id in plan.reserve:
                 if row_id in attempts and row_id not in plan.release:
-                    made = taker.reserve(attempts[row_id].reserve, rank, lambda: None)
+                    made = taker.reserve(attempts[row_id], rank, lambda: None)
                     rows.update({row.row_id: row for row in made})
                     self._deliver(rank, made[0])
             for row_id in sorted(plan.admit):
@@ -153,13 +144,13 @@ class DecodeRanks:
         if plan.run:
             self._step(plan)
         for taker in self.receivers:
-            taker._pool.check()  # noqa: SLF001
+            taker._pool.check()
 
     def marks(self, rank: int, row_id: int) -> list[Mark]:
         """What a rank holds of a row."""
         row = self.rows[rank][row_id]
         slots = [slot for run in row.runs() for slot in range(*run)]
-        found = self.receivers[rank]._arena.k[0, slots, 0].to(torch.int64)  # noqa: SLF001
+        found = self.receivers[rank]._arena.k[0, slots, 0].to(torch.int64)
         return [(int(who), int(place)) for who, place in found]
 
     def _deliver(self, rank: int, row: RowState) -> None:
@@ -170,7 +161,7 @@ class DecodeRanks:
             self._write(rank, slots, torch.stack([torch.zeros_like(places), places], dim=1))
 
     def _write(self, rank: int, slots: Sequence[int], marks: Tensor) -> None:
-        arena = self.receivers[rank]._arena  # noqa: SLF001
+        arena = self.receivers[rank]._arena
         arena.k[0, slots, 0], arena.v[0, slots, 0] = marks, -marks
 
     def _step(self, plan: Plan) -> None:

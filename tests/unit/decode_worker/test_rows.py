@@ -30,8 +30,7 @@ def rows_of(holder: Receiver, num_tokens: int, home: int) -> list[RowState]:
 
 def slots_of(row: RowState, num_tokens: int) -> list[int]:
     """Slots of the prompt."""
-    runs = slot_runs([*row.prompt.blocks, *row.own.blocks], num_tokens)
-    return [slot for run in runs for slot in range(*run)]
+    return [slot for run in slot_runs(row.blocks, num_tokens) for slot in range(*run)]
 
 
 @pytest.mark.parametrize(("num_tokens", "num_used"), [(130, 2 + 3 * 2), (128, 2 + 3 * 1), (10, 3 * 2)])
@@ -62,8 +61,7 @@ def test_other_holders_share_all() -> None:
     holder = receiver(NUM_BLOCKS)
     rows = rows_of(holder, 130, home=1)
     assert holder.blocks_used == 3
-    assert rows[0].prompt is rows[1].prompt is rows[2].prompt
-    assert len(rows[0].prompt.blocks) == 3
+    assert rows[0].blocks == rows[1].blocks == rows[2].blocks
     assert rows[2].copied_slots() == ([], [])
     for row in rows:
         holder.release(row)
@@ -84,7 +82,7 @@ def test_a_row_takes_blocks_as_its_output_comes() -> None:
     for _ in range(60):
         holder.extend(row)
         slots.append(row.append_slot())
-    assert holder.blocks_used == len(row.own.blocks) == 3
+    assert holder.blocks_used == len(row.blocks) == 3
     assert len(set(slots)) == 130
     holder.release(row)
     assert holder.blocks_used == 0
