@@ -141,5 +141,6 @@ def worker_document(worker: Worker) -> dict[str, Any]:
         "steps_done": worker.steps_done,
         "num_resizes": worker.num_resizes,
         "num_blocks_moved": worker.num_blocks_moved,
+        "control_share": worker.control_share,
         "bytes_posted": dict(worker.bytes_posted),
     }

@@ -131,7 +131,7 @@ class RowState:
         return _slots(self.source.own, self.own.num_tokens), _slots(self.own, self.own.num_tokens)
 
     def append_slot(self) -> int:
-        """Takes the next slot for a new token's KV."""
+        """Takes the next slot for a new token's KV; a finished row's is never read."""
         self.own.num_tokens += 1
         ((begin, _end),) = slot_runs(self.own.blocks, 1, self.own.num_tokens - 1)
         return begin

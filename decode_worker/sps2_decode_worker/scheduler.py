@@ -11,18 +11,25 @@ ends in its turn.
 Before a rank runs out, whole blocks go from it to the rank with most room, a few with each step; so do those of an
 attempt whose holders are to be others. Both ranks count what is under way as theirs; it is elsewhere from the next
 plan on.
+
+An attempt that finds no room stands in line. Later ones pass the first in line where it finds its room beside them
+once those that came before it have ended, and a few times where it does not. So a long request waits for earlier ones
+and those few only, whatever stream of short ones comes behind it; and short ones do not wait behind a long one, but
+for the room that it needs. What has passed is not preempted for whom it passed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from sps2_decode_worker.placing import BlockCounts, Places, place
+from sps2_decode_worker.placing import Asked, BlockCounts, Places, place
 from sps2_decode_worker.resizing import NotMovableError, RowMoves, choose_ranks
-from sps2_decode_worker.tenants import Row, RowState, Tenant, Turn
+from sps2_decode_worker.tenants import Row, RowState, Tenant
 
 MAX_STEPS_IN_FLIGHT = 2
 """The step that computes and the one that waits behind it."""
+MAX_PASSED = 8
+"""How often the first in line is passed by what takes room that it needs."""
 
 
 class NoRoomError(Exception):
@@ -31,6 +38,18 @@ class NoRoomError(Exception):
 
 class NeverFitsError(Exception):
     """More blocks than the group has."""
+
+
+@dataclass
+class Waiting:
+    """An attempt that found no room and will ask again."""
+
+    turn: int
+    asked: Asked
+    since: int
+    """Attempts with this number or a higher one have come in since."""
+    num_passed: int = 0
+    """Of them, those that took room which it needs, while it was the first in line."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,8 @@ class Plan:
     """Those of `release` that were preempted."""
     moves: tuple[RowMoves, ...] = ()
     """What moves while the step computes; rows of the step alone."""
+    blocks_used: tuple[int, ...] = field(default=(), compare=False)
+    """Of each rank, once the plan is executed; they follow from all plans so far."""
 
 
 @dataclass
@@ -67,6 +88,8 @@ class DecodeScheduler:
     num_resizes: int = 0
     """That ended."""
     num_blocks_moved: int = 0
+    line: dict[str, Waiting] = field(default_factory=dict)
+    """Those that wait for room, by name."""
     _next_row: int = 1
     _sequence: int = 0
     _reserve: list[int] = field(default_factory=list)
@@ -77,40 +100,38 @@ class DecodeScheduler:
     def __post_init__(self) -> None:
         self.free = list(self.blocks_total)
 
-    def reserve(
-        self, num_tokens: int, max_new_tokens: int, num_choices: int = 1, turn: Turn = (0, 0)
-    ) -> list[Row]:
+    def reserve(self, asked: Asked, turn: int = 0, name: str = "") -> list[Row]:
         """Gives an attempt room for its prompt and the beginning of its output: a row for each choice.
 
         Later ones are preempted for it where that makes room; else it gets no block that a row may need next.
 
         Args:
-            num_tokens: that prefill delivers.
-            max_new_tokens: most tokens of each choice after these.
-            num_choices: rows that share the prompt.
-            turn: its own.
+            asked: its size.
+            turn: its own; the lower, the earlier.
+            name: by which it is known in line when it asks again.
 
         Raises:
-            NoRoomError: blocks are taken; later it may fit.
+            NoRoomError: blocks are taken, or the first in line needs them; it stands in line now.
             NeverFitsError: the group is too small for it.
         """
-        asked = (num_tokens, max_new_tokens, num_choices)
-        victims, places = self._find_room(asked, turn)
-        if places is None:
-            if self._place(asked, self.blocks_total) is None:
-                raise NeverFitsError
+        victims, tenant = self._find_room(asked, turn, name)
+        if tenant is None and self._place(asked, self.blocks_total) is None:
+            raise NeverFitsError
+        if tenant is None or not self._may_pass(tenant, victims):
+            self.line.setdefault(name, Waiting(turn, asked, self._next_row))
             raise NoRoomError
+        self.leave_line(name)
         for victim in victims:
             self._preempt(victim)
-        tenant = Tenant(turn, places)
-        for _ in range(num_choices):
-            row = Row(self._next_row, tenant, dict(places.blocks))
-            self._next_row += 1
-            tenant.rows.append(row)
-            self.rows[row.row_id] = row
-            self._reserve.append(row.row_id)
+        self._next_row += asked.num_choices
+        self.rows.update({row.row_id: row for row in tenant.rows})
+        self._reserve.extend(row.row_id for row in tenant.rows)
         self._change_free(tenant, -1)
         return list(tenant.rows)
+
+    def leave_line(self, name: str) -> None:
+        """The attempt of that name will not ask again; one that does not stand in line is no news."""
+        self.line.pop(name, None)
 
     def admit(self, row_id: int) -> None:
         """The row's KV is complete and its first token known: it decodes from the next step on."""
@@ -183,6 +204,7 @@ class DecodeScheduler:
             run,
             tuple(self._preempted),
             moves,
+            tuple(self._used),
         )
         self._release, self._reserve, self._admit, self._preempted = [], [], [], []
         if run:
@@ -193,6 +215,13 @@ class DecodeScheduler:
     def num_rows(self, state: RowState) -> int:
         """Rows in that state."""
         return sum(row.state is state for row in self.rows.values())
+
+    @property
+    def _used(self) -> Iterator[int]:
+        """Blocks in use on each rank; what is promised is not used yet."""
+        tenants = dict.fromkeys(row.tenant for row in self.rows.values())
+        for rank, (total, free) in enumerate(zip(self.blocks_total, self.free, strict=True)):
+            yield total - free - sum(one.held(rank) - one.used(rank) for one in tenants if one.resize)
 
     @property
     def _tenants(self) -> list[Tenant]:
@@ -263,15 +292,41 @@ class DecodeScheduler:
         yield
         self._change_free(tenant, -1)
 
-    def _find_room(self, asked: tuple[int, int, int], turn: Turn) -> tuple[list[Tenant], Places | None]:
-        """The fewest later attempts, from the last on, without which it fits, and how it does."""
+    def _find_room(self, asked: Asked, turn: int, name: str) -> tuple[list[Tenant], Tenant | None]:
+        """The fewest later attempts, from the last on, without which it fits, and it itself where it does."""
         tenants = self._tenants
-        later = [tenant for tenant in tenants if tenant.turn > turn]
-        for num_victims in range(len(later) + 1):
-            stay = tenants[: len(tenants) - num_victims]
+        since = self.line[name].since if name in self.line else self._next_row
+        later = [tenant for tenant in tenants if tenant.turn > turn and tenant.number < since]
+        for num_stay in range(len(later), -1, -1):
+            victims = later[num_stay:]
+            stay = [tenant for tenant in tenants if tenant not in victims]
             if (places := self._place(asked, self._room_beside(stay))) is not None:
-                return later[len(later) - num_victims :], places
+                return victims, self._tenant(asked, turn, places)
         return [], None
+
+    def _tenant(self, asked: Asked, turn: int, places: Places) -> Tenant:
+        tenant = Tenant(turn, self._next_row, places)
+        tenant.rows = [
+            Row(self._next_row + index, tenant, dict(places.blocks)) for index in range(asked.num_choices)
+        ]
+        return tenant
+
+    def _may_pass(self, tenant: Tenant, victims: Sequence[Tenant]) -> bool:
+        """Whether an attempt may come in before the first in line, where that came before it; counts it if so."""
+        first = min(self.line.values(), key=lambda waiting: waiting.turn, default=None)
+        if first is None or first.turn >= tenant.turn:
+            return True
+        room = list(self.blocks_total)
+        later = (one for one in self._tenants if one.turn > first.turn and one not in victims)
+        for one in (*later, tenant):
+            for rank in range(len(room)):
+                room[rank] -= one.held_at_last(rank)
+        if self._place(first.asked, room) is not None:
+            return True
+        if first.num_passed >= MAX_PASSED:
+            return False
+        first.num_passed += 1
+        return True
 
     def _room_beside(self, tenants: Iterable[Tenant]) -> list[int]:
         """Blocks that neither these attempts nor their rows' next tokens take, by rank; may be negative."""
@@ -282,9 +337,9 @@ class DecodeScheduler:
             room[tenant.spread.home] -= sum(row.may_grow for row in tenant.rows)
         return room
 
-    def _place(self, asked: tuple[int, int, int], room: Sequence[int]) -> Places | None:
+    def _place(self, asked: Asked, room: Sequence[int]) -> Places | None:
         counts = BlockCounts(self.blocks_total, tuple(room), tuple(self._num_at_home()))
-        return place(*asked, counts, self.block_tokens, self.min_holder_tokens)
+        return place(asked, counts, self.block_tokens, self.min_holder_tokens)
 
     def _num_at_home(self) -> list[int]:
         homes = [0] * len(self.blocks_total)

@@ -3,14 +3,10 @@
 import enum
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from sps2_decode_worker.placing import Places
 from sps2_decode_worker.resizing import Resize, RowMoves
 from sps2_decode_worker.spread import Move, Spread, even_moves
-
-Turn: TypeAlias = tuple[int, int]
-"""(-priority, when the request was first given room): of two attempts the lower one keeps or gets its room."""
 
 
 class RowState(enum.Enum):
@@ -26,7 +22,10 @@ class RowState(enum.Enum):
 class Tenant:
     """One attempt in the group: its rows come and are preempted together."""
 
-    turn: Turn
+    turn: int
+    """Of two attempts the one with the lower turn keeps or gets its room."""
+    number: int
+    """Counts attempts."""
     places: Places
     """Where it began."""
     rows: "list[Row]" = field(default_factory=list)
@@ -40,9 +39,9 @@ class Tenant:
         self.spread = Spread.of(self.places)
 
     @property
-    def age(self) -> tuple[Turn, int]:
+    def age(self) -> tuple[int, int]:
         """Where it stands among all, the last to be preempted first."""
-        return self.turn, self.rows[0].row_id
+        return self.turn, self.number
 
     @property
     def num_tokens(self) -> int:
@@ -56,12 +55,21 @@ class Tenant:
         return active and self.resize is None and self.spread.movable
 
     def held(self, rank: int) -> int:
-        """Blocks that its rows hold on a rank, shared ones once, and those that are promised to it there."""
-        if not self.rows:
-            return 0
+        """What is counted for it on a rank: what it uses there, and what is promised to it."""
+        return self.used(rank) + (self.resize.incoming(rank, len(self.rows)) if self.resize else 0)
+
+    def used(self, rank: int) -> int:
+        """Blocks that its rows hold on a rank, shared ones once."""
         shared = self.spread.prompt_blocks(rank)
-        own = sum(row.blocks.get(rank, 0) - shared for row in self.rows)
-        return shared + own + (self.resize.incoming(rank, len(self.rows)) if self.resize else 0)
+        return (shared if self.rows else 0) + sum(row.blocks.get(rank, 0) - shared for row in self.rows)
+
+    def held_at_last(self, rank: int) -> int:
+        """`held` when the output of its rows is as long as it may become."""
+        home, growing = self.spread.home, 0
+        if rank == home:
+            growing = len(self.rows) * self.blocks_at_home(self.places.max_new_tokens)
+            growing -= sum(row.blocks[home] for row in self.rows)
+        return self.held(rank) + max(0, growing)
 
     def blocks_at_home(self, num_new_tokens: int) -> int:
         """Blocks of one row at home with so many new tokens."""

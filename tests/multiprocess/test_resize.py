@@ -12,6 +12,7 @@ from sps2.internal.v1.prefill_service_pb2 import TokenChoice
 from sps2.v1.generation_pb2 import SamplingSpec
 from sps2_decode_worker.loop import DecodeRole
 from sps2_decode_worker.move_messages import move_message
+from sps2_decode_worker.placing import Asked
 from sps2_decode_worker.scheduler import DecodeScheduler
 from sps2_decode_worker.tenants import Row
 from sps2_engine.kv_pool import BLOCK_TOKENS, slot_runs
@@ -67,7 +68,7 @@ def write_script(num_ranks: int, resizes: dict[int, list[tuple[int, int, tuple[i
     """Two requests, of which the second has two choices; `resizes` by step: (request, degree, ranks)."""
     scheduler = DecodeScheduler((NUM_BLOCKS,) * num_ranks, BLOCK_TOKENS, 10_000, blocks_per_plan=2)
     asked = [
-        scheduler.reserve(num_tokens, choice.max_tokens, max(1, choice.num_choices))
+        scheduler.reserve(Asked(num_tokens, choice.max_tokens, max(1, choice.num_choices)))
         for num_tokens, choice in zip(PROMPTS, CHOICES, strict=True)
     ]
     script = Script()
@@ -89,6 +90,7 @@ def write_script(num_ranks: int, resizes: dict[int, list[tuple[int, int, tuple[i
                 admit=[engine_pb2.AdmitRow(row=row_id, first_token_id=5) for row_id in plan.admit],
                 run=plan.run,
                 moves=[move_message(one) for one in plan.moves],
+                blocks_used=plan.blocks_used,
             )
         )
         for one in plan.moves:

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sps2.internal.v1.engine_pb2 import ReserveRow
+from sps2_decode_worker.placing import Asked
 from sps2_decode_worker.resizing import NotMovableError
 from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError
 from sps2_decode_worker.spread import TooShortError
@@ -32,7 +33,7 @@ class MovingMachine(RuleBasedStateMachine):
     )
     def reserve(self, tokens: int, more: int, choices: int, came: int) -> None:
         try:
-            rows = self.scheduler.reserve(tokens, more, choices, (0, came))
+            rows = self.scheduler.reserve(Asked(tokens, more, choices), came, f"{tokens} {more} {came}")
         except (NoRoomError, NeverFitsError):
             return
         self.attempts[rows[0].row_id] = reserve_message(rows)

@@ -143,8 +143,8 @@ class DecodeRanks:
                     rows[row_id].admit(0, torch.device("cpu"))
         if plan.run:
             self._step(plan)
-        for taker in self.receivers:
-            taker._pool.check()
+        for rank, (taker, rows) in enumerate(zip(self.receivers, self.rows, strict=True)):
+            taker.check(rows.values(), plan.blocks_used[rank])
 
     def marks(self, rank: int, row_id: int) -> list[Mark]:
         """What a rank holds of a row."""
