@@ -227,7 +227,7 @@ class Resized:
     longest_gap_s: float
     """Longest time between two tokens meanwhile, in seconds; 0: none came."""
     median_gap_s: float
-    """Median time between two tokens before that, in seconds; 0: too few had come."""
+    """Median time between two tokens since the resize before, or the first, in seconds; 0: too few had come."""
 
 
 @dataclass(frozen=True, slots=True)

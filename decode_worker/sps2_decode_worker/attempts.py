@@ -58,6 +58,8 @@ class LiveAttempt:
     error: ServiceError | None = None
     """Set with `failed`."""
     pace: Pace = field(default_factory=Pace)
+    resized_at: float = 0.0
+    """End of its last resize, by the event loop's clock."""
     moved_with: int = 0
     """Sequence of the last plan with which blocks of it moved."""
     num_blocks_moved: int = 0

@@ -96,8 +96,9 @@ async def done(live: LiveAttempt, group: str) -> None:
 def response(
     live: LiveAttempt, group: str, begun: float, num_blocks_moved: int
 ) -> decode_service_pb2.ResizeAttemptResponse:
-    """What was done since a time in seconds of the event loop's clock."""
-    before, meanwhile = live.pace.gaps(0, begun), live.pace.gaps(begun, float("inf"))
+    """What was done since a time in seconds of the event loop's clock; it is done now."""
+    before, meanwhile = live.pace.gaps(live.resized_at, begun), live.pace.gaps(begun, float("inf"))
+    live.resized_at = asyncio.get_running_loop().time()
     spread = live.row.tenant.spread
     return decode_service_pb2.ResizeAttemptResponse(
         group=group,

@@ -56,7 +56,8 @@ class Tenant:
 
     def held(self, rank: int) -> int:
         """What is counted for it on a rank: what it uses there, and what is promised to it."""
-        return self.used(rank) + (self.resize.incoming(rank, len(self.rows)) if self.resize else 0)
+        promised = self.resize.incoming(rank, len(self.rows)) if self.resize and self.rows else 0
+        return self.used(rank) + promised
 
     def used(self, rank: int) -> int:
         """Blocks that its rows hold on a rank, shared ones once."""

@@ -80,7 +80,7 @@ class ResizeAttemptResponse(_message.Message):
     longest_gap_s: _builtins.float
     """Longest time between two tokens of the request while it was under way, by the leader's clock; 0: none came."""
     median_gap_s: _builtins.float
-    """Median time between two tokens of the request before that; 0: too few had come."""
+    """Median time between two tokens of the request since the resize before, or the first; 0: too few had come."""
     @_builtins.property
     def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks that hold its KV now, ascending."""
