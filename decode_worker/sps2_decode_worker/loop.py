@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sps2.internal.v1 import engine_pb2
 from sps2.v1 import generation_pb2
+from sps2_decode_worker import moving
 from sps2_decode_worker.receive import Receiver
 from sps2_decode_worker.rows import RowState
 from sps2_engine.attention.decode_plan import DecodePlan
@@ -43,7 +44,7 @@ class DecodeRole:
         """None when the set of active rows has changed since the last step."""
         self._receiver: Receiver | None = None
         self.steps_done = 0
-        self.bytes_posted: Counter[str] = Counter({KIND: 0})
+        self.bytes_posted: Counter[str] = Counter({KIND: 0, moving.KIND: 0})
 
     @property
     def kv_blocks_used(self) -> int:
@@ -63,6 +64,7 @@ class DecodeRole:
     def join(self, groups: RankGroups, epoch: int) -> None:
         """See `Role.join`."""
         self._communicator, self._epoch = groups.everyone, epoch
+        self._mover = self._loaded_receiver.mover(groups.everyone)
 
     def reset(self) -> None:
         """See `Role.reset`."""
@@ -86,7 +88,7 @@ class DecodeRole:
         for admit in plan.admit:
             self._admit(self._rows[admit.row], admit.first_token_id)
         if plan.run:
-            self._step(plan.sequence)
+            self._step(plan)
         if plan.blocks_used:
             self._loaded_receiver.check(self._rows.values(), plan.blocks_used[self._communicator.rank])
 
@@ -115,18 +117,23 @@ class DecodeRole:
         assert self._receiver is not None, "commands come after load"
         return self._receiver
 
-    def _step(self, sequence: int) -> None:
+    def _step(self, plan: engine_pb2.StepPlan) -> None:
         started = time.perf_counter()
+        moves = self._mover.post(plan.moves, self._rows) if plan.moves else None
         exchange = self._begin_step()
         home = [self._rows[row.row_id] for row in exchange.home_rows]
         hidden = self._forward(
-            [row.token_id for row in home],
+            [row.token_ids[-1] for row in home],
             [row.position for row in home],
             lambda layer, q, k, v: exchange.attend(self._caches[layer], *self._as_kept(q, k, v)),
         )
         tokens = self._choose_tokens(home, self._model.decoder.logits(hidden)) if home else []
+        if moves is not None:
+            moves.finish()
+            self._exchange = None
         self.steps_done += 1
-        result = engine_pb2.StepResult(sequence=sequence, tokens=tokens, step_s=time.perf_counter() - started)
+        step_s = time.perf_counter() - started
+        result = engine_pb2.StepResult(sequence=plan.sequence, tokens=tokens, step_s=step_s)
         self._send(step_result=result)
 
     def _as_kept(self, *tensors: Tensor) -> Iterator[Tensor]:
@@ -178,8 +185,7 @@ class DecodeRole:
 
     def _take(self, row: RowState, drawn: Drawn) -> engine_pb2.RowToken:
         index = row.at_home.num_outputs
-        row.token_id = drawn.token_id
-        reason = row.at_home.take(drawn.token_id)
+        reason = row.take(drawn.token_id)
         row.finished = reason != generation_pb2.FINISH_REASON_UNSPECIFIED
         return engine_pb2.RowToken(
             row=row.row_id,
