@@ -22,7 +22,7 @@ async def serve(config: DirectoryConfig) -> int:
     """Serves until SIGTERM; the exit code. Redis may be away, now and later."""
     store = Store(ScriptRunner.connect(config.redis, config.store, password=config.redis_password))
     hub = WatchHub(config.watch_max_queued)
-    membership = Membership(store, hub, poll_interval_s=config.watch_interval_s, hold_s=config.lease_ttl_s)
+    membership = Membership(store, hub, poll_interval_s=config.watch_interval_s)
     servicer = KvDirectoryServicer(
         store, membership, lease_ttl_s=config.lease_ttl_s, renew_interval_s=config.renew_interval_s
     )
