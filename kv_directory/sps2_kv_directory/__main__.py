@@ -3,6 +3,8 @@
 import asyncio
 import sys
 
+import structlog
+
 from sps2.internal.v1 import kv_directory_service_pb2
 from sps2_kv_directory.config import DirectoryConfig
 from sps2_kv_directory.leases import keep_expiring
@@ -12,15 +14,22 @@ from sps2_kv_directory.servicer import KvDirectoryServicer
 from sps2_kv_directory.store import Store
 from sps2_kv_directory.watch import WatchHub
 from sps2_service.config import load_config
-from sps2_service.run import prepare_process, run_service
+from sps2_service.run import EXIT_FAILED, prepare_process, run_service
 from sps2_service.server import ServiceServer
+
+log = structlog.get_logger(__name__)
 
 SERVICE = kv_directory_service_pb2.DESCRIPTOR.services_by_name["KvDirectoryService"]
 
 
 async def serve(config: DirectoryConfig) -> int:
     """Serves until SIGTERM; the exit code. Redis may be away, now and later."""
-    store = Store(ScriptRunner.connect(config.redis, config.store, password=config.redis_password))
+    try:
+        password = config.read_redis_password()
+    except OSError as error:
+        log.error("the password of Redis cannot be read", why=str(error))
+        return EXIT_FAILED
+    store = Store(ScriptRunner.connect(config.redis, config.store, password=password))
     hub = WatchHub(config.watch_max_queued)
     membership = Membership(store, hub, poll_interval_s=config.watch_interval_s)
     servicer = KvDirectoryServicer(
@@ -49,7 +58,10 @@ def main() -> int:
     config = load_config(
         DirectoryConfig,
         prog="python -m sps2_kv_directory",
-        examples=["--listen 127.0.0.1:50060 --redis redis://127.0.0.1:6379/0"],
+        examples=[
+            "--listen 127.0.0.1:50060 --redis redis://127.0.0.1:6379/0",
+            "--listen 0.0.0.0:50060 --redis rediss://sps2@redis:6380/0 --redis-password-file /run/secrets/redis",
+        ],
     )
     prepare_process("kv_directory", config)
     return asyncio.run(serve(config))

@@ -154,6 +154,7 @@ def _says_away(error: redis.exceptions.ResponseError) -> bool:
         redis.exceptions.OutOfMemoryError,
         redis.exceptions.ReadOnlyError,
         redis.exceptions.BusyLoadingError,
+        redis.exceptions.NoPermissionError,
     )
     return isinstance(error, kinds) or any(prefix in str(error) for prefix in AWAY_PREFIXES)
 

@@ -8,7 +8,7 @@ from sps2.internal.v1.placement_pb2 import AttentionLayout, CsaMask, ExactMask
 from sps2.v1.cluster_pb2 import WorkerInfo
 from sps2_kv_directory import store as store_module
 from sps2_kv_directory.store import Store
-from sps2_service.errors import Aborted, NotFound
+from sps2_service.errors import Aborted, NotFound, Unavailable
 from support.directory import SimulatedClock, make_worker, recover, renewal_of
 from support.redis_server import RedisServer
 
@@ -147,7 +147,7 @@ async def test_while_it_recovers_nobody_is_told_that_a_request_is_unknown(
     client = Redis.from_url(redis_server.url)
     await client.flushall()
     await client.aclose()
-    with pytest.raises(store_module.Unavailable, match="lost its data"):
+    with pytest.raises(Unavailable, match="lost its data"):
         await store.locate("r")
     assert (await store.state()).recovering
     await recover(store, clock)
