@@ -3,8 +3,6 @@
 import asyncio
 import sys
 
-import structlog
-
 from sps2.internal.v1 import kv_directory_service_pb2
 from sps2_kv_directory.config import DirectoryConfig
 from sps2_kv_directory.leases import keep_expiring
@@ -17,8 +15,6 @@ from sps2_service.config import load_config
 from sps2_service.run import EXIT_FAILED, prepare_process, run_service
 from sps2_service.server import ServiceServer
 
-log = structlog.get_logger(__name__)
-
 SERVICE = kv_directory_service_pb2.DESCRIPTOR.services_by_name["KvDirectoryService"]
 
 
@@ -27,7 +23,7 @@ async def serve(config: DirectoryConfig) -> int:
     try:
         password = config.read_redis_password()
     except OSError as error:
-        log.error("the password of Redis cannot be read", why=str(error))
+        sys.stderr.write(f"the password of Redis cannot be read: {error}\n")
         return EXIT_FAILED
     store = Store(ScriptRunner.connect(config.redis, config.store, password=password))
     hub = WatchHub(config.watch_max_queued)

@@ -31,6 +31,7 @@ class Membership:
         self._hub = hub
         self._poll_interval_s = poll_interval_s
         self._incarnation: str | None = None
+        self._log = ""
         self._revision = 0
         self._workers: dict[str, WorkerInfo] = {}
         self._held: dict[str, WorkerInfo] = {}
@@ -50,7 +51,7 @@ class Membership:
         """One look at the store; whether there may be more to read at once. Raises Unavailable."""
         changes = None
         if self._incarnation is not None:
-            changes = await self._store.changes(self._incarnation, self._revision)
+            changes = await self._store.changes(self._log, self._revision)
         if changes is None:
             await self._take_snapshot()
             return False
@@ -76,7 +77,7 @@ class Membership:
         if self._incarnation not in {None, state.incarnation}:
             log.warning("the store lost its data; workers register again", incarnation=state.incarnation)
             self._held |= self._workers
-        self._incarnation, self._revision = state.incarnation, state.revision
+        self._incarnation, self._log, self._revision = state.incarnation, state.log, state.revision
         self._recovering = state.recovering
         self._workers = {worker.worker_id: worker for worker in state.workers}
         for worker_id in self._workers:

@@ -43,6 +43,8 @@ class StoreState:
 
     incarnation: str
     """Drawn when the data began."""
+    log: str
+    """Names the log of changes in which `revision` counts; another one after Redis was started again."""
     revision: int
     """Number of worker changes since then."""
     workers: list[WorkerInfo]
@@ -203,16 +205,25 @@ class Store:
     async def state(self) -> StoreState:
         """All live workers and counts."""
         reply = await self._runner.run("state")
-        (incarnation, revision, num_requests, num_prefix_keys, recovering), workers = reply[:5], reply[5:]
+        (incarnation, log, revision, num_requests, num_prefix_keys, recovering), workers = (
+            reply[:6],
+            reply[6:],
+        )
         infos = [WorkerInfo.FromString(worker) for worker in workers]
         infos.sort(key=lambda info: info.worker_id)
         return StoreState(
-            incarnation.decode(), revision, infos, num_requests, num_prefix_keys, bool(recovering)
+            incarnation.decode(),
+            log.decode(),
+            revision,
+            infos,
+            num_requests,
+            num_prefix_keys,
+            bool(recovering),
         )
 
-    async def changes(self, incarnation: str, revision: int) -> Changes | None:
-        """The changes that follow `revision`; None when they cannot be had without a gap: take the state anew."""
-        reply = await self._runner.run("changes", incarnation, revision, CHANGES_PER_SCRIPT)
+    async def changes(self, log: str, revision: int) -> Changes | None:
+        """What follows `revision` of a log; None when it cannot be had without a gap: take the state anew."""
+        reply = await self._runner.run("changes", log, revision, CHANGES_PER_SCRIPT)
         if reply is None:
             return None
         recovering, *flat = reply

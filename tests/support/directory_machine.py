@@ -470,7 +470,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     async def read(self) -> tuple[Changes | None, StoreState, list[PrefixMatch], list[RequestRecord]]:
         first, second = self.stores
         return (
-            await first.changes(self.seen.incarnation, self.seen.revision),
+            await first.changes(self.seen.log, self.seen.revision),
             await first.state(),
             await second.find_prefix(CHAIN),
             [await second.locate(request) for request in self.model.requests],

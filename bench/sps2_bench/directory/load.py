@@ -138,6 +138,7 @@ class DirectoryLoad:
         try:
             while len(waits) < num_lost:
                 response = await watch.read()
+                assert isinstance(response, pb.WatchWorkersResponse), "the directory ended the watch"
                 if response.removed_worker_id in lost:
                     waits.append(time.monotonic() - lost.pop(response.removed_worker_id))
         finally:

@@ -44,6 +44,12 @@ local function is_recovering()
   return redis.call('HEXISTS', DIRECTORY, 'recovering')
 end
 
+-- Names the log of changes: a server that starts again, or takes over, may have lost the last of them.
+local function log_id()
+  local incarnation = redis.call('HGET', DIRECTORY, 'incarnation')
+  return incarnation .. string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+end
+
 -- Adds one change of the worker state to the log; its stream id is its revision.
 local function publish(kind, value)
   local revision = redis.call('HINCRBY', DIRECTORY, 'revision', 1)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.service
 
 # docs/kv_directory.md has the same list.
 COMMANDS = [
-    *("evalsha", "script|load", "time", "unlink"),
+    *("evalsha", "script|load", "time", "info", "unlink"),
     *("hexists", "hset", "hmget", "hget", "hdel", "hlen", "hvals", "hincrby"),
     *("xadd", "xrange", "zadd", "zrem", "zrangebyscore", "zrangebylex", "rpush", "lindex", "lpop"),
 ]
@@ -43,7 +43,7 @@ def url(redis_server: RedisServer, user: str = "sps2") -> str:
 
 async def test_the_documented_commands_are_all_that_it_needs(redis_server: RedisServer) -> None:
     await with_user(redis_server, *COMMANDS)
-    store = Store(ScriptRunner.connect(url(redis_server), StoreConfig(), password="open"))
+    store = Store(ScriptRunner.connect(url(redis_server), StoreConfig(timeout_s=3), password="open"))
     worker = make_worker()
     await store.register(worker)
     await store.renew([renewal_of(make_worker(epoch=8))])
@@ -52,7 +52,7 @@ async def test_the_documented_commands_are_all_that_it_needs(redis_server: Redis
     await store.draw_epoch("decode-0")
     await store.find_prefix([b"key"])
     state = await store.state()
-    assert await store.changes(state.incarnation, 0) is not None
+    assert await store.changes(state.log, 0) is not None
     await store.expire()
     await store.deregister(worker.worker_id, worker.process_incarnation)
     await store.close()
@@ -60,7 +60,7 @@ async def test_the_documented_commands_are_all_that_it_needs(redis_server: Redis
 
 async def test_without_a_right_the_store_is_away(redis_server: RedisServer) -> None:
     await with_user(redis_server)
-    store = Store(ScriptRunner.connect(url(redis_server), StoreConfig(), password="open"))
+    store = Store(ScriptRunner.connect(url(redis_server), StoreConfig(timeout_s=3), password="open"))
     with pytest.raises(Unavailable, match="permission"):
         await store.state()
     await store.close()

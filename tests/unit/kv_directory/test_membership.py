@@ -17,7 +17,7 @@ from support.directory import make_worker
 def state(
     incarnation: str, revision: int, workers: list[WorkerInfo], *, recovering: bool = False
 ) -> StoreState:
-    return StoreState(incarnation, revision, workers, 0, 0, recovering)
+    return StoreState(incarnation, f"{incarnation} log", revision, workers, 0, 0, recovering)
 
 
 class FakeStore:
@@ -30,8 +30,8 @@ class FakeStore:
     async def state(self) -> StoreState:
         return self.current
 
-    async def changes(self, incarnation: str, revision: int) -> Changes | None:
-        if incarnation != self.current.incarnation or self.next_changes is None:
+    async def changes(self, log: str, revision: int) -> Changes | None:
+        if log != self.current.log or self.next_changes is None:
             return None
         return Changes(self.next_changes, self.current.recovering)
 
