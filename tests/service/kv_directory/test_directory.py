@@ -256,6 +256,7 @@ async def test_lost_data_cost_the_living_nothing_and_the_dead_are_forgotten(
                 client.record_shards(make_record(), lease_s=60)
                 client.record_shards(make_record("over"), lease_s=60)
                 client.release(Attempt(request_id="over", number=1))
+                await client.flush(5)
                 redis_server.kill()
                 await until(lambda: living.standing is Standing.DEGRADED)
             seen: list[set[str]] = []
@@ -264,6 +265,7 @@ async def test_lost_data_cost_the_living_nothing_and_the_dead_are_forgotten(
                 await until(lambda: living.standing is Standing.REGISTERED)
                 await membership.wait_for(lambda workers: set(workers) == {"decode-0/0"}, 2 * TTL + 1)
             assert all("decode-0/0" in view for view in seen)
+            await client.flush(5)
             after = await state_of(client)
             assert (after.directory_incarnation != before, after.num_requests) == (True, 1)
             assert await client.locate("r") == make_record()  # told again with the registration
