@@ -1,20 +1,26 @@
 """Must show 2: Redis loses everything, dies and hangs under load; streams do not notice, and no token comes again."""
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 
+import grpc
 import pytest
 from redis import Redis
 
+from sps2.internal.v1.decode_service_pb2 import DecodeRequest, ReserveKv
+from sps2.internal.v1.decode_service_pb2_grpc import DecodeServiceStub
 from sps2.internal.v1.kv_directory_service_pb2 import GetClusterStateResponse
+from sps2.internal.v1.placement_pb2 import Attempt
 from sps2_client import SPS2Error, Stream
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.errors import ServiceError
 from support.faults import PROMPT, SEEN_BEFORE, SHORT, Target, Victim, make_model, read_tokens, target
 from support.must_show import MustShow
 from support.redis_server import RedisServer
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900)]
 
@@ -22,6 +28,9 @@ TTL_S = 5.0
 NUM_STREAMS = 3
 NUM_TOKENS = 600
 AWAY_S = 1.0
+LONG_TOKENS = 3000
+"""For longer than it takes workers to be fenced."""
+FENCED_S = 3.0 + 1.0
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +186,44 @@ def start_streams(one: Target) -> tuple[list[threading.Thread], list[tuple[int, 
         thread.start()
     begun.wait(60)
     return threads, results
+
+
+def refusal_of_leader(one: Target, group: str) -> str:
+    """With what a decode leader refuses an attempt that it would refuse in any case, for its model."""
+    (leader,) = (worker for worker in one.state().workers if worker.worker_id == f"{group}/0")
+    reserve = ReserveKv(attempt=Attempt(request_id="probe", number=1), num_prompt_tokens=1, model_hash="none")
+    with grpc.insecure_channel(leader.grpc_address) as channel:
+        call = DecodeServiceStub(channel).Decode(iter([DecodeRequest(reserve=reserve)]), timeout=5)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(call)
+    return str(caught.value.code().name)
+
+
+def test_without_any_directory(one: Target, must_show: MustShow) -> None:
+    with must_show("2 SIGSTOP of the only directory in mid-stream") as figures:
+        expected = one.expected(LONG_TOKENS)
+        assert refusal_of_leader(one, "decode-0") == "FAILED_PRECONDITION"
+        with one.streaming(num_tokens=LONG_TOKENS) as stream:
+            read_tokens(stream, SEEN_BEFORE)
+            since = one.send(Victim("directory"), signal.SIGSTOP)
+            try:
+                wait_until(lambda: refusal_of_leader(one, "decode-0") == "UNAVAILABLE", timeout=10.0)
+                fenced_s = time.monotonic() - since
+                figures.append(f"workers fenced after {fenced_s:.1f} s")
+                one.check_live()
+                with one.client() as client, pytest.raises(SPS2Error) as refused:
+                    client.generate(token_ids=PROMPT, max_tokens=SHORT, ignore_eos=True, timeout=60)
+                assert stream.final().token_ids == expected
+                figures.append(
+                    f"the stream's {LONG_TOKENS} tokens right, a new request: {refused.value.code}"
+                )
+                assert refused.value.code == "UNAVAILABLE"
+                assert refused.value.retry_after
+            finally:
+                back = one.send(Victim("directory"), signal.SIGCONT)
+        figures.append(f"serving again {one.serves_again(back, 30.0):.1f} s after it is back")
+        one.settled(60.0)
+        assert 1.0 <= fenced_s <= FENCED_S
 
 
 def test_no_fencing_token_comes_again(one: Target, redis: RedisServer, must_show: MustShow) -> None:
