@@ -32,8 +32,8 @@ async def with_user(redis_server: RedisServer, *commands: str) -> None:
     """Lets in the user sps2 alone, with these commands on the directory's keys."""
     client = Redis.from_url(redis_server.url)
     rules = ["on", ">open", "~{sps2}:*", *(f"+{command}" for command in commands)]
-    await client.execute_command("ACL", "SETUSER", "sps2", *rules)
-    await client.execute_command("ACL", "SETUSER", "default", "off")
+    await client.execute_command("ACL", "SETUSER", "sps2", *rules)  # type: ignore[no-untyped-call]
+    await client.execute_command("ACL", "SETUSER", "default", "off")  # type: ignore[no-untyped-call]
     await client.aclose()
 
 
