@@ -3,9 +3,10 @@
 Knows nothing of scheduling. Every rank applies the same plans, so the collectives of a step meet without a word.
 """
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class DecodeRole:
         self._link = link
         self._communicator: Communicator = SoloCommunicator()
         self._epoch = 0
+        self._lease_holds_until = -math.inf
         self._rows: dict[int, RowState] = {}
         self._exchange: QExchange | None = None
         """None when the set of active rows has changed since the last step."""
@@ -74,6 +76,8 @@ class DecodeRole:
 
     def notice(self, command: engine_pb2.EngineCommand) -> None:
         """See `Role.notice`: nothing in a plan takes effect before its turn."""
+        if command.HasField("hold_lease"):
+            self._lease_holds_until = command.hold_lease.holds_until_s
 
     def execute(self, command: engine_pb2.EngineCommand) -> None:
         """See `Role.execute`."""
@@ -83,8 +87,7 @@ class DecodeRole:
         for reserve in plan.reserve:
             self._reserve(reserve)
         if plan.reserve:
-            rows = engine_pb2.RowsReserved(rows=[reserve.row for reserve in plan.reserve])
-            self._send(rows_reserved=rows)
+            self._answer_reservations(plan.reserve)
         for admit in plan.admit:
             self._admit(self._rows[admit.row], admit.first_token_id)
         if plan.run:
@@ -101,6 +104,15 @@ class DecodeRole:
 
         rows = self._loaded_receiver.reserve(reserve, self._communicator.rank, on_complete)
         self._rows.update({row.row_id: row for row in rows})
+
+    def _answer_reservations(self, reserved: Sequence[engine_pb2.ReserveRow]) -> None:
+        """A fenced rank holds the rows, as every rank does, but says no; the leader then releases them."""
+        if time.monotonic() < self._lease_holds_until:
+            rows = engine_pb2.RowsReserved(rows=[reserve.row for reserve in reserved])
+            self._send(rows_reserved=rows)
+            return
+        for reserve in reserved:
+            self._fail_row(reserve, "FENCED", "its lease does not hold: it takes no new rows")
 
     def _admit(self, row: RowState, first_token_id: int) -> None:
         self._loaded_receiver.copy_prompt(row)
@@ -178,7 +190,8 @@ class DecodeRole:
                 continue
             if isinstance(token, NonFiniteLogitsError):
                 row.finished = True
-                self._fail_row(row, f"output token {row.at_home.num_outputs}: {token}")
+                message = f"output token {row.at_home.num_outputs}: {token}"
+                self._fail_row(row.reserve, "NON_FINITE_LOGITS", message, row.row_id)
             else:
                 tokens.append(self._take(row, token))
         return tokens
@@ -196,13 +209,16 @@ class DecodeRole:
             logprob=drawn.wire_logprob,
         )
 
-    def _fail_row(self, row: RowState, message: str) -> None:
+    def _fail_row(
+        self, reserve: engine_pb2.ReserveRow, reason: str, message: str, row_id: int | None = None
+    ) -> None:
+        """Fails an attempt for one of its rows; without `row_id` for the first."""
         self._send(
             attempt_failed=engine_pb2.AttemptFailed(
-                attempt=row.reserve.attempt,
-                reason="NON_FINITE_LOGITS",
+                attempt=reserve.attempt,
+                reason=reason,
                 message=f"{self._options.name}: {message}",
-                row=row.row_id,
+                row=reserve.row if row_id is None else row_id,
             )
         )
 
