@@ -32,7 +32,7 @@
     {{- with .identity }}
     - name: {{ .name }}
       valueFrom:
-        fieldRef: {fieldPath: {{ .path }}}
+        fieldRef: {fieldPath: {{ .path | quote }}}
     {{- end }}
     {{- include "sps2.env" . | nindent 4 }}
   {{- include "sps2.envFrom" . | nindent 2 }}
