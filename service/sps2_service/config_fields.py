@@ -5,6 +5,7 @@ Knows nothing about flags and where a text comes from; `config` does.
 
 import ast
 import dataclasses
+import functools
 import inspect
 import math
 import textwrap
@@ -118,6 +119,7 @@ def fields_of(cls: type[Any]) -> list[Field]:
     return result
 
 
+@functools.cache
 def _field_docs(cls: type[Any]) -> dict[str, str]:
     """The text under each field. Python keeps none at run time, so the source is read (once, at start)."""
     docs: dict[str, str] = {}

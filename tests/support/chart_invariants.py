@@ -75,7 +75,7 @@ def services_lead_to_ports_that_are_listened_on(rendered: Rendered) -> None:
 def flags_are_those_of_the_services(rendered: Rendered) -> None:
     for workload in rendered.workloads:
         for process in _processes(workload):
-            assert module_exists(process.container)
+            assert module_exists(process.container["command"][2])
             host, _, _ = process.config.listen.rpartition(":")
             assert host in {"0.0.0.0", process.ip}
             assert [port["containerPort"] for port in process.container["ports"]] == [process.port]

@@ -1,6 +1,7 @@
 """The command of a rendered container as its process will see it: variables expanded, flags parsed by the service."""
 
-import importlib
+import functools
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -57,14 +58,19 @@ def processes(workload: Workload) -> Iterator[Process]:
                 here = fields | {"status.podIP": ip, "metadata.name": pod}
                 variables[entry["name"]] = here[path] if path else entry.get("value", "from elsewhere")
             flags = [expand(argument, variables) for argument in container["args"]]
-            module = container["command"][2]
-            config = load_config(CONFIGS[module], flags, variables)
+            config = _parse(container["command"][2], tuple(flags), tuple(sorted(variables.items())))
             yield Process(pod, address, ip, container, config)
 
 
-def module_exists(container: Object) -> bool:
-    """Whether `python -m` finds what the container runs."""
-    return importlib.util.find_spec(f"{container['command'][2]}.__main__") is not None
+@functools.lru_cache(maxsize=8192)  # every invariant asks again
+def _parse(module: str, flags: tuple[str, ...], variables: tuple[tuple[str, str], ...]) -> Any:
+    return load_config(CONFIGS[module], flags, dict(variables))
+
+
+@functools.cache
+def module_exists(module: str) -> bool:
+    """Whether `python -m` finds the module."""
+    return importlib.util.find_spec(f"{module}.__main__") is not None
 
 
 def _pods(workload: Workload) -> Iterator[tuple[str, str, dict[str, str], dict[str, str]]]:
