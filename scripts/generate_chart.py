@@ -1,5 +1,7 @@
 """Writes what is generated of helm/sps2: the flags in values.schema.json and README.md.
 
+    python -m scripts.generate_chart
+
 `--check` writes nothing and fails when a file differs: the services' flags or the values' comments have changed.
 """
 
@@ -8,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from chart.flags import CONFIGS, flags_schema
-from chart.readme import readme
+from scripts.chart.flags import CONFIGS, flags_schema
+from scripts.chart.readme import readme
 
 CHART = Path(__file__).resolve().parent.parent / "helm" / "sps2"
 

@@ -47,7 +47,5 @@ def _field_schema(field: Field) -> dict[str, Any]:
     if field.choices:
         return schema | {"enum": list(field.choices)}
     schema["type"] = _TYPES.get(field.kind, "string")
-    for key, bound in (("minimum", field.bounds.minimum), ("maximum", field.bounds.maximum)):
-        if bound is not None:
-            schema[key] = bound
-    return schema
+    bounds = {"minimum": field.bounds.minimum, "maximum": field.bounds.maximum}
+    return schema | {key: bound for key, bound in bounds.items() if bound is not None}

@@ -62,7 +62,9 @@ def _has_comments(lines: list[str], node: yaml.MappingNode) -> bool:
 
 def readme(head: str, values_yaml: str) -> str:
     """The whole page: `head`, then a table of the values."""
-    rows = [f"| `{one.path}` | `{one.default}` | {_cell(one.description)} |" for one in values_of(values_yaml)]
+    rows = [
+        f"| `{one.path}` | `{one.default}` | {_cell(one.description)} |" for one in values_of(values_yaml)
+    ]
     table = ["| value | default | |", "|---|---|---|", *rows]
     return "\n".join([head.rstrip(), "", "## Values", *table, ""])
 

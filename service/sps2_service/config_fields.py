@@ -107,7 +107,7 @@ def _boolean(text: str) -> bool:
 def fields_of(cls: type[Any]) -> list[Field]:
     """The fields of a dataclass, in order, those of its bases first."""
     hints = typing.get_type_hints(cls)
-    docs = _field_docs(cls)
+    docs = _field_docs(cls)  # type: ignore[arg-type] # a class is hashable, whatever mypy makes of type[Any]
     result = []
     for field in dataclasses.fields(cls):
         kind, optional = hints[field.name], False

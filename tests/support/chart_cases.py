@@ -54,7 +54,9 @@ CASES: dict[str, Values] = {
     "hpa of lws": pools(ranks=2, placement="lws", autoscaling=HPA),
     "keda of pods": {**pools(ranks=2, autoscaling=KEDA), "router": {"autoscaling": KEDA}},
     "keda of lws": pools(ranks=4, placement="lws", gpu=GPU, autoscaling=KEDA),
-    "rdma": pools(ranks=2, placement="lws", gpu=GPU, rdma={"enabled": True, "resource": "rdma/ib", "count": 2}),
+    "rdma": pools(
+        ranks=2, placement="lws", gpu=GPU, rdma={"enabled": True, "resource": "rdma/ib", "count": 2}
+    ),
     "pvc": {"model": PVC},
     "pvc root": {"model": {"source": "pvc", "name": "m", "pvc": {"claim": "models"}}},
     "download": {"model": HUB, **pools(gpu=GPU)},
@@ -67,7 +69,9 @@ CASES: dict[str, Values] = {
     "ingress": {"router": {"ingress": INGRESS, "service": {"type": "LoadBalancer", "port": 443}}},
     "grpc route": {"router": {"grpcRoute": GRPC_ROUTE}},
     "no policies": {"networkPolicy": {"enabled": False}},
-    "named clients": {"networkPolicy": {"clients": [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}]}},
+    "named clients": {
+        "networkPolicy": {"clients": [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}]}
+    },
     "monitoring": {"monitoring": MONITORING},
     "no budgets": {
         part: {"pdb": {"enabled": False}} for part in ("router", "directory", "prefill", "decode")
@@ -107,7 +111,10 @@ CASES: dict[str, Values] = {
             "pullSecrets": ["registry"],
         }
     },
-    "names": {"fullnameOverride": "a-very-long-name-that-is-longer-than-forty-characters", "nameOverride": "llm"},
+    "names": {
+        "fullnameOverride": "a-very-long-name-that-is-longer-than-forty-characters",
+        "nameOverride": "llm",
+    },
     "no account": {"serviceAccount": {"create": False, "name": "given"}},
 }
 """What `make test` renders."""
@@ -115,22 +122,22 @@ CASES: dict[str, Values] = {
 
 def product_of_values() -> Iterator[tuple[str, Values]]:
     """Every placement with every model source, Redis, accelerator and autoscaler that it can have."""
-    axes = {
-        "placement": ("pod", "lws", "statefulset"),
-        "ranks": (1, 2, 8),
-        "source": ("image", "pvc", "download"),
-        "redis": ("own", "outer"),
-        "gpu": (False, True),
-        "scaling": ("none", "hpa", "keda"),
-        "policies": (True, False),
-    }
-    models = {"image": {}, "pvc": PVC, "download": HUB}
-    scalings = {"none": {"kind": "none"}, "hpa": HPA, "keda": KEDA}
-    for placement, ranks, source, redis, gpu, scaling, policies in product(*axes.values()):
+    models: dict[str, Values] = {"image": {}, "pvc": PVC, "download": HUB}
+    scalings: dict[str, Values] = {"none": {"kind": "none"}, "hpa": HPA, "keda": KEDA}
+    flags = (False, True)
+    cluster = product(models, ("own", "outer"), scalings, flags)
+    pool_shapes = product(("pod", "lws", "statefulset"), (1, 2, 8), flags)
+    for (source, redis, scaling, policies), (placement, ranks, gpu) in product(cluster, pool_shapes):
         if placement == "statefulset" and scaling != "none":
             continue  # refused
-        pool = {"placement": placement, "ranks": ranks, "gpu": {"enabled": gpu}, "autoscaling": scalings[scaling]}
-        pool |= {"groups": 2, "rdma": {"enabled": gpu and ranks > 1}}
+        pool = {
+            "placement": placement,
+            "ranks": ranks,
+            "gpu": {"enabled": gpu},
+            "autoscaling": scalings[scaling],
+            "groups": 2,
+            "rdma": {"enabled": gpu and ranks > 1},
+        }
         name = f"{placement} {ranks} {source} {redis} gpu={gpu} {scaling} policies={policies}"
         values = {
             "model": models[source],

@@ -39,7 +39,9 @@ def names_are_unique_and_short(rendered: Rendered) -> None:
 def kubelet_waits_longer_than_the_drain(rendered: Rendered) -> None:
     for workload in rendered.workloads:
         for process in _processes(workload):
-            sleep = process.container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+            sleep = (
+                process.container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+            )
             least = sleep + process.config.drain_s + process.config.grace_s + STOPPING_S
             assert workload.spec["terminationGracePeriodSeconds"] > least, workload.name
 
@@ -67,7 +69,11 @@ def services_lead_to_ports_that_are_listened_on(rendered: Rendered) -> None:
         for workload in rendered.workloads:
             if not matches({"matchLabels": one["spec"]["selector"]}, workload.labels):
                 continue
-            named = {port["name"]: port["containerPort"] for c in workload.containers for port in c.get("ports", [])}
+            named = {
+                port["name"]: port["containerPort"]
+                for c in workload.containers
+                for port in c.get("ports", [])
+            }
             for port in one["spec"]["ports"]:
                 assert named[port["targetPort"]] == PORTS[workload.component]
 
@@ -213,7 +219,11 @@ def autoscalers_rule_alone(rendered: Rendered) -> None:
         key = workload.object["kind"], workload.object["metadata"]["name"]
         if workload.object["kind"] != "Pod":
             assert ("replicas" in workload.object["spec"]) == (key not in scaled), workload.name
-    wanted = [part for part in ("router", "prefill", "decode") if rendered.values[part]["autoscaling"]["kind"] != "none"]
+    wanted = [
+        part
+        for part in ("router", "prefill", "decode")
+        if rendered.values[part]["autoscaling"]["kind"] != "none"
+    ]
     assert len(scaled) == len(wanted)
 
 
@@ -229,7 +239,9 @@ def secrets_come_by_reference(rendered: Rendered) -> None:
                 if SECRET_NAME.search(entry["name"]):
                     assert "value" not in entry, entry["name"]
                     assert entry["valueFrom"]["secretKeyRef"]["name"] in made | given
-            assert not any("password" in argument.lower() for argument in container["args"] if argument[0] == "-")
+            assert not any(
+                "password" in argument.lower() for argument in container["args"] if argument[0] == "-"
+            )
     for one in rendered.of("Secret"):
         for value in one["data"].values():
             others = [str(other) for other in rendered.objects if other is not one]
@@ -271,7 +283,11 @@ def budgets_let_one_group_go(rendered: Rendered) -> None:
     for component in ("prefill", "decode"):
         pool = rendered.values[component]
         if pool["pdb"]["enabled"]:
-            (budget,) = [one for one in rendered.of("PodDisruptionBudget") if one["metadata"]["name"].endswith(component)]
+            (budget,) = [
+                one
+                for one in rendered.of("PodDisruptionBudget")
+                if one["metadata"]["name"].endswith(component)
+            ]
             pods = 1 if pool["placement"] == "pod" else pool["ranks"]
             assert budget["spec"]["maxUnavailable"] == pods * pool["pdb"]["maxUnavailableGroups"]
 

@@ -37,7 +37,9 @@ def _errors(text: str, version: str) -> tuple[str, ...]:
 
 
 def _problems(validator: Any, one: Object) -> list[str]:
-    return [f"{'/'.join(map(str, error.path))}: {error.message[:200]}" for error in validator.iter_errors(one)]
+    return [
+        f"{'/'.join(map(str, error.path))}: {error.message[:200]}" for error in validator.iter_errors(one)
+    ]
 
 
 def _pod_templates(schema: Any, one: Any) -> list[Object]:
@@ -46,13 +48,17 @@ def _pod_templates(schema: Any, one: Any) -> list[Object]:
     if schema.get("podTemplate"):
         return [one]
     inner = schema.get("properties", {})
-    return [found for key, value in one.items() if key in inner for found in _pod_templates(inner[key], value)]
+    return [
+        found for key, value in one.items() if key in inner for found in _pod_templates(inner[key], value)
+    ]
 
 
 @functools.cache
 def _kubernetes(name: str, version: str) -> Any:
     schema = _load(f"{name}.json", version)
-    return Draft202012Validator(schema, registry=_definitions(version).with_resource("", Resource.from_contents(schema)))
+    return Draft202012Validator(
+        schema, registry=_definitions(version).with_resource("", Resource.from_contents(schema))
+    )
 
 
 @functools.cache

@@ -88,7 +88,11 @@ def _pods(workload: Workload) -> Iterator[tuple[str, str, dict[str, str], dict[s
             label = {"metadata.labels['leaderworkerset.sigs.k8s.io/group-index']": str(group)}
             for index in range(size):
                 pod = f"{name}-{group}" + (f"-{index}" if index else "")
-                injected = {"LWS_LEADER_ADDRESS": leader, "LWS_GROUP_SIZE": str(size), "LWS_WORKER_INDEX": str(index)}
+                injected = {
+                    "LWS_LEADER_ADDRESS": leader,
+                    "LWS_GROUP_SIZE": str(size),
+                    "LWS_WORKER_INDEX": str(index),
+                }
                 yield pod, f"{pod}.{name}.{NAMESPACE}", label, injected
     else:
         for index in range(2):

@@ -87,10 +87,8 @@ def test_schemas_notice_a_misspelt_field() -> None:
 
 
 def test_generated_files_are_current(repo_root: Path) -> None:
-    script = repo_root / "scripts" / "generate_chart.py"
-    check = subprocess.run(
-        [sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=50, check=False
-    )
+    command = [sys.executable, "-m", "scripts.generate_chart", "--check"]
+    check = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False, cwd=repo_root)
     assert check.returncode == 0, check.stderr
 
 
