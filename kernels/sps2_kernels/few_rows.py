@@ -25,11 +25,8 @@ class FewRows:
     @classmethod
     def of(cls, weight: Tensor) -> Self | None:
         """The packed form of `weight`, None where there is none: it is for fp32 on a CPU, by a torch with MKL."""
-        suits = (
-            weight.dtype == torch.float32
-            and weight.device.type == "cpu"
-            and torch.backends.mkl.is_available()
-        )
+        has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        suits = has_mkl and weight.dtype == torch.float32 and weight.device.type == "cpu"
         return cls(weight) if suits else None
 
     def suits(self, x: Tensor) -> bool:
@@ -39,5 +36,5 @@ class FewRows:
     def __call__(self, x: Tensor) -> Tensor:
         """Takes x [2 to 8 rows, in_features] to [rows, out_features]."""
         filled = functional.pad(x, (0, 0, 0, MOST_ROWS - len(x)))
-        y = torch.ops.mkl._mkl_linear(filled, self._packed, self._weight, None, MOST_ROWS)  # noqa: SLF001
+        y: Tensor = torch.ops.mkl._mkl_linear(filled, self._packed, self._weight, None, MOST_ROWS)  # noqa: SLF001
         return y[: len(x)]
