@@ -26,6 +26,7 @@ from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.loading import load_model
 from sps2_engine.runtime.options import EngineOptions
 from sps2_engine.sampler import NonFiniteLogitsError
+from sps2_kernels.paged_decode import PagedRows, paged_decode_partial
 
 
 class DecodeRole:
@@ -56,6 +57,7 @@ class DecodeRole:
     def load(self, progress: Callable[[float], None]) -> engine_pb2.EngineLoaded:
         """See `Role.load`."""
         self._model = load_model(self._options, self._device, self._dtype, progress, self._device)
+        self._model.decoder.pack()
         self._caches = [
             LayerCache(k, v) for k, v in zip(self._model.arena.k, self._model.arena.v, strict=True)
         ]
@@ -223,9 +225,14 @@ class DecodeRole:
         )
 
     def _warm_up(self) -> None:
-        """One forward of one token, so that the first step does not pay for what initialises itself lazily."""
-        hidden = self._forward([0], [0], lambda _layer, q, _k, _v: q)
-        self._model.decoder.logits(hidden)
+        """One forward of one token, so that the first step does not pay for what compiles or starts lazily."""
+        row = PagedRows([[(0, 1)]], self._device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            (q, *_), cache = self._as_kept(q, k, v), self._caches[layer]
+            return paged_decode_partial(q, cache.k, cache.v, row, self._model.scale)[0]
+
+        self._model.decoder.logits(self._forward([0], [0], attend))
 
     def _send(self, **event: object) -> None:
         self._link.send(engine_pb2.EngineEvent(epoch=self._epoch, **event))  # type: ignore[arg-type]
