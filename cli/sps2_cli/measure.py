@@ -24,6 +24,7 @@ def bench(context: typer.Context) -> None:
     ```
     sps2 bench prefill --lengths 2k,32k --baselines transformers --plots out
     sps2 bench kernels --json
+    sps2 bench interference --plots out
     ```
     """
     _hand_on("bench", context.args)
