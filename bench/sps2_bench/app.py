@@ -3,6 +3,7 @@
 import typer
 
 from sps2_bench.accuracy.command import accuracy
+from sps2_bench.interference.command import interference
 from sps2_bench.kernel_rates.command import kernels
 from sps2_bench.prefill.command import prefill
 
@@ -17,6 +18,7 @@ evaluate = typer.Typer(help="What sparse attention costs in accuracy.", no_args_
 
 bench.command()(prefill)
 bench.command()(kernels)
+bench.command()(interference)
 evaluate.command()(accuracy)
 # With a single command typer would drop its name, and `sps2 eval accuracy` must keep it.
 evaluate.callback()(lambda: None)
