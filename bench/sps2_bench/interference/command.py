@@ -13,12 +13,12 @@ from sps2_bench.interference.plots import write_plots
 from sps2_bench.interference.run import Setup, list_cases, run_rounds
 from sps2_bench.interference.window import MEASURES, Case, Rounds, Window, beyond_control, document
 from sps2_bench.machine import describe_machine
-from sps2_bench.options import parse_counts, parse_settings
+from sps2_bench.model_choice import chosen_config
+from sps2_bench.options import parse_counts
 from sps2_bench.output import Json, Plots, print_json, print_table, say
-from sps2_bench.prefill.random_model import DEFAULT_SHAPE, model_config, write_random_model
+from sps2_bench.prefill.random_model import write_random_model
 from sps2_bench.processes import WorkerError, available_cpus
 from sps2_client import SPS2Error
-from sps2_engine.models import ModelConfig
 
 PROFILES = ("exact", "paper", "default")
 
@@ -59,7 +59,7 @@ def interference(
     if len(cpus) < 2:
         raise typer.BadParameter("two pools want two cores")
     half = len(cpus) // 2
-    config = _config(random_model)
+    config = chosen_config(None, random_model)
     cases = list_cases(parse_counts(chunks))
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -84,13 +84,6 @@ def _known(profile: str) -> str:
     if profile not in PROFILES:
         raise typer.BadParameter(f"{profile!r} is none of {', '.join(PROFILES)}")
     return profile
-
-
-def _config(random_model: str) -> ModelConfig:
-    try:
-        return model_config(parse_settings(random_model, DEFAULT_SHAPE) if random_model else DEFAULT_SHAPE)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _progress(number: int, case: Case, window: Window) -> None:

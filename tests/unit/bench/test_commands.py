@@ -15,6 +15,10 @@ from sps2_bench.app import app
         ("bench", "prefill", "--dtypes", "fp8"),
         ("bench", "prefill", "--random-model", "hidden=64,depth=3"),
         ("bench", "prefill", "--random-model", "heads=3,kv_heads=2"),
+        ("bench", "decode", "--contexts", "no"),
+        ("bench", "decode", "--ranks", "4096"),
+        ("bench", "decode", "--move", "weights"),
+        ("bench", "decode", "--random-model", "hidden=64,depth=3"),
         ("bench", "kernels", "--dtype", "fp8"),
         ("bench", "interference", "--long", "1k,2k"),
         ("bench", "interference", "--profile", "quick"),
@@ -34,7 +38,13 @@ def test_usage_errors(arguments: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("bench", "prefill"), ("bench", "kernels"), ("bench", "interference"), ("eval", "accuracy")],
+    [
+        ("bench", "prefill"),
+        ("bench", "decode"),
+        ("bench", "kernels"),
+        ("bench", "interference"),
+        ("eval", "accuracy"),
+    ],
 )
 def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
