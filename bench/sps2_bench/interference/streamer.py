@@ -38,7 +38,8 @@ class Streamer:
     def _read(self) -> None:
         started, num_bytes = time.perf_counter(), 0
         while True:
-            for part in self._memory.split(PASS_ELEMENTS):
+            for begin in range(0, len(self._memory), PASS_ELEMENTS):
+                part = self._memory[begin : begin + PASS_ELEMENTS]
                 part.sum()
                 num_bytes += part.nbytes
                 if self._stop.is_set():
