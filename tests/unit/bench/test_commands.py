@@ -15,7 +15,15 @@ from sps2_bench.app import app
         ("bench", "prefill", "--dtypes", "fp8"),
         ("bench", "prefill", "--random-model", "hidden=64,depth=3"),
         ("bench", "prefill", "--random-model", "heads=3,kv_heads=2"),
+        ("bench", "decode", "--contexts", "no"),
+        ("bench", "decode", "--ranks", "4096"),
+        ("bench", "decode", "--move", "weights"),
+        ("bench", "decode", "--random-model", "hidden=64,depth=3"),
         ("bench", "kernels", "--dtype", "fp8"),
+        ("bench", "interference", "--long", "1k,2k"),
+        ("bench", "interference", "--profile", "quick"),
+        ("bench", "interference", "--chunks", "0"),
+        ("bench", "interference", "--random-model", "heads=3,kv_heads=2"),
         ("bench", "nothing"),
         ("eval", "accuracy", "--model", "/nowhere"),
         ("eval", "accuracy", "--shards", "12"),
@@ -28,7 +36,16 @@ def test_usage_errors(arguments: tuple[str, ...]) -> None:
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("command", [("bench", "prefill"), ("bench", "kernels"), ("eval", "accuracy")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("bench", "prefill"),
+        ("bench", "decode"),
+        ("bench", "kernels"),
+        ("bench", "interference"),
+        ("eval", "accuracy"),
+    ],
+)
 def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
