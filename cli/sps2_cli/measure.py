@@ -26,6 +26,7 @@ def bench(context: typer.Context) -> None:
     sps2 bench decode --contexts 2k,16k --batches 1,8 --baselines transformers
     sps2 bench kernels --json
     sps2 bench directory --seconds 5
+    sps2 bench interference --plots out
     ```
     """
     _hand_on("bench", context.args)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sps2.internal.v1 import engine_pb2
 from sps2.v1 import generation_pb2
+from sps2_decode_worker import moving
 from sps2_decode_worker.receive import Receiver
 from sps2_decode_worker.rows import RowState
 from sps2_engine.attention.decode_plan import DecodePlan
@@ -25,6 +26,7 @@ from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.loading import load_model
 from sps2_engine.runtime.options import EngineOptions
 from sps2_engine.sampler import NonFiniteLogitsError
+from sps2_kernels.paged_decode import PagedRows, paged_decode_partial
 
 
 class DecodeRole:
@@ -45,7 +47,7 @@ class DecodeRole:
         """None when the set of active rows has changed since the last step."""
         self._receiver: Receiver | None = None
         self.steps_done = 0
-        self.bytes_posted: Counter[str] = Counter({KIND: 0})
+        self.bytes_posted: Counter[str] = Counter({KIND: 0, moving.KIND: 0})
 
     @property
     def kv_blocks_used(self) -> int:
@@ -55,6 +57,7 @@ class DecodeRole:
     def load(self, progress: Callable[[float], None]) -> engine_pb2.EngineLoaded:
         """See `Role.load`."""
         self._model = load_model(self._options, self._device, self._dtype, progress, self._device)
+        self._model.decoder.pack()
         self._caches = [
             LayerCache(k, v) for k, v in zip(self._model.arena.k, self._model.arena.v, strict=True)
         ]
@@ -65,6 +68,7 @@ class DecodeRole:
     def join(self, groups: RankGroups, epoch: int) -> None:
         """See `Role.join`."""
         self._communicator, self._epoch = groups.everyone, epoch
+        self._mover = self._loaded_receiver.mover(groups.everyone)
 
     def reset(self) -> None:
         """See `Role.reset`."""
@@ -89,7 +93,7 @@ class DecodeRole:
         for admit in plan.admit:
             self._admit(self._rows[admit.row], admit.first_token_id)
         if plan.run:
-            self._step(plan.sequence)
+            self._step(plan)
         if plan.blocks_used:
             self._loaded_receiver.check(self._rows.values(), plan.blocks_used[self._communicator.rank])
 
@@ -127,18 +131,23 @@ class DecodeRole:
         assert self._receiver is not None, "commands come after load"
         return self._receiver
 
-    def _step(self, sequence: int) -> None:
+    def _step(self, plan: engine_pb2.StepPlan) -> None:
         started = time.perf_counter()
+        moves = self._mover.post(plan.moves, self._rows) if plan.moves else None
         exchange = self._begin_step()
         home = [self._rows[row.row_id] for row in exchange.home_rows]
         hidden = self._forward(
-            [row.token_id for row in home],
+            [row.token_ids[-1] for row in home],
             [row.position for row in home],
             lambda layer, q, k, v: exchange.attend(self._caches[layer], *self._as_kept(q, k, v)),
         )
         tokens = self._choose_tokens(home, self._model.decoder.logits(hidden)) if home else []
+        if moves is not None:
+            moves.finish()
+            self._exchange = None
         self.steps_done += 1
-        result = engine_pb2.StepResult(sequence=sequence, tokens=tokens, step_s=time.perf_counter() - started)
+        step_s = time.perf_counter() - started
+        result = engine_pb2.StepResult(sequence=plan.sequence, tokens=tokens, step_s=step_s)
         self._send(step_result=result)
 
     def _as_kept(self, *tensors: Tensor) -> Iterator[Tensor]:
@@ -191,8 +200,7 @@ class DecodeRole:
 
     def _take(self, row: RowState, drawn: Drawn) -> engine_pb2.RowToken:
         index = row.at_home.num_outputs
-        row.token_id = drawn.token_id
-        reason = row.at_home.take(drawn.token_id)
+        reason = row.take(drawn.token_id)
         row.finished = reason != generation_pb2.FINISH_REASON_UNSPECIFIED
         return engine_pb2.RowToken(
             row=row.row_id,
@@ -217,9 +225,14 @@ class DecodeRole:
         )
 
     def _warm_up(self) -> None:
-        """One forward of one token, so that the first step does not pay for what initialises itself lazily."""
-        hidden = self._forward([0], [0], lambda _layer, q, _k, _v: q)
-        self._model.decoder.logits(hidden)
+        """One forward of one token, so that the first step does not pay for what compiles or starts lazily."""
+        row = PagedRows([[(0, 1)]], self._device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            (q, *_), cache = self._as_kept(q, k, v), self._caches[layer]
+            return paged_decode_partial(q, cache.k, cache.v, row, self._model.scale)[0]
+
+        self._model.decoder.logits(self._forward([0], [0], attend))
 
     def _send(self, **event: object) -> None:
         self._link.send(engine_pb2.EngineEvent(epoch=self._epoch, **event))  # type: ignore[arg-type]

@@ -93,7 +93,9 @@ def make(kv_blocks: int, *, debug: bool = False) -> tuple[DecodeCoordinator, Ins
     coordinator = DecodeCoordinator(NoDirectory(), "hash", 128, debug_invariants=debug)  # type: ignore[arg-type]
     ranks = InstantRanks(coordinator)
     coordinator.attach(ranks)  # type: ignore[arg-type]
-    loaded = engine_pb2.EngineLoaded(kv_blocks_total=kv_blocks, num_layers=2)
+    loaded = engine_pb2.EngineLoaded(
+        kv_blocks_total=kv_blocks, num_layers=2, num_kv_heads=1, head_dim=8, device="cpu", dtype="fp32"
+    )
     coordinator.on_formed(1, [loaded] * NUM_RANKS)
     return coordinator, ranks
 
