@@ -70,7 +70,18 @@ def _pool_table(role: str, groups: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     # Of a decode group its leader counts resizes and the blocks that moved.
     moves = ("resizes", "moved") if role == "decode" else ()
-    for name in ("rank", "state", "loaded", "KV blocks", *moves, "run", "wait", "tokens", "control", "device"):
+    for name in (
+        "rank",
+        "state",
+        "loaded",
+        "KV blocks",
+        *moves,
+        "run",
+        "wait",
+        "tokens",
+        "control",
+        "device",
+    ):
         table.add_column(
             name, justify="left" if name in {"rank", "state", "device"} else "right", no_wrap=True
         )
