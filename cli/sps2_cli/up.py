@@ -159,6 +159,9 @@ def up(
         Cores | None,
         typer.Option(parser=cores, metavar="CORES", help="Pin the decode pool to cores."),
     ] = None,
+    debug_invariants: Annotated[
+        bool, typer.Option("--debug-invariants", help="Decode ranks check their KV blocks at every step.")
+    ] = False,
     log_dir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Log files in place of stderr.")
     ] = None,
@@ -210,6 +213,7 @@ def up(
             cores=len(os.sched_getaffinity(0)),
             prefill_cpus=prefill_cpus or Cores(),
             decode_cpus=decode_cpus or Cores(),
+            debug_invariants=debug_invariants,
             log_dir=log_dir,
             quiet=quiet,
             restart=restart,

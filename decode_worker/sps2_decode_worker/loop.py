@@ -87,6 +87,8 @@ class DecodeRole:
             self._admit(self._rows[admit.row], admit.first_token_id)
         if plan.run:
             self._step(plan.sequence)
+        if plan.blocks_used:
+            self._loaded_receiver.check(self._rows.values(), plan.blocks_used[self._communicator.rank])
 
     def _reserve(self, reserve: engine_pb2.ReserveRow) -> None:
         epoch = self._epoch

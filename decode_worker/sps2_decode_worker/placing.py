@@ -21,6 +21,18 @@ def tokens_ahead(max_new_tokens: int) -> int:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What an attempt asks room for."""
+
+    num_tokens: int
+    """That prefill delivers, >= 1."""
+    max_new_tokens: int
+    """Most tokens of each choice after these, >= 1."""
+    num_choices: int = 1
+    """Rows that share the prompt."""
+
+
+@dataclass(frozen=True)
 class BlockCounts:
     """Blocks of the ranks of a group."""
 
@@ -53,22 +65,13 @@ class Places:
         return -(-(end - begin + num_new_tokens) // self.block_tokens)
 
 
-def place(
-    num_tokens: int,
-    max_new_tokens: int,
-    num_choices: int,
-    counts: BlockCounts,
-    block_tokens: int,
-    min_holder_tokens: int,
-) -> Places | None:
+def place(asked: Asked, counts: BlockCounts, block_tokens: int, min_holder_tokens: int) -> Places | None:
     """Room for a prompt and the beginning of its choices' outputs, spread as wide as the prompt allows.
 
     It is such that all of the output fits as well once the group has nothing else to hold.
 
     Args:
-        num_tokens: that prefill delivers, >= 1.
-        max_new_tokens: most tokens of each choice after these, >= 1.
-        num_choices: rows that share the prompt.
+        asked: its size.
         counts: of the group.
         block_tokens: tokens of a block.
         min_holder_tokens: a further holder is taken only while each would hold at least so many.
@@ -76,7 +79,8 @@ def place(
     Returns:
         None where it does not fit.
     """
-    ranges = place_tokens(num_tokens, block_tokens, len(counts.total), min_holder_tokens)
+    max_new_tokens = asked.max_new_tokens
+    ranges = place_tokens(asked.num_tokens, block_tokens, len(counts.total), min_holder_tokens)
     holders = choose_holders(counts.room, len(ranges))
     shards = dict(zip(holders, ranges, strict=True))
     for home in sorted(holders, key=lambda rank: (counts.num_at_home[rank], rank)):
@@ -84,7 +88,7 @@ def place(
             _places(home, shards, num_new, max_new_tokens, block_tokens)
             for num_new in (tokens_ahead(max_new_tokens), max_new_tokens)
         )
-        if _fits(first, num_choices, counts.room) and _fits(last, num_choices, counts.total):
+        if _fits(first, asked.num_choices, counts.room) and _fits(last, asked.num_choices, counts.total):
             return first
     return None
 

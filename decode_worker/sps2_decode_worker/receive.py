@@ -1,6 +1,7 @@
 """Room for rows on this decode rank, and the KV that arrives for it."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
 from sps2.internal.v1 import engine_pb2
 from sps2_decode_worker.placing import max_new_tokens, tokens_ahead
@@ -61,8 +62,11 @@ class Receiver:
             )
 
     def extend(self, row: RowState) -> None:
-        """Takes a block for a row's next token where its blocks are full; the leader has counted that one is free."""
-        if not row.finished and row.num_local == len(row.blocks) * BLOCK_TOKENS:
+        """Takes a block for a row's next token where its blocks are full; the leader has counted that one is free.
+
+        Of a row that has finished as well: until it leaves, the leader counts its blocks as it goes on.
+        """
+        if row.num_local == len(row.blocks) * BLOCK_TOKENS:
             row.blocks.extend(self._pool.allocate(1))
 
     def copy_prompt(self, row: RowState) -> None:
@@ -71,6 +75,20 @@ class Receiver:
         if targets:
             for plane in (self._arena.k, self._arena.v):
                 plane[:, targets] = plane[:, sources]
+
+    def check(self, rows: Iterable[RowState], num_expected: int) -> None:
+        """Verifies the pool, in time proportional to it: what is used is what rows hold, and what the leader counts.
+
+        Raises:
+            AssertionError: with what is wrong.
+        """
+        self._pool.check()
+        owners = Counter(block for row in rows for block in row.blocks)
+        if owners != self._pool.owners:
+            wrong = sorted((owners - self._pool.owners) + (self._pool.owners - owners))
+            raise AssertionError(f"blocks {wrong[:8]} have other owners than the rows that hold them")
+        if self.blocks_used != num_expected:
+            raise AssertionError(f"{self.blocks_used} blocks are used, the leader counts {num_expected}")
 
     def release(self, row: RowState) -> None:
         """Frees a row's blocks, once no byte can be written into them any more."""

@@ -7,20 +7,23 @@ An attempt gets room for its prompt and the beginning of its output; the rest is
 runs out, the attempt that came last there is preempted: it leaves, and the router brings it back when there is
 room. The one that came first is never preempted and, coming back, takes its room from later ones, so that each
 ends in its turn.
+
+An attempt that finds no room stands in line. Later ones pass the first in line where it finds its room beside them
+once those that came before it have ended, and a few times where it does not. So a long request waits for earlier ones
+and those few only, whatever stream of short ones comes behind it; and short ones do not wait behind a long one, but
+for the room that it needs. What has passed is not preempted for whom it passed.
 """
 
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from sps2_decode_worker.placing import BlockCounts, Places, place
+from sps2_decode_worker.placing import Asked, BlockCounts, Places, place
 
 MAX_STEPS_IN_FLIGHT = 2
 """The step that computes and the one that waits behind it."""
-
-Turn: TypeAlias = tuple[int, int]
-"""(-priority, when the request was first given room): of two attempts the lower one keeps or gets its room."""
+MAX_PASSED = 8
+"""How often the first in line is passed by what takes room that it needs."""
 
 
 class NoRoomError(Exception):
@@ -44,20 +47,29 @@ class RowState(enum.Enum):
 class Tenant:
     """One attempt in the group: its rows come and are preempted together."""
 
-    turn: Turn
+    turn: int
+    """Of two attempts the one with the lower turn keeps or gets its room."""
+    number: int
+    """Counts attempts."""
     places: Places
     rows: "list[Row]" = field(default_factory=list)
     """Those that have not left, by number."""
 
     @property
-    def age(self) -> tuple[Turn, int]:
+    def age(self) -> tuple[int, int]:
         """Where it stands among all, the last to be preempted first."""
-        return self.turn, self.rows[0].row_id
+        return self.turn, self.number
 
     def held(self, rank: int) -> int:
         """Blocks that its rows hold on a rank, shared ones once."""
         shared = self.places.shared.get(rank, 0)
         return (shared if self.rows else 0) + sum(row.blocks.get(rank, 0) - shared for row in self.rows)
+
+    def held_at_last(self, rank: int) -> int:
+        """Blocks there when the output of its rows is as long as it may become."""
+        places, shared = self.places, self.places.shared.get(rank, 0)
+        at_last = places.blocks_at_home(places.max_new_tokens) if rank == places.home else shared
+        return shared + len(self.rows) * (at_last - shared)
 
 
 @dataclass(eq=False)
@@ -94,6 +106,18 @@ class Row:
         return places.blocks_at_home(places.max_new_tokens) > self.blocks[self.home]
 
 
+@dataclass
+class Waiting:
+    """An attempt that found no room and will ask again."""
+
+    turn: int
+    asked: Asked
+    since: int
+    """Attempts with this number or a higher one have come in since."""
+    num_passed: int = 0
+    """Of them, those that took room which it needs, while it was the first in line."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What every rank does next, in this order: release, reserve, admit, then (if `run`) one step."""
@@ -105,6 +129,8 @@ class Plan:
     run: bool
     preempted: tuple[int, ...] = ()
     """Those of `release` that were preempted."""
+    blocks_used: tuple[int, ...] = field(default=(), compare=False)
+    """Of each rank, once the plan is executed; they follow from all plans so far."""
 
 
 @dataclass
@@ -121,6 +147,8 @@ class DecodeScheduler:
     free: list[int] = field(init=False)
     """Blocks of each rank; those of a row that leaves are free for whatever a later command takes."""
     steps_in_flight: int = 0
+    line: dict[str, Waiting] = field(default_factory=dict)
+    """Those that wait for room, by name."""
     _next_row: int = 1
     _sequence: int = 0
     _reserve: list[int] = field(default_factory=list)
@@ -131,40 +159,38 @@ class DecodeScheduler:
     def __post_init__(self) -> None:
         self.free = list(self.blocks_total)
 
-    def reserve(
-        self, num_tokens: int, max_new_tokens: int, num_choices: int = 1, turn: Turn = (0, 0)
-    ) -> list[Row]:
+    def reserve(self, asked: Asked, turn: int = 0, name: str = "") -> list[Row]:
         """Gives an attempt room for its prompt and the beginning of its output: a row for each choice.
 
         Later ones are preempted for it where that makes room; else it gets no block that a row may need next.
 
         Args:
-            num_tokens: that prefill delivers.
-            max_new_tokens: most tokens of each choice after these.
-            num_choices: rows that share the prompt.
-            turn: its own.
+            asked: its size.
+            turn: its own; the lower, the earlier.
+            name: by which it is known in line when it asks again.
 
         Raises:
-            NoRoomError: blocks are taken; later it may fit.
+            NoRoomError: blocks are taken, or the first in line needs them; it stands in line now.
             NeverFitsError: the group is too small for it.
         """
-        asked = (num_tokens, max_new_tokens, num_choices)
-        victims, places = self._find_room(asked, turn)
-        if places is None:
-            if self._place(asked, self.blocks_total) is None:
-                raise NeverFitsError
+        victims, tenant = self._find_room(asked, turn, name)
+        if tenant is None and self._place(asked, self.blocks_total) is None:
+            raise NeverFitsError
+        if tenant is None or not self._may_pass(tenant, victims):
+            self.line.setdefault(name, Waiting(turn, asked, self._next_row))
             raise NoRoomError
+        self.leave_line(name)
         for victim in victims:
             self._preempt(victim)
-        tenant = Tenant(turn, places)
-        for _ in range(num_choices):
-            row = Row(self._next_row, tenant, dict(places.blocks))
-            self._next_row += 1
-            tenant.rows.append(row)
-            self.rows[row.row_id] = row
-            self._reserve.append(row.row_id)
+        self._next_row += asked.num_choices
+        self.rows.update({row.row_id: row for row in tenant.rows})
+        self._reserve.extend(row.row_id for row in tenant.rows)
         self._change_free(tenant, -1)
         return list(tenant.rows)
+
+    def leave_line(self, name: str) -> None:
+        """The attempt of that name will not ask again; one that does not stand in line is no news."""
+        self.line.pop(name, None)
 
     def admit(self, row_id: int) -> None:
         """The row's KV is complete and its first token known: it decodes from the next step on."""
@@ -201,6 +227,7 @@ class DecodeScheduler:
             tuple(self._admit),
             run,
             tuple(self._preempted),
+            tuple(total - free for total, free in zip(self.blocks_total, self.free, strict=True)),
         )
         self._release, self._reserve, self._admit, self._preempted = [], [], [], []
         if run:
@@ -243,15 +270,41 @@ class DecodeScheduler:
         for rank in tenant.places.shards:
             self.free[rank] += sign * tenant.held(rank)
 
-    def _find_room(self, asked: tuple[int, int, int], turn: Turn) -> tuple[list[Tenant], Places | None]:
-        """The fewest later attempts, from the last on, without which it fits, and how it does."""
+    def _find_room(self, asked: Asked, turn: int, name: str) -> tuple[list[Tenant], Tenant | None]:
+        """The fewest later attempts, from the last on, without which it fits, and it itself where it does."""
         tenants = self._tenants
-        later = [tenant for tenant in tenants if tenant.turn > turn]
-        for num_victims in range(len(later) + 1):
-            stay = tenants[: len(tenants) - num_victims]
+        since = self.line[name].since if name in self.line else self._next_row
+        later = [tenant for tenant in tenants if tenant.turn > turn and tenant.number < since]
+        for num_stay in range(len(later), -1, -1):
+            victims = later[num_stay:]
+            stay = [tenant for tenant in tenants if tenant not in victims]
             if (places := self._place(asked, self._room_beside(stay))) is not None:
-                return later[len(later) - num_victims :], places
+                return victims, self._tenant(asked, turn, places)
         return [], None
+
+    def _tenant(self, asked: Asked, turn: int, places: Places) -> Tenant:
+        tenant = Tenant(turn, self._next_row, places)
+        tenant.rows = [
+            Row(self._next_row + index, tenant, dict(places.blocks)) for index in range(asked.num_choices)
+        ]
+        return tenant
+
+    def _may_pass(self, tenant: Tenant, victims: Sequence[Tenant]) -> bool:
+        """Whether an attempt may come in before the first in line, where that came before it; counts it if so."""
+        first = min(self.line.values(), key=lambda waiting: waiting.turn, default=None)
+        if first is None or first.turn >= tenant.turn:
+            return True
+        room = list(self.blocks_total)
+        later = (one for one in self._tenants if one.turn > first.turn and one not in victims)
+        for one in (*later, tenant):
+            for rank in one.places.shards:
+                room[rank] -= one.held_at_last(rank)
+        if self._place(first.asked, room) is not None:
+            return True
+        if first.num_passed >= MAX_PASSED:
+            return False
+        first.num_passed += 1
+        return True
 
     def _room_beside(self, tenants: Iterable[Tenant]) -> list[int]:
         """Blocks that neither these attempts nor their rows' next tokens take, by rank; may be negative."""
@@ -262,9 +315,9 @@ class DecodeScheduler:
             room[tenant.places.home] -= sum(row.may_grow for row in tenant.rows)
         return room
 
-    def _place(self, asked: tuple[int, int, int], room: Sequence[int]) -> Places | None:
+    def _place(self, asked: Asked, room: Sequence[int]) -> Places | None:
         homes = [0] * len(self.blocks_total)
         for row in self.rows.values():
             homes[row.home] += 1
         counts = BlockCounts(self.blocks_total, tuple(room), tuple(homes))
-        return place(*asked, counts, self.block_tokens, self.min_holder_tokens)
+        return place(asked, counts, self.block_tokens, self.min_holder_tokens)

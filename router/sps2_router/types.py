@@ -80,6 +80,8 @@ class Request:
     """The same for people, with the name of the profile that chose it."""
     generated_ids: Sequence[int] = ()
     """Tokens that its only choice has from earlier attempts; an attempt goes on behind them."""
+    priority: int = 0
+    """Steps of 10 s that it goes before others; see `sps2_service.turns`."""
 
     def __post_init__(self) -> None:
         """A request without a prompt cannot be served."""

@@ -114,6 +114,8 @@ class UpOptions:
     """Cores that the prefill pool is pinned to."""
     decode_cpus: Cores = Cores()
     """Cores that the decode pool is pinned to."""
+    debug_invariants: bool = False
+    """Decode ranks check their KV blocks after every plan."""
     log_dir: Path | None = None
     """Where each process's log goes; None: stderr."""
     quiet: bool = False
@@ -289,6 +291,8 @@ def _worker_spec(
     if leader is not None:
         flags["--leader"] = leader
     arguments = [str(part) for pair in flags.items() for part in pair]
+    if role == "decode" and options.debug_invariants:
+        arguments.append("--debug-invariants")
     return ProcessSpec(
         name=f"{role}-{group}/{rank}",
         kind="worker",
