@@ -151,6 +151,9 @@ def up(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of each rank.", show_default="cores / ranks")
     ] = None,
+    debug_invariants: Annotated[
+        bool, typer.Option("--debug-invariants", help="Decode ranks check their KV blocks at every step.")
+    ] = False,
     prefill_cpus: Annotated[
         Cores | None,
         typer.Option(parser=cores, metavar="CORES", help="Pin the prefill pool to cores, as in 0-3,8."),
@@ -159,9 +162,6 @@ def up(
         Cores | None,
         typer.Option(parser=cores, metavar="CORES", help="Pin the decode pool to cores."),
     ] = None,
-    debug_invariants: Annotated[
-        bool, typer.Option("--debug-invariants", help="Decode ranks check their KV blocks at every step.")
-    ] = False,
     log_dir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Log files in place of stderr.")
     ] = None,

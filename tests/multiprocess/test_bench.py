@@ -96,7 +96,7 @@ def test_decode(tmp_path: Path) -> None:
     assert {row["bytes_per_token"] for row in rows if (row["form"], row["ranks"]) == ("q", 2)} == {
         4 * (2 * 4 * 8 + 4) * 2
     }
-    assert len(found["plots"]) == 3
+    assert len(found["plots"]) == 4
 
 
 def test_kernels(tmp_path: Path) -> None:

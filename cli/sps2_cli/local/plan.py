@@ -106,6 +106,8 @@ class UpOptions:
     """ "auto", "nixl" or "grpc"."""
     kv_tokens: int = 65_536
     """Tokens of KV that each rank can hold."""
+    debug_invariants: bool = False
+    """Decode ranks check their KV blocks after every plan."""
     threads: int | None = None
     """CPU threads of each rank; None: its share of the cores."""
     cores: int = 1
@@ -114,8 +116,6 @@ class UpOptions:
     """Cores that the prefill pool is pinned to."""
     decode_cpus: Cores = Cores()
     """Cores that the decode pool is pinned to."""
-    debug_invariants: bool = False
-    """Decode ranks check their KV blocks after every plan."""
     log_dir: Path | None = None
     """Where each process's log goes; None: stderr."""
     quiet: bool = False
