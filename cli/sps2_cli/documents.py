@@ -139,6 +139,8 @@ def worker_document(worker: Worker) -> dict[str, Any]:
         "num_requests_waiting": worker.num_requests_waiting,
         "queued_tokens": worker.queued_tokens,
         "steps_done": worker.steps_done,
+        "num_resizes": worker.num_resizes,
+        "num_blocks_moved": worker.num_blocks_moved,
         "control_share": worker.control_share,
         "bytes_posted": dict(worker.bytes_posted),
     }

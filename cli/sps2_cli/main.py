@@ -5,6 +5,7 @@ import typer
 from sps2_cli.demo import demo
 from sps2_cli.generate import generate
 from sps2_cli.measure import bench, evaluate
+from sps2_cli.resize import resize
 from sps2_cli.status import status
 from sps2_cli.up import up
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command()(up)
 app.command()(generate)
 app.command()(status)
+app.command()(resize)
 app.command()(demo)
 # Their options are those of another program, which explains them itself.
 HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}

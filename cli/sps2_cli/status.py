@@ -68,17 +68,19 @@ def render(document: dict[str, Any]) -> RenderableType:
 def _pool_table(role: str, groups: list[dict[str, Any]]) -> Table:
     title = f"{role}: {sum(group['ready'] for group in groups)} of {len(groups)} groups ready"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for name in ("rank", "state", "loaded", "KV blocks", "run", "wait", "tokens", "control", "device"):
+    # Of a decode group its leader counts resizes and the blocks that moved.
+    moves = ("resizes", "moved") if role == "decode" else ()
+    for name in ("rank", "state", "loaded", "KV blocks", *moves, "run", "wait", "tokens", "control", "device"):
         table.add_column(
             name, justify="left" if name in {"rank", "state", "device"} else "right", no_wrap=True
         )
     for group in groups:
         for rank in group["ranks"]:
-            table.add_row(*_cells(rank), end_section=rank is group["ranks"][-1])
+            table.add_row(*_cells(rank, with_moves=bool(moves)), end_section=rank is group["ranks"][-1])
     return table
 
 
-def _cells(rank: dict[str, Any]) -> list[str]:
+def _cells(rank: dict[str, Any], *, with_moves: bool) -> list[str]:
     total, used = rank["kv_blocks_total"], rank["kv_blocks_used"]
     style = STATE_STYLES.get(rank["state"], "red")
     return [
@@ -86,6 +88,7 @@ def _cells(rank: dict[str, Any]) -> list[str]:
         f"[{style}]{rank['state']}[/]",
         f"{rank['load_fraction']:.0%}",
         f"{used:,}/{total:,} ({used / total:.0%})" if total else f"{used:,}",
+        *([str(rank["num_resizes"]), f"{rank['num_blocks_moved']:,}"] if with_moves else []),
         str(rank["num_requests_running"]),
         str(rank["num_requests_waiting"]),
         f"{rank['queued_tokens']:,}",

@@ -21,11 +21,18 @@ from sps2.v1 import (
 from sps2_client import _convert
 from sps2_client._alarms import Alarm, AlarmClock
 from sps2_client._errors import ConnectionFailed
-from sps2_client._options import DEFAULT_UNARY_TIMEOUT_S, Deadline, Timeouts, channel_options, retry_delay
+from sps2_client._options import (
+    DEFAULT_UNARY_TIMEOUT_S,
+    RESIZE_TIMEOUT_S,
+    Deadline,
+    Timeouts,
+    channel_options,
+    retry_delay,
+)
 from sps2_client._requests import GenerationOptions, stream_request
 from sps2_client._statuses import CallContext, from_rpc_error
 from sps2_client._stream import OpenStream, Stream
-from sps2_client._types import ClusterState, Generation, Model
+from sps2_client._types import ClusterState, Generation, Model, Resized
 
 Response = TypeVar("Response")
 
@@ -150,6 +157,33 @@ class Client:
         request = cluster_service_pb2.GetClusterStateRequest()
         answer = self._ask(lambda left: stub.GetClusterState(request, timeout=left), timeout)
         return _convert.cluster_state(answer)
+
+    def resize(
+        self,
+        request_id: str,
+        degree: int,
+        *,
+        ranks: Sequence[int] = (),
+        timeout: float = RESIZE_TIMEOUT_S,
+    ) -> Resized:
+        """Spreads the KV of a live request over so many ranks of its decode group; its stream goes on meanwhile.
+
+        Args:
+            request_id: the request.
+            degree: ranks that are to hold its KV.
+            ranks: which ones; empty: those that need least be moved.
+            timeout: seconds.
+
+        Raises:
+            NotFound: no such request decodes.
+            Unavailable: there is no room for it now.
+            Aborted: it ended meanwhile, or another resize is under way.
+        """
+        stub = cluster_service_pb2_grpc.ClusterServiceStub(self._get_channel())
+        request = cluster_service_pb2.ResizeRequestRequest(request_id=request_id, degree=degree, ranks=ranks)
+        # No retry: the second try of a resize that worked would find other gaps, and a busy request.
+        answer = self._ask(lambda left: stub.ResizeRequest(request, timeout=left), timeout, max_retries=0)
+        return _convert.resized(answer)
 
     def _get_channel(self) -> grpc.Channel:
         with self._lock:

@@ -6,6 +6,7 @@ from sps2_client._types import (
     ClusterState,
     FinishReason,
     Model,
+    Resized,
     Timings,
     TokenLogprob,
     Usage,
@@ -92,6 +93,20 @@ def worker(message: cluster_pb2.WorkerInfo) -> Worker:
         control_share=load.control_share,
         load_fraction=load.load_fraction,
         bytes_posted=dict(load.bytes_posted),
+        num_resizes=load.num_resizes,
+        num_blocks_moved=load.num_blocks_moved,
+    )
+
+
+def resized(message: cluster_service_pb2.ResizeRequestResponse) -> Resized:
+    """What a resize has done."""
+    return Resized(
+        group=message.group,
+        home=message.home,
+        holders=tuple(message.holders),
+        num_blocks_moved=message.num_blocks_moved,
+        longest_gap_s=message.longest_gap_s,
+        median_gap_s=message.median_gap_s,
     )
 
 

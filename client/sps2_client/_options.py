@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 DEFAULT_UNARY_TIMEOUT_S = 10.0
 """For calls that only look something up."""
+RESIZE_TIMEOUT_S = 70.0
+"""A little longer than the service itself waits for a resize."""
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """Limit of the wire in both directions."""

@@ -206,6 +206,28 @@ class Worker:
     """Fraction of the weights loaded, 0 to 1."""
     bytes_posted: Mapping[str, int]
     """Bytes posted since the start, by kind."""
+    num_resizes: int
+    """Changes of the number of ranks that hold a request's KV (leaders of decode groups)."""
+    num_blocks_moved: int
+    """KV blocks that went from rank to rank for these and to even out their use (the same)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """Where a request's KV lies after a resize."""
+
+    group: str
+    """Its decode group."""
+    home: int
+    """Rank that runs its dense layers."""
+    holders: tuple[int, ...]
+    """Ranks that hold its KV, ascending."""
+    num_blocks_moved: int
+    """KV blocks that moved."""
+    longest_gap_s: float
+    """Longest time between two tokens meanwhile, in seconds; 0: none came."""
+    median_gap_s: float
+    """Median time between two tokens since the resize before, or the first, in seconds; 0: too few had come."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,12 @@
 """What the leader of a decode group knows of an attempt: its rows, what the ranks said of them, its tokens."""
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from sps2.internal.v1 import decode_service_pb2, engine_pb2
-from sps2_decode_worker.scheduler import Row
+from sps2_decode_worker.tenants import Row
 from sps2_service.errors import ServiceError
 
 
@@ -14,6 +16,25 @@ class ChoiceToken:
 
     choice_index: int
     token: engine_pb2.RowToken
+
+
+class Pace:
+    """When an attempt's tokens came, by the leader's clock; it remembers the last few thousand."""
+
+    def __init__(self) -> None:
+        self.sequence = 0
+        """Of the last step that made one."""
+        self._times: deque[float] = deque(maxlen=4096)
+
+    def note(self, sequence: int, now: float) -> None:
+        """Its tokens of a step have come, at a time in seconds."""
+        if sequence != self.sequence:
+            self.sequence = sequence
+            self._times.append(now)
+
+    def gaps(self, begin: float, end: float) -> list[float]:
+        """Seconds between two tokens, the later of which came in (begin, end]."""
+        return [later - time for time, later in pairwise(self._times) if begin < later <= end]
 
 
 @dataclass(eq=False)
@@ -36,6 +57,12 @@ class LiveAttempt:
     failed: asyncio.Event = field(default_factory=asyncio.Event)
     error: ServiceError | None = None
     """Set with `failed`."""
+    pace: Pace = field(default_factory=Pace)
+    resized_at: float = 0.0
+    """End of its last resize, by the event loop's clock."""
+    moved_with: int = 0
+    """Sequence of the last plan with which blocks of it moved."""
+    num_blocks_moved: int = 0
     record_timer: asyncio.TimerHandle | None = None
     """Records its shards again before the directory's lease on them ends; None before the commit."""
 
@@ -49,6 +76,15 @@ class LiveAttempt:
         """Index of the choice by row."""
         return {row.row_id: index for index, row in enumerate(self.rows)}
 
-    def num_blocks(self, rank: int) -> int:
-        """Blocks that all choices together hold on a rank."""
-        return self.row.tenant.held(rank)
+    @property
+    def shards(self) -> list[tuple[int, int, int, int]]:
+        """Tokens [begin, end) on each holder, by rank: (rank, begin, end, blocks); all its blocks go with the first."""
+        tenant = self.row.tenant
+        num_tokens = tenant.places.num_tokens + self.row.num_planned - 1
+        found = []
+        for rank in tenant.spread.holders:
+            num_blocks = tenant.held(rank)
+            for begin, end in tenant.spread.tokens_on(rank, num_tokens):
+                found.append((rank, begin, end, num_blocks))
+                num_blocks = 0
+        return found

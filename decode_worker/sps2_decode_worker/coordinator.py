@@ -11,10 +11,13 @@ import structlog
 
 from sps2.internal.v1 import decode_service_pb2, engine_pb2, kv_directory_service_pb2, placement_pb2
 from sps2.v1 import cluster_pb2, generation_pb2
+from sps2_decode_worker import resize_requests
 from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
 from sps2_decode_worker.control import ControlTime
+from sps2_decode_worker.move_messages import blocks_per_step, move_message
 from sps2_decode_worker.placing import Asked, max_new_tokens
-from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row, RowState
+from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan
+from sps2_decode_worker.tenants import Row, RowState
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.errors import (
     PREEMPTED,
@@ -87,6 +90,8 @@ class DecodeCoordinator:
         """Adds what waits for its KV and what decodes."""
         load.num_requests_running = self._scheduler.num_rows(RowState.ACTIVE)
         load.num_requests_waiting = self._scheduler.num_rows(RowState.RESERVED)
+        load.num_resizes = self._scheduler.num_resizes
+        load.num_blocks_moved = self._scheduler.num_blocks_moved
         load.control_share = self._control.share
 
     async def drain(self) -> None:
@@ -172,8 +177,23 @@ class DecodeCoordinator:
         if live.record_timer is not None:
             live.record_timer.cancel()
             self._directory.release(live.request.attempt)
+        live.changed.set()
         if not self._attempts:
             self._idle.set()
+
+    async def resize(
+        self, request: decode_service_pb2.ResizeAttemptRequest
+    ) -> decode_service_pb2.ResizeAttemptResponse:
+        """Spreads an attempt that decodes over other ranks, and returns when that is done.
+
+        Raises:
+            ServiceError: as decode_service.proto has it.
+        """
+        live = resize_requests.find(self._attempts, request, self._group)
+        begun, moved_before = asyncio.get_running_loop().time(), live.num_blocks_moved
+        resize_requests.begin(self._scheduler, live, request, self._group.name)
+        await resize_requests.done(live, self._group.name)
+        return resize_requests.response(live, self._group.name, begun, live.num_blocks_moved - moved_before)
 
     # --- the group -------------------------------------------------------------------------------------------
 
@@ -181,7 +201,14 @@ class DecodeCoordinator:
         """See `Coordinator.on_formed`."""
         self._ranks = ranks
         blocks = tuple(loaded.kv_blocks_total for loaded in ranks)
-        self._scheduler = DecodeScheduler(blocks, BLOCK_TOKENS, self._min_holder_tokens)
+        self._scheduler = DecodeScheduler(
+            blocks,
+            BLOCK_TOKENS,
+            self._min_holder_tokens,
+            blocks_per_plan=blocks_per_step(ranks[0], BLOCK_TOKENS),
+            num_resizes=self._scheduler.num_resizes,
+            num_blocks_moved=self._scheduler.num_blocks_moved,
+        )
         self._reported.clear()
         self._control = ControlTime(time.thread_time)
 
@@ -223,11 +250,14 @@ class DecodeCoordinator:
 
     def _on_step(self, result: engine_pb2.StepResult) -> bool:
         """Takes a rank's report; whether it is the last one of its step."""
+        now = asyncio.get_running_loop().time()
         for token in result.tokens:
             live = self._rows.get(token.row)
             if live is None:
                 continue  # a row that has left meanwhile; its last step's token is dropped
             live.tokens.put_nowait(ChoiceToken(live.choices[token.row], token))
+            live.pace.note(result.sequence, now)
+            live.changed.set()
             if token.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED:
                 del self._rows[token.row]
                 self._scheduler.release(token.row)
@@ -246,6 +276,7 @@ class DecodeCoordinator:
                 self._group.state is GroupState.FORMED and (plan := self._scheduler.next_plan()) is not None
             ):
                 self._tell_preempted(plan)
+                self._note_moves(plan)
                 self._group.broadcast(engine_pb2.EngineCommand(step_plan=self._message(plan)))
 
     def _tell_preempted(self, plan: Plan) -> None:
@@ -254,6 +285,15 @@ class DecodeCoordinator:
         for live in dict.fromkeys(attempts.values()):
             log.info("preempted", request_id=live.request.attempt.request_id)
             self._fail(live, preempted(self._group.name))
+
+    def _note_moves(self, plan: Plan) -> None:
+        for one in plan.moves:
+            live = self._rows[one.rows[0]]
+            live.moved_with = plan.sequence
+            live.num_blocks_moved += one.num_blocks
+            if one.last:
+                log.info("moved", request_id=live.request.attempt.request_id, holders=list(one.holders))
+                self._record(live)
 
     def _message(self, plan: Plan) -> engine_pb2.StepPlan:
         # A row may be released before the plan that was to reserve it went out; both then go in one plan, in
@@ -273,6 +313,7 @@ class DecodeCoordinator:
             ],
             release_rows=release,
             run=plan.run,
+            moves=[move_message(one) for one in plan.moves],
             blocks_used=plan.blocks_used if self._debug_invariants else (),
         )
 
@@ -323,6 +364,7 @@ class DecodeCoordinator:
         if group.state is not GroupState.FORMED or self._draining:
             why = "is draining" if self._draining else f"is not ready ({group.missing})"
             raise Unavailable("GROUP_NOT_READY", f"decode group {group.name} {why}", retry_after=1.0)
+        group.check_lease()
         if request.model_hash != self._model_hash:
             raise FailedPrecondition(
                 "MODEL_HASH_MISMATCH", f"decode group {group.name} serves another model than prefill"
@@ -394,17 +436,19 @@ class DecodeCoordinator:
             decode_group=self._group.name,
             attention=live.request.attention,
         )
-        for shard in live.reserve.placement.shards:
+        for rank, begin, end, num_blocks in live.shards:
             record.shards.add(
-                worker_id=f"{self._group.name}/{shard.rank}",
+                worker_id=f"{self._group.name}/{rank}",
                 epoch=self._group.epoch,
                 layer_begin=0,
-                layer_end=self._ranks[shard.rank].num_layers,
-                token_begin=shard.token_begin,
-                token_end=shard.token_end,
-                num_blocks=live.num_blocks(shard.rank),
+                layer_end=self._ranks[rank].num_layers,
+                token_begin=begin,
+                token_end=end,
+                num_blocks=num_blocks,
             )
         self._directory.record_shards(record, RECORD_LEASE_S)
+        if live.record_timer is not None:
+            live.record_timer.cancel()
         loop = asyncio.get_running_loop()
         live.record_timer = loop.call_later(RECORD_LEASE_S / 3, self._record, live)
 

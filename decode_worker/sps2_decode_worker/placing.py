@@ -59,10 +59,10 @@ class Places:
     """Most tokens of a row after the prompt, the one that prefill samples included."""
     block_tokens: int
 
-    def blocks_at_home(self, num_new_tokens: int) -> int:
-        """Blocks of one row at home with so many new tokens behind its part of the prompt."""
-        begin, end = self.shards[self.home]
-        return -(-(end - begin + num_new_tokens) // self.block_tokens)
+    @property
+    def num_tokens(self) -> int:
+        """Those that prefill delivers."""
+        return max(end for _, end in self.shards.values())
 
 
 def place(asked: Asked, counts: BlockCounts, block_tokens: int, min_holder_tokens: int) -> Places | None:
@@ -82,8 +82,10 @@ def place(asked: Asked, counts: BlockCounts, block_tokens: int, min_holder_token
     max_new_tokens = asked.max_new_tokens
     ranges = place_tokens(asked.num_tokens, block_tokens, len(counts.total), min_holder_tokens)
     holders = choose_holders(counts.room, len(ranges))
-    shards = dict(zip(holders, ranges, strict=True))
     for home in sorted(holders, key=lambda rank: (counts.num_at_home[rank], rank)):
+        others = [rank for rank in holders if rank != home]
+        # New tokens follow the end of the prompt in its last block: every other block is whole, and may move.
+        shards = dict(zip([*others, home], ranges, strict=True))
         first, last = (
             _places(home, shards, num_new, max_new_tokens, block_tokens)
             for num_new in (tokens_ahead(max_new_tokens), max_new_tokens)

@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from sps2.internal.v1 import engine_pb2
+from sps2_decode_worker.moving import KvMover
 from sps2_decode_worker.placing import max_new_tokens, tokens_ahead
-from sps2_decode_worker.rows import RowState, shard_of
+from sps2_decode_worker.rows import RowState, Segment, shard_of
+from sps2_engine.collectives import Communicator
 from sps2_engine.kv_pool import BLOCK_TOKENS
 from sps2_engine.kv_transfer.receiver import KvReceiver
 from sps2_engine.runtime.loading import LoadedModel
@@ -31,6 +33,10 @@ class Receiver:
         """Blocks that rows hold."""
         return self._pool.num_used
 
+    def mover(self, communicator: Communicator) -> KvMover:
+        """What moves KV between these blocks and those of other ranks."""
+        return KvMover(self._pool, self._arena, communicator)
+
     def reserve(
         self, reserve: engine_pb2.ReserveRow, rank: int, on_complete: Callable[[], None]
     ) -> list[RowState]:
@@ -49,25 +55,25 @@ class Receiver:
         blocks = self._pool.allocate(-(-(num_prompt + num_ahead) // BLOCK_TOKENS))
         if shard is not None:
             self._receiver.expect(shard.fence, shard.token_begin, shard.token_end, blocks, on_complete)
-        first = RowState(reserve.row, reserve, rank, 0, blocks, num_prompt)
         num_shared = num_prompt // BLOCK_TOKENS if at_home else len(blocks)
-        return [first, *self._more_choices(first, blocks[:num_shared])]
+        prompt = Segment(blocks[:num_shared], min(num_prompt, num_shared * BLOCK_TOKENS))
+        own = Segment(blocks[num_shared:], num_prompt - prompt.num_tokens)
+        first = RowState(reserve.row, reserve, rank, 0, prompt, own)
+        return [first, *self._more_choices(first)]
 
-    def _more_choices(self, first: RowState, shared: list[int]) -> Iterator[RowState]:
+    def _more_choices(self, first: RowState) -> Iterator[RowState]:
         for index, row_id in enumerate(first.reserve.choice_rows, start=1):
-            self._pool.share(shared)
-            own = self._pool.allocate(len(first.blocks) - len(shared))
-            yield RowState(
-                row_id, first.reserve, first.rank, index, [*shared, *own], first.num_local, first, len(shared)
-            )
+            self._pool.share(first.prompt.blocks)
+            own = Segment(self._pool.allocate(len(first.own.blocks)), first.own.num_tokens)
+            yield RowState(row_id, first.reserve, first.rank, index, first.prompt, own, first)
 
     def extend(self, row: RowState) -> None:
         """Takes a block for a row's next token where its blocks are full; the leader has counted that one is free.
 
         Of a row that has finished as well: until it leaves, the leader counts its blocks as it goes on.
         """
-        if row.num_local == len(row.blocks) * BLOCK_TOKENS:
-            row.blocks.extend(self._pool.allocate(1))
+        if row.own.num_tokens == len(row.own.blocks) * BLOCK_TOKENS:
+            row.own.blocks.extend(self._pool.allocate(1))
 
     def copy_prompt(self, row: RowState) -> None:
         """Fills a row's own block with the end of the prompt that it shares; before any row of it appends."""

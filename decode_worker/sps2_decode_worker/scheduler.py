@@ -8,17 +8,23 @@ runs out, the attempt that came last there is preempted: it leaves, and the rout
 room. The one that came first is never preempted and, coming back, takes its room from later ones, so that each
 ends in its turn.
 
+Before a rank runs out, whole blocks go from it to the rank with most room, a few with each step; so do those of an
+attempt whose holders are to be others. Both ranks count what is under way as theirs; it is elsewhere from the next
+plan on.
+
 An attempt that finds no room stands in line. Later ones pass the first in line where it finds its room beside them
 once those that came before it have ended, and a few times where it does not. So a long request waits for earlier ones
 and those few only, whatever stream of short ones comes behind it; and short ones do not wait behind a long one, but
 for the room that it needs. What has passed is not preempted for whom it passed.
 """
 
-import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from sps2_decode_worker.placing import Asked, BlockCounts, Places, place
+from sps2_decode_worker.resizing import NotMovableError, RowMoves, choose_ranks
+from sps2_decode_worker.tenants import Row, RowState, Tenant
 
 MAX_STEPS_IN_FLIGHT = 2
 """The step that computes and the one that waits behind it."""
@@ -32,78 +38,6 @@ class NoRoomError(Exception):
 
 class NeverFitsError(Exception):
     """More blocks than the group has."""
-
-
-class RowState(enum.Enum):
-    """Where a row is in its life."""
-
-    RESERVED = "reserved"
-    """It has room; its KV is on the way."""
-    ACTIVE = "active"
-    """Each step makes a token for it."""
-
-
-@dataclass(eq=False)
-class Tenant:
-    """One attempt in the group: its rows come and are preempted together."""
-
-    turn: int
-    """Of two attempts the one with the lower turn keeps or gets its room."""
-    number: int
-    """Counts attempts."""
-    places: Places
-    rows: "list[Row]" = field(default_factory=list)
-    """Those that have not left, by number."""
-
-    @property
-    def age(self) -> tuple[int, int]:
-        """Where it stands among all, the last to be preempted first."""
-        return self.turn, self.number
-
-    def held(self, rank: int) -> int:
-        """Blocks that its rows hold on a rank, shared ones once."""
-        shared = self.places.shared.get(rank, 0)
-        return (shared if self.rows else 0) + sum(row.blocks.get(rank, 0) - shared for row in self.rows)
-
-    def held_at_last(self, rank: int) -> int:
-        """Blocks there when the output of its rows is as long as it may become."""
-        places, shared = self.places, self.places.shared.get(rank, 0)
-        at_last = places.blocks_at_home(places.max_new_tokens) if rank == places.home else shared
-        return shared + len(self.rows) * (at_last - shared)
-
-
-@dataclass(eq=False)
-class Row:
-    """One choice of an attempt."""
-
-    row_id: int
-    tenant: Tenant = field(repr=False)
-    blocks: dict[int, int]
-    """Blocks on each of its holders, those that choices share included."""
-    state: RowState = RowState.RESERVED
-    num_planned: int = 1
-    """New tokens planned so far; the first is prefill's."""
-
-    @property
-    def home(self) -> int:
-        """Rank that takes its new tokens."""
-        return self.tenant.places.home
-
-    @property
-    def shards(self) -> dict[int, tuple[int, int]]:
-        """Tokens [begin, end) of the prompt on each of its holders."""
-        return self.tenant.places.shards
-
-    @property
-    def needs_block(self) -> bool:
-        """Whether the next step's token finds its blocks full."""
-        return self.tenant.places.blocks_at_home(self.num_planned) > self.blocks[self.home]
-
-    @property
-    def may_grow(self) -> bool:
-        """Whether its last token does."""
-        places = self.tenant.places
-        return places.blocks_at_home(places.max_new_tokens) > self.blocks[self.home]
 
 
 @dataclass
@@ -129,6 +63,8 @@ class Plan:
     run: bool
     preempted: tuple[int, ...] = ()
     """Those of `release` that were preempted."""
+    moves: tuple[RowMoves, ...] = ()
+    """What moves while the step computes; rows of the step alone."""
     blocks_used: tuple[int, ...] = field(default=(), compare=False)
     """Of each rank, once the plan is executed; they follow from all plans so far."""
 
@@ -142,11 +78,16 @@ class DecodeScheduler:
     block_tokens: int
     min_holder_tokens: int
     """A prompt is spread over a further rank only while each would hold at least so many tokens."""
+    blocks_per_plan: int = 8
+    """Most blocks that move in one step."""
     rows: dict[int, Row] = field(default_factory=dict)
     """Those that have not left."""
     free: list[int] = field(init=False)
     """Blocks of each rank; those of a row that leaves are free for whatever a later command takes."""
     steps_in_flight: int = 0
+    num_resizes: int = 0
+    """That ended."""
+    num_blocks_moved: int = 0
     line: dict[str, Waiting] = field(default_factory=dict)
     """Those that wait for room, by name."""
     _next_row: int = 1
@@ -202,10 +143,44 @@ class DecodeScheduler:
         row = self.rows.pop(row_id, None)
         if row is None:
             return
-        self._change_free(row.tenant, 1)
-        row.tenant.rows.remove(row)
-        self._change_free(row.tenant, -1)
+        with self._recounted(row.tenant):
+            row.tenant.rows.remove(row)
         self._release.append(row_id)
+
+    def resize(self, row_id: int, degree: int, ranks: tuple[int, ...] = ()) -> bool:
+        """Begins to spread the row's attempt evenly over so many ranks; decoding goes on.
+
+        Args:
+            row_id: a row that decodes.
+            degree: holders that it is to have.
+            ranks: which ones; empty: those that need least be moved. Without its home among them it gets another.
+
+        Returns:
+            Whether anything has to move.
+
+        Raises:
+            NotMovableError: its rows do not all decode yet, or a resize is under way.
+            TooShortError: it has fewer blocks than that.
+            NoRoomError: these ranks cannot take it now.
+        """
+        tenant = self.rows[row_id].tenant
+        if not tenant.moves_now:
+            raise NotMovableError("a resize is under way" if tenant.resize else "its KV cannot move now")
+        room, homes = self._room_beside(self._tenants), self._num_at_home()
+        holders = ranks or choose_ranks(tenant.spread, degree, room)
+        home = tenant.spread.home
+        if home not in holders:
+            home = min(holders, key=lambda rank: (homes[rank], rank))
+        resize, spread = tenant.plan_resize(holders, home)
+        incoming = [resize.incoming(rank, len(tenant.rows)) for rank in range(len(room))]
+        fits = all(new <= max(0, left) for new, left in zip(incoming, room, strict=True))
+        if not (fits and tenant.fits_at_home(spread, self.blocks_total[home])):
+            raise NoRoomError
+        if not any(incoming):
+            return False
+        with self._recounted(tenant):
+            tenant.resize = resize
+        return True
 
     def step_done(self) -> None:
         """Every rank has reported a step."""
@@ -219,6 +194,7 @@ class DecodeScheduler:
         run = bool(active) and self.steps_in_flight < MAX_STEPS_IN_FLIGHT
         if not (run or self._reserve or self._admit or self._release):
             return None
+        moves = self._moves() if run else ()
         self._sequence += 1
         plan = Plan(
             self._sequence,
@@ -227,7 +203,8 @@ class DecodeScheduler:
             tuple(self._admit),
             run,
             tuple(self._preempted),
-            tuple(total - free for total, free in zip(self.blocks_total, self.free, strict=True)),
+            moves,
+            tuple(self._used),
         )
         self._release, self._reserve, self._admit, self._preempted = [], [], [], []
         if run:
@@ -238,6 +215,13 @@ class DecodeScheduler:
     def num_rows(self, state: RowState) -> int:
         """Rows in that state."""
         return sum(row.state is state for row in self.rows.values())
+
+    @property
+    def _used(self) -> Iterator[int]:
+        """Blocks in use on each rank; what is promised is not used yet."""
+        tenants = dict.fromkeys(row.tenant for row in self.rows.values())
+        for rank, (total, free) in enumerate(zip(self.blocks_total, self.free, strict=True)):
+            yield total - free - sum(one.held(rank) - one.used(rank) for one in tenants if one.resize)
 
     @property
     def _tenants(self) -> list[Tenant]:
@@ -267,8 +251,46 @@ class DecodeScheduler:
             self.release(row.row_id)
 
     def _change_free(self, tenant: Tenant, sign: int) -> None:
-        for rank in tenant.places.shards:
+        for rank in range(len(self.free)):
             self.free[rank] += sign * tenant.held(rank)
+
+    def _moves(self) -> tuple[RowMoves, ...]:
+        """What moves with the next step: of resizes under way, else away from the rank that runs low."""
+        made: list[RowMoves] = []
+        most = self.blocks_per_plan
+        for tenant in dict.fromkeys(row.tenant for row in self.rows.values() if row.tenant.resize):
+            if most > 0:
+                with self._recounted(tenant):
+                    made.append(tenant.go_on(most))
+                most -= made[-1].num_blocks
+        self.num_resizes += sum(one.last for one in made)
+        if not made and min(self.free) < len(self.rows):
+            made = self._relieve(most)
+        self.num_blocks_moved += sum(one.num_blocks for one in made)
+        return tuple(made)
+
+    def _relieve(self, most: int) -> list[RowMoves]:
+        """Moves blocks of the largest attempt from the rank that lacks most to the one with most room."""
+        slack = list(self.free)
+        for row in self.rows.values():
+            slack[row.home] -= row.may_grow
+        source, target = (slack.index(end(slack)) for end in (min, max))
+        num = min(most, slack[target], (slack[target] - slack[source]) // 2)
+        if slack[source] >= 0 or num < 1:
+            return []
+        by_size = sorted(self._tenants, key=lambda tenant: -sum(map(tenant.held, range(len(slack)))))
+        for tenant in by_size:
+            if tenant.moves_now and (move := tenant.away(source, target, num)) is not None:
+                with self._recounted(tenant):
+                    return [tenant.give(move)]
+        return []
+
+    @contextmanager
+    def _recounted(self, tenant: Tenant) -> Iterator[None]:
+        """What a tenant holds may change inside."""
+        self._change_free(tenant, 1)
+        yield
+        self._change_free(tenant, -1)
 
     def _find_room(self, asked: Asked, turn: int, name: str) -> tuple[list[Tenant], Tenant | None]:
         """The fewest later attempts, from the last on, without which it fits, and it itself where it does."""
@@ -297,7 +319,7 @@ class DecodeScheduler:
         room = list(self.blocks_total)
         later = (one for one in self._tenants if one.turn > first.turn and one not in victims)
         for one in (*later, tenant):
-            for rank in one.places.shards:
+            for rank in range(len(room)):
                 room[rank] -= one.held_at_last(rank)
         if self._place(first.asked, room) is not None:
             return True
@@ -310,14 +332,17 @@ class DecodeScheduler:
         """Blocks that neither these attempts nor their rows' next tokens take, by rank; may be negative."""
         room = list(self.blocks_total)
         for tenant in tenants:
-            for rank in tenant.places.shards:
+            for rank in range(len(room)):
                 room[rank] -= tenant.held(rank)
-            room[tenant.places.home] -= sum(row.may_grow for row in tenant.rows)
+            room[tenant.spread.home] -= sum(row.may_grow for row in tenant.rows)
         return room
 
     def _place(self, asked: Asked, room: Sequence[int]) -> Places | None:
+        counts = BlockCounts(self.blocks_total, tuple(room), tuple(self._num_at_home()))
+        return place(asked, counts, self.block_tokens, self.min_holder_tokens)
+
+    def _num_at_home(self) -> list[int]:
         homes = [0] * len(self.blocks_total)
         for row in self.rows.values():
             homes[row.home] += 1
-        counts = BlockCounts(self.blocks_total, tuple(room), tuple(homes))
-        return place(asked, counts, self.block_tokens, self.min_holder_tokens)
+        return homes

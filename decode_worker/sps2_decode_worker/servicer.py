@@ -47,6 +47,14 @@ class DecodeServicer:
         finally:
             self._coordinator.release(live)
 
+    async def ResizeAttempt(  # noqa: N802 - named by the proto
+        self,
+        request: decode_service_pb2.ResizeAttemptRequest,
+        _context: "grpc.aio.ServicerContext[Any, Any]",
+    ) -> decode_service_pb2.ResizeAttemptResponse:
+        """See decode_service.proto."""
+        return await self._coordinator.resize(request)
+
     async def _stop_choices(
         self, requests: AsyncIterator[decode_service_pb2.DecodeRequest], live: LiveAttempt
     ) -> None:
@@ -102,7 +110,7 @@ def _finished(one: ChoiceToken, live: LiveAttempt) -> decode_service_pb2.DecodeR
     finished = decode_service_pb2.DecodeFinished(
         reason=one.token.finish_reason,
         q_exchange_bytes=one.token.q_exchange_bytes,
-        num_holders=len(live.row.shards),
+        num_holders=len(live.row.tenant.spread.holders),
         choice_index=one.choice_index,
     )
     return decode_service_pb2.DecodeResponse(finished=finished)

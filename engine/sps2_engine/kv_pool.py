@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from sps2_layout.layout import Span
 
@@ -62,6 +63,31 @@ class KvArena:
     def side_token_bytes(self) -> int:
         """Bytes of one token in one layer of K alone, or of V alone."""
         return self.num_kv_heads * self.head_dim * self.k.element_size()
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: K and V of all layers."""
+        return 2 * self.num_layers * BLOCK_TOKENS * self.side_token_bytes
+
+    def read_blocks(self, blocks: Sequence[int]) -> Tensor:
+        """A copy of whole blocks, uint8 [blocks, block_bytes], as `write_blocks` takes them anywhere else."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.k.device)
+        sides = [plane[:, index].transpose(0, 1) for plane in self._by_block]  # [blocks, layers, elements]
+        return torch.stack(sides, dim=1).view(-1).view(torch.uint8).view(len(blocks), self.block_bytes)
+
+    def write_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
+        """Puts what `read_blocks` gave, uint8 [blocks, block_bytes], into these blocks."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.k.device)
+        elements = self.block_bytes // self.k.element_size() // (2 * self.num_layers)
+        sides = data.view(self.k.dtype).view(len(blocks), 2, self.num_layers, elements)
+        for side, plane in enumerate(self._by_block):
+            plane[:, index] = sides[:, side].transpose(0, 1)
+
+    @property
+    def _by_block(self) -> tuple[Tensor, Tensor]:
+        """K and V as [layers, blocks, elements of a block]."""
+        shape = (self.num_layers, self.num_blocks, -1)
+        return self.k.view(shape), self.v.view(shape)
 
 
 class BlockPool:

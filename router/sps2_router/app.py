@@ -84,7 +84,11 @@ class Router:
             (InferenceServicer(door, self._admission), inference_service_pb2, "InferenceService"),
             (ModelServicer(model), model_service_pb2, "ModelService"),
             (TokenizerServicer(model, tokenizer), tokenizer_service_pb2, "TokenizerService"),
-            (ClusterServicer(view, self._admission, self._scheduler), cluster_service_pb2, "ClusterService"),
+            (
+                ClusterServicer(view, self._admission, self._scheduler, self._channels),
+                cluster_service_pb2,
+                "ClusterService",
+            ),
         ):
             self.server.add(servicer, file.DESCRIPTOR.services_by_name[name])
 

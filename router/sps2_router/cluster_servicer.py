@@ -6,6 +6,8 @@ import grpc
 
 from sps2.v1 import cluster_service_pb2 as pb
 from sps2_router.admission import Admission
+from sps2_router.channels import LeaderChannels
+from sps2_router.resizes import resize_request
 from sps2_router.scheduler import Scheduler, WorkersView
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -14,8 +16,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ClusterServicer:
     """Serves sps2.v1.ClusterService."""
 
-    def __init__(self, view: WorkersView, admission: Admission, scheduler: Scheduler) -> None:
+    def __init__(
+        self, view: WorkersView, admission: Admission, scheduler: Scheduler, channels: LeaderChannels
+    ) -> None:
         self._view = view
+        self._channels = channels
         self._admission = admission
         self._scheduler = scheduler
 
@@ -28,3 +33,7 @@ class ClusterServicer:
             num_requests_live=self._admission.num_live,
             num_requests_by_group=self._scheduler.num_requests_by_group,
         )
+
+    async def ResizeRequest(self, request: pb.ResizeRequestRequest, _: Context) -> pb.ResizeRequestResponse:  # noqa: N802
+        """See cluster_service.proto."""
+        return await resize_request(self._view.workers, self._channels, request)

@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sps2_decode_worker.placing import Asked, BlockCounts, place, tokens_ahead
+from sps2_decode_worker.resizing import RowMoves
 from sps2_decode_worker.scheduler import (
     MAX_STEPS_IN_FLIGHT,
     DecodeScheduler,
     NeverFitsError,
     NoRoomError,
-    Row,
-    RowState,
 )
+from sps2_decode_worker.spread import Move
+from sps2_decode_worker.tenants import Row, RowState
 
 BLOCK = 64
 
@@ -24,13 +25,29 @@ BLOCK = 64
 class RankRow:
     """A row as the ranks have it, from the plans alone."""
 
-    row: Row
-    prompt: int
-    """Which prompt it shares with others."""
+    home: int
+    shared: dict[int, int]
+    """Blocks by rank that the rows of its attempt share; one object for all of them."""
+    own: dict[int, int]
+    """Blocks by rank that it has for itself."""
     num_at_home: int
-    own_blocks: int
-    """At home, those of the prompt that it shares left out."""
+    """Tokens in those at home."""
     active: bool = False
+
+    def append(self) -> None:
+        """A token more."""
+        self.num_at_home += 1
+        if self.num_at_home > self.own[self.home] * BLOCK:
+            self.own[self.home] += 1
+
+    def move(self, move: Move) -> None:
+        """Blocks of its own go from rank to rank."""
+        self.own[move.source] = self.own.get(move.source, 0) - move.own_blocks
+        self.own[move.target] = self.own.get(move.target, 0) + move.own_blocks
+        assert self.own[move.source] >= 0
+        self.num_at_home += (
+            BLOCK * move.own_blocks * ((move.target == self.home) - (move.source == self.home))
+        )
 
 
 @dataclass
@@ -48,40 +65,39 @@ class Ranks:
         skipped = set(plan.reserve) & set(plan.release)
         for row_id in set(plan.release) - skipped:
             del self.rows[row_id]
+        prompts: dict[int, dict[int, int]] = {}
         for row_id in set(plan.reserve) - skipped:
             places = known[row_id].tenant.places
             begin, end = places.shards[places.home]
+            shared = prompts.setdefault(id(places), dict(places.shared))
             blocks = -(-(end - begin + tokens_ahead(places.max_new_tokens)) // BLOCK)
-            shared = places.shared[places.home]
-            self.rows[row_id] = RankRow(known[row_id], id(places), end - begin, blocks - shared)
+            own = {places.home: blocks - shared[places.home]}
+            self.rows[row_id] = RankRow(places.home, shared, own, (end - begin) % BLOCK)
         for row_id in set(plan.admit) & set(self.rows):
             self.rows[row_id].active = True
-        made = []
-        if plan.run:
-            for row_id, row in self.rows.items():
-                if row.active:
-                    made.append(row_id)
-                    self._append(row)
+        made = [row_id for row_id, row in self.rows.items() if row.active] if plan.run else []
+        for row_id in made:
+            self.rows[row_id].append()
+        for one in plan.moves:
+            self._move(one)
         for rank, total in enumerate(self.totals):
             assert self.held(rank) == plan.blocks_used[rank] <= total
         return made
 
-    def _append(self, row: RankRow) -> None:
-        places = row.row.tenant.places
-        row.num_at_home += 1
-        if row.num_at_home > (row.own_blocks + places.shared[places.home]) * BLOCK:
-            row.own_blocks += 1
+    def _move(self, one: RowMoves) -> None:
+        rows = [self.rows[row_id] for row_id in one.rows]
+        for move in one.moves:
+            shared = rows[0].shared
+            shared[move.source] = shared.get(move.source, 0) - move.prompt_blocks
+            shared[move.target] = shared.get(move.target, 0) + move.prompt_blocks
+            assert shared[move.source] >= 0
+            for row in rows:
+                row.move(move)
 
     def held(self, rank: int) -> int:
         """Blocks of a rank in use, those that rows share once."""
-        shared = {
-            row.prompt: row.row.tenant.places.shared[rank]
-            for row in self.rows.values()
-            if rank in row.row.shards
-        }
-        return sum(shared.values()) + sum(
-            row.own_blocks for row in self.rows.values() if row.row.home == rank
-        )
+        shared = {id(row.shared): row.shared.get(rank, 0) for row in self.rows.values()}
+        return sum(shared.values()) + sum(row.own.get(rank, 0) for row in self.rows.values())
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -139,7 +155,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def blocks_are_counted(self) -> None:
         tenants = {row.tenant for row in self.scheduler.rows.values()}
         for rank, total in enumerate(self.scheduler.blocks_total):
-            held = sum(tenant.held(rank) for tenant in tenants if rank in tenant.places.shards)
+            held = sum(tenant.held(rank) for tenant in tenants)
             assert self.scheduler.free[rank] + held == total
             assert self.scheduler.free[rank] >= 0
         assert 0 <= self.scheduler.steps_in_flight <= MAX_STEPS_IN_FLIGHT

@@ -41,11 +41,17 @@ class InstantRanks:
     state: GroupState = GroupState.FORMED
     missing: str = ""
     epoch: int = 1
+    fenced: bool = False
     plans: list[engine_pb2.StepPlan] = field(default_factory=list)
     homes: dict[int, int] = field(default_factory=dict)
     max_tokens: dict[int, int] = field(default_factory=dict)
     num_tokens: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     """Of each row that decodes."""
+
+    def check_lease(self) -> None:
+        """As the leader of a group does."""
+        if self.fenced:
+            raise Unavailable("FENCED", "the leader's lease does not hold")
 
     def broadcast(self, command: engine_pb2.EngineCommand) -> None:
         """As to every rank: what it answers comes back over the wire, later."""
@@ -87,7 +93,9 @@ def make(kv_blocks: int, *, debug: bool = False) -> tuple[DecodeCoordinator, Ins
     coordinator = DecodeCoordinator(NoDirectory(), "hash", 128, debug_invariants=debug)  # type: ignore[arg-type]
     ranks = InstantRanks(coordinator)
     coordinator.attach(ranks)  # type: ignore[arg-type]
-    loaded = engine_pb2.EngineLoaded(kv_blocks_total=kv_blocks, num_layers=2)
+    loaded = engine_pb2.EngineLoaded(
+        kv_blocks_total=kv_blocks, num_layers=2, num_kv_heads=1, head_dim=8, device="cpu", dtype="fp32"
+    )
     coordinator.on_formed(1, [loaded] * NUM_RANKS)
     return coordinator, ranks
 
@@ -161,3 +169,14 @@ async def test_who_is_more_urgent_takes_the_room_of_one_that_is_not() -> None:
     await coordinator.reserve(late)
     assert usual.error is not None
     assert usual.error.reason == "PREEMPTED"
+
+
+async def test_a_fenced_leader_gives_no_room_and_serves_on() -> None:
+    coordinator, ranks = make(8)
+    live = await coordinator.reserve(reserve("one", 1, 64))
+    ranks.fenced = True
+    with pytest.raises(Unavailable, match="lease"):
+        await coordinator.reserve(reserve("two", 2, 64))
+    await coordinator.commit(live, decode_service_pb2.StartDecode(first_token_id=7))
+    assert [token async for token in coordinator.tokens(live)]
+    coordinator.release(live)

@@ -9,27 +9,10 @@ from sps2.internal.v1.prefill_service_pb2 import TokenChoice
 from sps2.v1.generation_pb2 import FINISH_REASON_LENGTH, SamplingSpec
 from sps2_decode_worker.receive import Receiver
 from sps2_decode_worker.rows import RowState
-from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, KvArena, slot_runs
+from sps2_engine.kv_pool import BLOCK_TOKENS, slot_runs
+from support.decode_ranks import receiver
 
 NUM_BLOCKS = 20
-
-
-class NoTransfers:
-    """In place of a KvReceiver: KV is there at once."""
-
-    def expect(self, *_: object) -> None:
-        """Nothing comes."""
-
-    def forget(self, _: object) -> None:
-        """Nothing came."""
-
-
-def receiver() -> Receiver:
-    made = Receiver.__new__(Receiver)
-    made._pool = BlockPool(NUM_BLOCKS)
-    made._arena = KvArena(2, NUM_BLOCKS, 1, 2)
-    made._receiver = NoTransfers()  # type: ignore[assignment]
-    return made
 
 
 def rows_of(holder: Receiver, num_tokens: int, home: int) -> list[RowState]:
@@ -45,14 +28,19 @@ def rows_of(holder: Receiver, num_tokens: int, home: int) -> list[RowState]:
     return holder.reserve(reserve, 0, lambda: None)
 
 
+def slots_of(row: RowState, num_tokens: int) -> list[int]:
+    """Slots of the prompt."""
+    return [slot for run in slot_runs(row.blocks, num_tokens) for slot in range(*run)]
+
+
 @pytest.mark.parametrize(("num_tokens", "num_used"), [(130, 2 + 3 * 2), (128, 2 + 3 * 1), (10, 3 * 2)])
 def test_home_shares_full_blocks_and_copies_the_last(num_tokens: int, num_used: int) -> None:
-    holder = receiver()
+    holder = receiver(NUM_BLOCKS)
     rows = rows_of(holder, num_tokens, home=0)
     assert [(row.row_id, row.choice_index) for row in rows] == [(4, 0), (5, 1), (6, 2)]
     assert holder.blocks_used == num_used
-    values = torch.randn(2, num_tokens, 1, 2)
-    slots = [slot for run in slot_runs(rows[0].blocks, num_tokens) for slot in range(*run)]
+    values = torch.randn(1, num_tokens, 1, 2)
+    slots = slots_of(rows[0], num_tokens)
     holder._arena.k[:, slots], holder._arena.v[:, slots] = values, -values
     for row in rows:
         holder.copy_prompt(row)
@@ -62,15 +50,28 @@ def test_home_shares_full_blocks_and_copies_the_last(num_tokens: int, num_used: 
     assert len({slot // BLOCK_TOKENS for slot in appended}) == 3  # nobody writes into another's block
     holder.release(rows[0])
     for row in rows[1:]:
-        kept = [slot for run in slot_runs(row.blocks, num_tokens) for slot in range(*run)]
+        kept = slots_of(row, num_tokens)
         assert torch.equal(holder._arena.k[:, kept], values)
         assert torch.equal(holder._arena.v[:, kept], -values)
         holder.release(row)
     assert holder.blocks_used == 0
 
 
-def test_other_holders_share_all() -> None:
+def test_a_check_finds_what_is_astray() -> None:
     holder = receiver()
+    rows = rows_of(holder, 130, home=0)
+    holder.check(rows, 8)
+    with pytest.raises(AssertionError, match="8 blocks are used, the leader counts 7"):
+        holder.check(rows, 7)
+    with pytest.raises(AssertionError, match="other owners"):
+        holder.check(rows[:2], 8)
+    rows[2].blocks[-1] = rows[1].blocks[-1]
+    with pytest.raises(AssertionError, match="other owners"):
+        holder.check(rows, 8)
+
+
+def test_other_holders_share_all() -> None:
+    holder = receiver(NUM_BLOCKS)
     rows = rows_of(holder, 130, home=1)
     assert holder.blocks_used == 3
     assert rows[0].blocks == rows[1].blocks == rows[2].blocks
@@ -81,7 +82,7 @@ def test_other_holders_share_all() -> None:
 
 
 def test_a_row_takes_blocks_as_its_output_comes() -> None:
-    holder = receiver()
+    holder = receiver(NUM_BLOCKS)
     row, *others = rows_of(holder, 10, home=0)
     for other in others:
         holder.release(other)
@@ -96,15 +97,13 @@ def test_a_row_takes_blocks_as_its_output_comes() -> None:
         slots.append(row.append_slot())
     assert holder.blocks_used == len(row.blocks) == 3
     assert len(set(slots)) == 130
-    row.finished = True
-    holder.extend(row)
     holder.release(row)
     assert holder.blocks_used == 0
 
 
 def test_a_row_that_comes_back_has_its_place_in_the_text() -> None:
     """Ten tokens, of which the last three were generated: the next is output 3, and its penalties know them."""
-    holder = receiver()
+    holder = receiver(NUM_BLOCKS)
     reserve = ReserveRow(
         row=1,
         home=0,

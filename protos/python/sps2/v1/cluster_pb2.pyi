@@ -213,6 +213,8 @@ class WorkerLoad(_message.Message):
     QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
     BYTES_POSTED_FIELD_NUMBER: _builtins.int
     CONTROL_SHARE_FIELD_NUMBER: _builtins.int
+    NUM_RESIZES_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_MOVED_FIELD_NUMBER: _builtins.int
     num_requests_running: _builtins.int
     """Requests being computed."""
     num_requests_waiting: _builtins.int
@@ -229,6 +231,10 @@ class WorkerLoad(_message.Message):
     """Seconds that the leader of a decode group spent on control (plans, their broadcast, reports of ranks) for each
     second that the last steps took; 0 on other ranks and before the first step.
     """
+    num_resizes: _builtins.int
+    """Changes of the number of ranks that hold a request's KV, done in this life (leaders of decode groups)."""
+    num_blocks_moved: _builtins.int
+    """KV blocks that have gone from rank to rank for these, and to even out their use (leaders of decode groups)."""
     @_builtins.property
     def bytes_posted(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Bytes that the rank has really posted since it started, by kind:
@@ -246,10 +252,12 @@ class WorkerLoad(_message.Message):
         queued_tokens: _builtins.int = ...,
         bytes_posted: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         control_share: _builtins.float = ...,
+        num_resizes: _builtins.int = ...,
+        num_blocks_moved: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_posted", b"bytes_posted", "control_share", b"control_share", "kv_blocks_used", b"kv_blocks_used", "load_fraction", b"load_fraction", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "queued_tokens", b"queued_tokens", "steps_done", b"steps_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_posted", b"bytes_posted", "control_share", b"control_share", "kv_blocks_used", b"kv_blocks_used", "load_fraction", b"load_fraction", "num_blocks_moved", b"num_blocks_moved", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_resizes", b"num_resizes", "queued_tokens", b"queued_tokens", "steps_done", b"steps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

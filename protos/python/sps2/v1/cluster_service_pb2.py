@@ -25,21 +25,29 @@ _sym_db = _symbol_database.Default()
 from sps2.v1 import cluster_pb2 as sps2_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsps2/v1/cluster_service.proto\x12\x07sps2.v1\x1a\x15sps2/v1/cluster.proto\"\x18\n\x16GetClusterStateRequest\"\x8b\x02\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x1b\n\x13\x64irectory_connected\x18\x02 \x01(\x08\x12\x19\n\x11num_requests_live\x18\x03 \x01(\x05\x12W\n\x15num_requests_by_group\x18\x04 \x03(\x0b\x32\x38.sps2.v1.GetClusterStateResponse.NumRequestsByGroupEntry\x1a\x39\n\x17NumRequestsByGroupEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x32\x66\n\x0e\x43lusterService\x12T\n\x0fGetClusterState\x12\x1f.sps2.v1.GetClusterStateRequest\x1a .sps2.v1.GetClusterStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsps2/v1/cluster_service.proto\x12\x07sps2.v1\x1a\x15sps2/v1/cluster.proto\"M\n\x14ResizeRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65gree\x18\x02 \x01(\x05\x12\x11\n\x05ranks\x18\x03 \x03(\x05\x42\x02\x10\x01\"\x90\x01\n\x15ResizeRequestResponse\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04home\x18\x02 \x01(\x05\x12\x13\n\x07holders\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x18\n\x10num_blocks_moved\x18\x04 \x01(\x03\x12\x15\n\rlongest_gap_s\x18\x05 \x01(\x01\x12\x14\n\x0cmedian_gap_s\x18\x06 \x01(\x01\"\x18\n\x16GetClusterStateRequest\"\x8b\x02\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x1b\n\x13\x64irectory_connected\x18\x02 \x01(\x08\x12\x19\n\x11num_requests_live\x18\x03 \x01(\x05\x12W\n\x15num_requests_by_group\x18\x04 \x03(\x0b\x32\x38.sps2.v1.GetClusterStateResponse.NumRequestsByGroupEntry\x1a\x39\n\x17NumRequestsByGroupEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x32\xb6\x01\n\x0e\x43lusterService\x12T\n\x0fGetClusterState\x12\x1f.sps2.v1.GetClusterStateRequest\x1a .sps2.v1.GetClusterStateResponse\x12N\n\rResizeRequest\x12\x1d.sps2.v1.ResizeRequestRequest\x1a\x1e.sps2.v1.ResizeRequestResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sps2.v1.cluster_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_RESIZEREQUESTREQUEST'].fields_by_name['ranks']._loaded_options = None
+  _globals['_RESIZEREQUESTREQUEST'].fields_by_name['ranks']._serialized_options = b'\020\001'
+  _globals['_RESIZEREQUESTRESPONSE'].fields_by_name['holders']._loaded_options = None
+  _globals['_RESIZEREQUESTRESPONSE'].fields_by_name['holders']._serialized_options = b'\020\001'
   _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._loaded_options = None
   _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_options = b'8\001'
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=65
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=89
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=92
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=359
-  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_start=302
-  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_end=359
-  _globals['_CLUSTERSERVICE']._serialized_start=361
-  _globals['_CLUSTERSERVICE']._serialized_end=463
+  _globals['_RESIZEREQUESTREQUEST']._serialized_start=65
+  _globals['_RESIZEREQUESTREQUEST']._serialized_end=142
+  _globals['_RESIZEREQUESTRESPONSE']._serialized_start=145
+  _globals['_RESIZEREQUESTRESPONSE']._serialized_end=289
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=291
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=315
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=318
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=585
+  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_start=528
+  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_end=585
+  _globals['_CLUSTERSERVICE']._serialized_start=588
+  _globals['_CLUSTERSERVICE']._serialized_end=770
 # @@protoc_insertion_point(module_scope)

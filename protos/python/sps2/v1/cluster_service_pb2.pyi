@@ -20,6 +20,82 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class ResizeRequestRequest(_message.Message):
+    """ResizeRequestRequest says over how many ranks, or over which."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DEGREE_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Request id."""
+    degree: _builtins.int
+    """Ranks that are to hold its KV: 1 to the group's size."""
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which ranks of the group, `degree` of them; empty: those that need least be moved."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        degree: _builtins.int = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degree", b"degree", "ranks", b"ranks", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResizeRequestRequest: _TypeAlias = ResizeRequestRequest  # noqa: Y015
+
+@_typing.final
+class ResizeRequestResponse(_message.Message):
+    """ResizeRequestResponse says what was done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    HOME_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_MOVED_FIELD_NUMBER: _builtins.int
+    LONGEST_GAP_S_FIELD_NUMBER: _builtins.int
+    MEDIAN_GAP_S_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """Decode group."""
+    home: _builtins.int
+    """Rank that runs its dense layers now."""
+    num_blocks_moved: _builtins.int
+    """KV blocks that moved."""
+    longest_gap_s: _builtins.float
+    """Longest time between two tokens while it was under way, by the decode leader's clock; 0: none came."""
+    median_gap_s: _builtins.float
+    """Median time between two tokens since the resize before, or the first; 0: too few had come."""
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ranks that hold its KV now, ascending."""
+
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        home: _builtins.int = ...,
+        holders: _abc.Iterable[_builtins.int] | None = ...,
+        num_blocks_moved: _builtins.int = ...,
+        longest_gap_s: _builtins.float = ...,
+        median_gap_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "holders", b"holders", "home", b"home", "longest_gap_s", b"longest_gap_s", "median_gap_s", b"median_gap_s", "num_blocks_moved", b"num_blocks_moved"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResizeRequestResponse: _TypeAlias = ResizeRequestResponse  # noqa: Y015
+
+@_typing.final
 class GetClusterStateRequest(_message.Message):
     """GetClusterStateRequest asks for the state."""
 

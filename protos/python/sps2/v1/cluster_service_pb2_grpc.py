@@ -40,6 +40,11 @@ class ClusterServiceStub:
                 request_serializer=sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateRequest.SerializeToString,
                 response_deserializer=sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateResponse.FromString,
                 _registered_method=True)
+        self.ResizeRequest = channel.unary_unary(
+                '/sps2.v1.ClusterService/ResizeRequest',
+                request_serializer=sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestRequest.SerializeToString,
+                response_deserializer=sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -53,6 +58,14 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResizeRequest(self, request, context):
+        """ResizeRequest spreads the KV of a request that decodes over another number of ranks of its decode group; its
+        stream goes on. Returns when that is done. NOT_FOUND: no such request decodes; UNAVAILABLE: no room now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +73,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.GetClusterState,
                     request_deserializer=sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateRequest.FromString,
                     response_serializer=sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateResponse.SerializeToString,
+            ),
+            'ResizeRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResizeRequest,
+                    request_deserializer=sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestRequest.FromString,
+                    response_serializer=sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class ClusterService:
             '/sps2.v1.ClusterService/GetClusterState',
             sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateRequest.SerializeToString,
             sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResizeRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sps2.v1.ClusterService/ResizeRequest',
+            sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestRequest.SerializeToString,
+            sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

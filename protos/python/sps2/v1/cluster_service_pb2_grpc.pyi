@@ -35,6 +35,10 @@ class ClusterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ClusterServiceAsyncStub: ...
     GetClusterState: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.GetClusterStateRequest, _cluster_service_pb2.GetClusterStateResponse]
     """GetClusterState returns every worker that holds a lease, as the router last heard of it."""
+    ResizeRequest: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.ResizeRequestRequest, _cluster_service_pb2.ResizeRequestResponse]
+    """ResizeRequest spreads the KV of a request that decodes over another number of ranks of its decode group; its
+    stream goes on. Returns when that is done. NOT_FOUND: no such request decodes; UNAVAILABLE: no room now.
+    """
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -43,6 +47,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetClusterState: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.GetClusterStateRequest, _cluster_service_pb2.GetClusterStateResponse]  # type: ignore[assignment]
     """GetClusterState returns every worker that holds a lease, as the router last heard of it."""
+    ResizeRequest: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.ResizeRequestRequest, _cluster_service_pb2.ResizeRequestResponse]  # type: ignore[assignment]
+    """ResizeRequest spreads the KV of a request that decodes over another number of ranks of its decode group; its
+    stream goes on. Returns when that is done. NOT_FOUND: no such request decodes; UNAVAILABLE: no room now.
+    """
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     """ClusterService is for operators."""
@@ -54,5 +62,15 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_service_pb2.GetClusterStateResponse, _abc.Awaitable[_cluster_service_pb2.GetClusterStateResponse]]:
         """GetClusterState returns every worker that holds a lease, as the router last heard of it."""
+
+    @_abc_1.abstractmethod
+    def ResizeRequest(
+        self,
+        request: _cluster_service_pb2.ResizeRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_service_pb2.ResizeRequestResponse, _abc.Awaitable[_cluster_service_pb2.ResizeRequestResponse]]:
+        """ResizeRequest spreads the KV of a request that decodes over another number of ranks of its decode group; its
+        stream goes on. Returns when that is done. NOT_FOUND: no such request decodes; UNAVAILABLE: no room now.
+        """
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

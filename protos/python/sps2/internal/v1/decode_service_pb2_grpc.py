@@ -40,6 +40,11 @@ class DecodeServiceStub:
                 request_serializer=sps2_dot_internal_dot_v1_dot_decode__service__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=sps2_dot_internal_dot_v1_dot_decode__service__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.ResizeAttempt = channel.unary_unary(
+                '/sps2.internal.v1.DecodeService/ResizeAttempt',
+                request_serializer=sps2_dot_internal_dot_v1_dot_decode__service__pb2.ResizeAttemptRequest.SerializeToString,
+                response_deserializer=sps2_dot_internal_dot_v1_dot_decode__service__pb2.ResizeAttemptResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer:
@@ -56,6 +61,15 @@ class DecodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResizeAttempt(self, request, context):
+        """ResizeAttempt spreads the KV of a request that decodes over another number of ranks, without prefill and
+        without a pause of its stream; it returns when that is done. NOT_FOUND: no such request here; ABORTED: another
+        attempt of it, or it ended or broke meanwhile, or a resize is under way; UNAVAILABLE: no room now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -63,6 +77,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=sps2_dot_internal_dot_v1_dot_decode__service__pb2.DecodeRequest.FromString,
                     response_serializer=sps2_dot_internal_dot_v1_dot_decode__service__pb2.DecodeResponse.SerializeToString,
+            ),
+            'ResizeAttempt': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResizeAttempt,
+                    request_deserializer=sps2_dot_internal_dot_v1_dot_decode__service__pb2.ResizeAttemptRequest.FromString,
+                    response_serializer=sps2_dot_internal_dot_v1_dot_decode__service__pb2.ResizeAttemptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -93,6 +112,33 @@ class DecodeService:
             '/sps2.internal.v1.DecodeService/Decode',
             sps2_dot_internal_dot_v1_dot_decode__service__pb2.DecodeRequest.SerializeToString,
             sps2_dot_internal_dot_v1_dot_decode__service__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResizeAttempt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sps2.internal.v1.DecodeService/ResizeAttempt',
+            sps2_dot_internal_dot_v1_dot_decode__service__pb2.ResizeAttemptRequest.SerializeToString,
+            sps2_dot_internal_dot_v1_dot_decode__service__pb2.ResizeAttemptResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,11 @@ class DecodeServiceStub:
     gets `committed` once every rank holds and has verified its KV, then tokens and a `finished` for each
     choice. `stop` ends one choice of several early; ending the call ends all.
     """
+    ResizeAttempt: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.ResizeAttemptRequest, _decode_service_pb2.ResizeAttemptResponse]
+    """ResizeAttempt spreads the KV of a request that decodes over another number of ranks, without prefill and
+    without a pause of its stream; it returns when that is done. NOT_FOUND: no such request here; ABORTED: another
+    attempt of it, or it ended or broke meanwhile, or a resize is under way; UNAVAILABLE: no room now.
+    """
 
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
@@ -50,6 +55,11 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     The router sends `reserve` and gets `placement`; when prefill has sampled, it sends `start` and
     gets `committed` once every rank holds and has verified its KV, then tokens and a `finished` for each
     choice. `stop` ends one choice of several early; ending the call ends all.
+    """
+    ResizeAttempt: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.ResizeAttemptRequest, _decode_service_pb2.ResizeAttemptResponse]  # type: ignore[assignment]
+    """ResizeAttempt spreads the KV of a request that decodes over another number of ranks, without prefill and
+    without a pause of its stream; it returns when that is done. NOT_FOUND: no such request here; ABORTED: another
+    attempt of it, or it ended or broke meanwhile, or a resize is under way; UNAVAILABLE: no room now.
     """
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -65,6 +75,17 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         The router sends `reserve` and gets `placement`; when prefill has sampled, it sends `start` and
         gets `committed` once every rank holds and has verified its KV, then tokens and a `finished` for each
         choice. `stop` ends one choice of several early; ending the call ends all.
+        """
+
+    @_abc_1.abstractmethod
+    def ResizeAttempt(
+        self,
+        request: _decode_service_pb2.ResizeAttemptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_decode_service_pb2.ResizeAttemptResponse, _abc.Awaitable[_decode_service_pb2.ResizeAttemptResponse]]:
+        """ResizeAttempt spreads the KV of a request that decodes over another number of ranks, without prefill and
+        without a pause of its stream; it returns when that is done. NOT_FOUND: no such request here; ABORTED: another
+        attempt of it, or it ended or broke meanwhile, or a resize is under way; UNAVAILABLE: no room now.
         """
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

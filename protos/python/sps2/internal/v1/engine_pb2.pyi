@@ -66,6 +66,7 @@ class EngineCommand(_message.Message):
     CANCEL_PREFILL_FIELD_NUMBER: _builtins.int
     STEP_PLAN_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
+    HOLD_LEASE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Epoch it belongs to; an engine in another epoch drops it."""
     @_builtins.property
@@ -92,6 +93,10 @@ class EngineCommand(_message.Message):
     def shutdown(self) -> Global___Shutdown:
         """End the process."""
 
+    @_builtins.property
+    def hold_lease(self) -> Global___HoldLease:
+        """How long the rank's lease holds; of every epoch, and in effect at once."""
+
     def __init__(
         self,
         *,
@@ -102,16 +107,41 @@ class EngineCommand(_message.Message):
         cancel_prefill: Global___CancelPrefill | None = ...,
         step_plan: Global___StepPlan | None = ...,
         shutdown: Global___Shutdown | None = ...,
+        hold_lease: Global___HoldLease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "form_group", b"form_group", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "epoch", b"epoch", "form_group", b"form_group", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "epoch", b"epoch", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["form_group", "abort_group", "run_prefill", "cancel_prefill", "step_plan", "shutdown"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["form_group", "abort_group", "run_prefill", "cancel_prefill", "step_plan", "shutdown", "hold_lease"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___EngineCommand: _TypeAlias = EngineCommand  # noqa: Y015
+
+@_typing.final
+class HoldLease(_message.Message):
+    """HoldLease tells until when the rank may act on its lease. From then on, and before the first of these
+    commands, the engine is fenced: it takes no new rows and sends no new slabs.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDS_UNTIL_S_FIELD_NUMBER: _builtins.int
+    holds_until_s: _builtins.float
+    """CLOCK_MONOTONIC of this machine, in seconds; minus infinity without a lease."""
+    def __init__(
+        self,
+        *,
+        holds_until_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holds_until_s", b"holds_until_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldLease: _TypeAlias = HoldLease  # noqa: Y015
 
 @_typing.final
 class FormGroup(_message.Message):
@@ -324,6 +354,7 @@ class StepPlan(_message.Message):
     RELEASE_ROWS_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     BLOCKS_USED_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts plans within the epoch from 1, without gaps."""
     run: _builtins.bool
@@ -346,6 +377,10 @@ class StepPlan(_message.Message):
         rank whose pool has another number fails.
         """
 
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveRows]:
+        """What moves between ranks while the step computes, in this order; only with `run`."""
+
     def __init__(
         self,
         *,
@@ -355,14 +390,97 @@ class StepPlan(_message.Message):
         release_rows: _abc.Iterable[_builtins.int] | None = ...,
         run: _builtins.bool = ...,
         blocks_used: _abc.Iterable[_builtins.int] | None = ...,
+        moves: _abc.Iterable[Global___MoveRows] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "blocks_used", b"blocks_used", "release_rows", b"release_rows", "reserve", b"reserve", "run", b"run", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "blocks_used", b"blocks_used", "moves", b"moves", "release_rows", b"release_rows", "reserve", b"reserve", "run", b"run", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepPlan: _TypeAlias = StepPlan  # noqa: Y015
+
+@_typing.final
+class MoveRows(_message.Message):
+    """MoveRows moves KV of an attempt whose rows decode: it is elsewhere from the next step on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    HOME_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUTS_FIELD_NUMBER: _builtins.int
+    home: _builtins.int
+    """Home after the step. Another one than before takes the block that grows and the tokens so far, once the
+    step is computed.
+    """
+    num_outputs: _builtins.int
+    """Tokens that each row has drawn in this attempt after the step, prefill's included; one that has ended, fewer."""
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its rows that have not left, in the order of their choices."""
+
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockMove]:
+        """Whole blocks, those of one source after those of another of lower rank."""
+
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ranks that hold KV after the step, ascending."""
+
+    def __init__(
+        self,
+        *,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+        moves: _abc.Iterable[Global___BlockMove] | None = ...,
+        home: _builtins.int = ...,
+        holders: _abc.Iterable[_builtins.int] | None = ...,
+        num_outputs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holders", b"holders", "home", b"home", "moves", b"moves", "num_outputs", b"num_outputs", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveRows: _TypeAlias = MoveRows  # noqa: Y015
+
+@_typing.final
+class BlockMove(_message.Message):
+    """BlockMove takes blocks from the front of what a rank holds. They come behind what the target holds, but before
+    the row's own blocks at home.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_OWN_BLOCKS_FIELD_NUMBER: _builtins.int
+    source: _builtins.int
+    """Rank that loses them."""
+    target: _builtins.int
+    """Rank that gets them."""
+    num_prompt_blocks: _builtins.int
+    """Blocks that all rows share."""
+    num_own_blocks: _builtins.int
+    """Blocks of each row."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.int = ...,
+        target: _builtins.int = ...,
+        num_prompt_blocks: _builtins.int = ...,
+        num_own_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_own_blocks", b"num_own_blocks", "num_prompt_blocks", b"num_prompt_blocks", "source", b"source", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockMove: _TypeAlias = BlockMove  # noqa: Y015
 
 @_typing.final
 class ReserveRow(_message.Message):
