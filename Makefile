@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.sps2-setup-$(EXTRAS)
 ROOTS  := service layout kernels engine router prefill_worker decode_worker kv_directory client cli $(wildcard bench gateway) scripts tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt types imports proto proto-check acceptance audit clean
+.PHONY: help setup demo test lint fmt types imports proto proto-check chart helm acceptance audit clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -48,6 +48,14 @@ proto: setup  ## regenerate the stubs under protos/python
 
 proto-check: setup  ## fail when the committed stubs differ from the protos
 	$(PY) scripts/generate_protos.py --check
+
+chart: setup  ## regenerate the chart's README and the flags in its schema
+	$(PY) -m scripts.generate_chart
+
+helm: setup  ## lint the chart, render it over a matrix of values and check all that comes out; check the images
+	$(PY) -m scripts.generate_chart --check
+	$(PY) scripts/check_images.py
+	$(VENV)/bin/pytest -q tests/unit/helm tests/unit/images
 
 acceptance: setup  ## run an issue's "Must show" at full size: make acceptance SUITE=name
 	@test -n "$(SUITE_PATH)" || { echo "usage: make acceptance SUITE=name; there are:"; ls tests/acceptance; exit 2; }

@@ -30,12 +30,23 @@ GROUP_TIMEOUT = timedelta(hours=1)
 class Team:
     """Ranks of one engine; each runs the same module and joins the others with `join_team`."""
 
-    def __init__(self, module: str, settings: Message, ranks: int, cpus: Sequence[int]) -> None:
+    def __init__(
+        self, module: str, settings: Message, ranks: int, cpus: Sequence[int], *, share_cores: bool = False
+    ) -> None:
         """Starts them; each gets the settings with its "rank", the "size" and the "store" to meet at.
 
+        Args:
+            module: what each of them runs.
+            settings: what each is told.
+            ranks: how many.
+            cpus: cores to deal.
+            share_cores: whether ranks may outnumber them: for what is counted, not for what is timed.
+
         Raises:
-            ValueError: there are more ranks than cores.
+            ValueError: there are more ranks than cores, and they may not share them.
         """
+        if share_cores:
+            cpus = [cpus[rank % len(cpus)] for rank in range(max(ranks, len(cpus)))]
         self.threads = len(cpus) // ranks
         if not self.threads:
             raise ValueError(f"{ranks} ranks want {ranks} cores, and there are {len(cpus)}")

@@ -17,7 +17,7 @@ PACKAGE = "sps2_bench"
 
 
 def bench(context: typer.Context) -> None:
-    """Measures speed, bytes and memory beside baselines; see `sps2 bench --help`.
+    """Measures speed, bytes and memory, beside baselines where there are any; see `sps2 bench --help`.
 
     For example:
 
@@ -25,6 +25,8 @@ def bench(context: typer.Context) -> None:
     sps2 bench prefill --lengths 2k,32k --baselines transformers --plots out
     sps2 bench decode --contexts 2k,16k --batches 1,8 --baselines transformers
     sps2 bench kernels --json
+    sps2 bench directory --seconds 5
+    sps2 bench interference --plots out
     ```
     """
     _hand_on("bench", context.args)

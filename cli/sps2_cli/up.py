@@ -10,7 +10,7 @@ import typer
 from sps2_cli.exits import ExitCode
 from sps2_cli.local.deployment import Deployment, InterruptedStartError, StartError
 from sps2_cli.local.interrupts import Interrupts
-from sps2_cli.local.plan import Commands, Pool, UpOptions, default_threads
+from sps2_cli.local.plan import Commands, Cores, Pool, UpOptions
 from sps2_cli.local.redis import RedisMissingError
 from sps2_cli.local.reporter import Reporter
 from sps2_cli.options import DEFAULT_ADDRESS, Json
@@ -82,6 +82,17 @@ def attention_profile(text: str) -> str:
     return text
 
 
+def cores(text: str) -> Cores:
+    """Cores from the command line, of those that this process may use."""
+    try:
+        found = Cores.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if absent := sorted(set(found.numbers) - os.sched_getaffinity(0)):
+        raise typer.BadParameter(f"there is no core {', '.join(map(str, absent))} here")
+    return found
+
+
 def demo_model() -> Path | None:
     """The project's demo model, when this runs from a checkout."""
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
@@ -143,6 +154,14 @@ def up(
     debug_invariants: Annotated[
         bool, typer.Option("--debug-invariants", help="Decode ranks check their KV blocks at every step.")
     ] = False,
+    prefill_cpus: Annotated[
+        Cores | None,
+        typer.Option(parser=cores, metavar="CORES", help="Pin the prefill pool to cores, as in 0-3,8."),
+    ] = None,
+    decode_cpus: Annotated[
+        Cores | None,
+        typer.Option(parser=cores, metavar="CORES", help="Pin the decode pool to cores."),
+    ] = None,
     log_dir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Log files in place of stderr.")
     ] = None,
@@ -168,6 +187,7 @@ def up(
     sps2 up --model ~/models/qwen3-0.6b --prefill 1x4 --decode 2x2 --listen 0.0.0.0:50051
     sps2 up --prefill 1x8 --profile default
     sps2 up --prefill 1x4 --prefill-tp 2
+    sps2 up --prefill 1x1 --decode 1x1 --prefill-cpus 0-11 --decode-cpus 12-15
     sps2 up --profile my-ladder.json
     sps2 up --json --quiet --listen 127.0.0.1:0
     ```
@@ -175,7 +195,6 @@ def up(
     folder = model or demo_model()
     if folder is None:
         raise typer.BadParameter("no demo model here: give --model DIR")
-    cores = len(os.sched_getaffinity(0))
     try:
         options = UpOptions(
             model=folder,
@@ -190,7 +209,10 @@ def up(
             prefill_tp=prefill_tp,
             kv_transport=kv_transport.value,
             kv_tokens=kv_tokens,
-            threads=threads or default_threads(cores, prefill, decode),
+            threads=threads,
+            cores=len(os.sched_getaffinity(0)),
+            prefill_cpus=prefill_cpus or Cores(),
+            decode_cpus=decode_cpus or Cores(),
             debug_invariants=debug_invariants,
             log_dir=log_dir,
             quiet=quiet,

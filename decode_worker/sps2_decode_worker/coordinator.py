@@ -364,6 +364,7 @@ class DecodeCoordinator:
         if group.state is not GroupState.FORMED or self._draining:
             why = "is draining" if self._draining else f"is not ready ({group.missing})"
             raise Unavailable("GROUP_NOT_READY", f"decode group {group.name} {why}", retry_after=1.0)
+        group.check_lease()
         if request.model_hash != self._model_hash:
             raise FailedPrecondition(
                 "MODEL_HASH_MISMATCH", f"decode group {group.name} serves another model than prefill"

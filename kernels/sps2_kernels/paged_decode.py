@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from sps2_kernels.merge_states import merge_states
+from sps2_kernels.native_decode import SlotRuns, Spans, native_decode
 from sps2_kernels.segment_attention import UNMASKED, segment_attention_cpu
 
-SlotRuns = Sequence[tuple[int, int]]
-"""Runs [begin, end) of cache slots that hold a row's keys, in any order; empty runs are not allowed."""
+__all__ = [
+    "PAGE_TOKENS",
+    "PagedRows",
+    "SlotRuns",
+    "paged_decode_partial",
+    "paged_decode_partial_cpu",
+    "paged_decode_partial_flash",
+]
 
 PAGE_TOKENS = 64
 """Slots of a page of the Triton form's block table: the engine's KV block."""
@@ -24,8 +31,8 @@ PAGE_TOKENS = 64
 class PagedRows:
     """Where the keys of each row of a batch lie; made when the batch changes, grown in place step by step.
 
-    The CPU form reads the runs, as views; the Triton form reads `block_table` and `kv_len`, which are made from the
-    runs on first use and kept up to date from then on.
+    torch's operator reads the runs, as views; the compiled CPU form reads `spans` and the Triton form `block_table`
+    and `kv_len`, which are made from the runs on first use and kept up to date from then on.
     """
 
     def __init__(self, runs: Iterable[SlotRuns], device: torch.device) -> None:
@@ -34,6 +41,7 @@ class PagedRows:
         self._runs = [list(one) for one in runs]
         self._lens = [sum(end - begin for begin, end in one) for one in self._runs]
         self._tables: _Tables | None = None
+        self._spans: Spans | None = None
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -64,6 +72,13 @@ class PagedRows:
         """
         return self._made_tables.block_table
 
+    @property
+    def spans(self) -> Spans:
+        """The runs in the memory of the host; changed in place as rows grow."""
+        if self._spans is None:
+            self._spans = Spans(self._runs)
+        return self._spans
+
     def append(self, slots: Sequence[int]) -> None:
         """One more key for each row, in the slot given for it; a row whose last key is in that slot stays as it is.
 
@@ -76,6 +91,8 @@ class PagedRows:
         grown = [row for row, slot in enumerate(slots) if self._grow(self._runs[row], slot)]
         for row in grown:
             self._lens[row] += 1
+            if self._spans is not None and not self._spans.grow(row, self._runs[row]):
+                self._spans = None
         if grown and self._tables is not None:
             self._tables = self._tables.grown(self._runs, self._lens, grown)
 
@@ -170,7 +187,17 @@ def paged_decode_partial(
 def paged_decode_partial_cpu(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """CPU form of `paged_decode_partial`: one call of the flash operator for each run of each row."""
+    """CPU form of `paged_decode_partial`: compiled for fp32 where there is a compiler, else the flash operator."""
+    native = native_decode(q, k_cache)
+    if native is not None:
+        return native(q, k_cache, v_cache, rows.spans, scale)
+    return paged_decode_partial_flash(q, k_cache, v_cache, rows, scale)
+
+
+def paged_decode_partial_flash(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`paged_decode_partial` with torch alone: one call of its flash operator for each run of each row."""
     o = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
     for row, runs in enumerate(rows.runs):

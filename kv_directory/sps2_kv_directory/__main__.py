@@ -12,7 +12,7 @@ from sps2_kv_directory.servicer import KvDirectoryServicer
 from sps2_kv_directory.store import Store
 from sps2_kv_directory.watch import WatchHub
 from sps2_service.config import load_config
-from sps2_service.run import prepare_process, run_service
+from sps2_service.run import EXIT_FAILED, prepare_process, run_service
 from sps2_service.server import ServiceServer
 
 SERVICE = kv_directory_service_pb2.DESCRIPTOR.services_by_name["KvDirectoryService"]
@@ -20,9 +20,14 @@ SERVICE = kv_directory_service_pb2.DESCRIPTOR.services_by_name["KvDirectoryServi
 
 async def serve(config: DirectoryConfig) -> int:
     """Serves until SIGTERM; the exit code. Redis may be away, now and later."""
-    store = Store(ScriptRunner.connect(config.redis, config.store, password=config.redis_password))
+    try:
+        password = config.read_redis_password()
+    except OSError as error:
+        sys.stderr.write(f"the password of Redis cannot be read: {error}\n")
+        return EXIT_FAILED
+    store = Store(ScriptRunner.connect(config.redis, config.store, password=password))
     hub = WatchHub(config.watch_max_queued)
-    membership = Membership(store, hub, poll_interval_s=config.watch_interval_s, hold_s=config.lease_ttl_s)
+    membership = Membership(store, hub, poll_interval_s=config.watch_interval_s)
     servicer = KvDirectoryServicer(
         store, membership, lease_ttl_s=config.lease_ttl_s, renew_interval_s=config.renew_interval_s
     )
@@ -49,7 +54,10 @@ def main() -> int:
     config = load_config(
         DirectoryConfig,
         prog="python -m sps2_kv_directory",
-        examples=["--listen 127.0.0.1:50060 --redis redis://127.0.0.1:6379/0"],
+        examples=[
+            "--listen 127.0.0.1:50060 --redis redis://127.0.0.1:6379/0",
+            "--listen 0.0.0.0:50060 --redis rediss://sps2@redis:6380/0 --redis-password-file /run/secrets/redis",
+        ],
     )
     prepare_process("kv_directory", config)
     return asyncio.run(serve(config))

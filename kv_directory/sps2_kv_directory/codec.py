@@ -8,6 +8,7 @@ whole, since no field stands in two of them.
 from dataclasses import dataclass
 
 from sps2.internal.v1.kv_directory_service_pb2 import LeaseRenewal, RequestRecord
+from sps2.internal.v1.placement_pb2 import AttentionLayout
 from sps2.v1.cluster_pb2 import WorkerInfo
 
 
@@ -55,6 +56,13 @@ def newest_epoch(record: RequestRecord) -> int:
     return max((shard.epoch for shard in record.shards), default=0)
 
 
-def _bytes(message: WorkerInfo) -> bytes:
+def layout_bytes(attention: AttentionLayout) -> bytes:
+    """A layout as it is compared. Exact KV is the same whatever the length of the prompt that it was made for."""
+    if attention.HasField("exact"):
+        attention = AttentionLayout(exact=attention.exact)
+    return _bytes(attention)
+
+
+def _bytes(message: WorkerInfo | AttentionLayout) -> bytes:
     # Deterministic: maps would otherwise change their order, and the bytes would look like a change.
     return message.SerializeToString(deterministic=True)

@@ -1,6 +1,7 @@
 """What the directory can be told; the defaults keep the design's promises."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from redis.asyncio.connection import parse_url
 
@@ -36,9 +37,12 @@ class DirectoryConfig(ServiceConfig):
     """The KV directory: who lives, where each request's KV lies, leases and fences. Its state is in Redis."""
 
     redis: str = "redis://127.0.0.1:6379/0"
-    """URL of Redis; it may be away when the directory starts."""
+    """URL of Redis, redis:// or (TLS) rediss://, with the user if it has one; it may be away when the directory
+    starts."""
     redis_password: str | None = setting(None, secret=True)
     """Password for Redis."""
+    redis_password_file: Path | None = None
+    """File that holds the password for Redis, in place of the variable."""
     namespace: str = "sps2"
     """First part of every key; one Redis may hold several directories."""
     lease_ttl_s: float = setting(5.0, minimum=0.5)
@@ -56,11 +60,19 @@ class DirectoryConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         parse_url(self.redis)  # raises ValueError
+        if self.redis_password is not None and self.redis_password_file is not None:
+            raise ValueError("give the password of Redis or its file, not both")
         # A lease must survive a lost renewal, and a slow look for leases must not pass for an outage.
         if self.renew_interval_s > 0.4 * self.lease_ttl_s:
             raise ValueError("renew_interval_s must be at most 0.4 of lease_ttl_s")
         if self.expire_interval_s + self.store_timeout_s > 0.4 * self.lease_ttl_s:
             raise ValueError("expire_interval_s + store_timeout_s must be at most 0.4 of lease_ttl_s")
+
+    def read_redis_password(self) -> str | None:
+        """The password, None without one. Raises OSError when its file cannot be read."""
+        if self.redis_password_file is None:
+            return self.redis_password
+        return self.redis_password_file.read_text("utf-8").rstrip("\n")
 
     @property
     def store(self) -> StoreConfig:

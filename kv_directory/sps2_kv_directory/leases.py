@@ -5,6 +5,7 @@ outage: a longer silence than `max_clock_step_s` does not count as time passed.
 """
 
 import asyncio
+import dataclasses
 
 import structlog
 
@@ -24,7 +25,7 @@ async def keep_expiring(store: Store, interval_s: float) -> None:
             pass  # nothing expires now; the runner has logged it
         else:
             more = expired.more
-            if expired.num_workers or expired.num_requests:
-                log.info("leases ended", workers=expired.num_workers, requests=expired.num_requests)
+            if expired.num_workers or expired.num_requests or expired.num_prefix_keys:
+                log.info("leases ended", **dataclasses.asdict(expired))
         if not more:
             await asyncio.sleep(interval_s)

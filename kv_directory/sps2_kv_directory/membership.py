@@ -4,7 +4,6 @@ Watchers are served from here, also while the store is away. It knows nothing ab
 """
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 
 import structlog
@@ -22,21 +21,21 @@ log = structlog.get_logger(__name__)
 class Membership:
     """Workers as of one revision of one directory incarnation.
 
-    When the store's data is lost, workers of the lost incarnation are kept in view for `hold_s`, by when the
-    living have registered again; watchers then get a snapshot without the others. Without this every router
-    would see an empty cluster for as long as it takes the workers to notice.
+    When the store's data is lost, workers of the lost incarnation are kept in view until the directory has
+    recovered, by when the living have registered again; watchers then get a snapshot without the others.
+    Without this every router would see an empty cluster for as long as it takes the workers to notice.
     """
 
-    def __init__(self, store: Store, hub: WatchHub, *, poll_interval_s: float, hold_s: float) -> None:
+    def __init__(self, store: Store, hub: WatchHub, *, poll_interval_s: float) -> None:
         self._store = store
         self._hub = hub
         self._poll_interval_s = poll_interval_s
-        self._hold_s = hold_s
         self._incarnation: str | None = None
+        self._log = ""
         self._revision = 0
         self._workers: dict[str, WorkerInfo] = {}
         self._held: dict[str, WorkerInfo] = {}
-        self._held_until = 0.0
+        self._recovering = False
 
     async def run(self) -> None:
         """Follows the store until it is cancelled; while the store is away the copy stays as it is."""
@@ -52,17 +51,16 @@ class Membership:
         """One look at the store; whether there may be more to read at once. Raises Unavailable."""
         changes = None
         if self._incarnation is not None:
-            changes = await self._store.changes(self._incarnation, self._revision)
+            changes = await self._store.changes(self._log, self._revision)
         if changes is None:
             await self._take_snapshot()
             return False
-        for change in changes:
+        for change in changes.changes:
             self._apply(change)
-        if self._held and time.monotonic() >= self._held_until:
-            log.warning("workers did not come back after the store lost its data", workers=sorted(self._held))
-            self._held = {}
+        if self._recovering and not changes.recovering:
+            self._end_recovery()
             self._hub.publish(self._snapshot())
-        return len(changes) == CHANGES_PER_SCRIPT
+        return len(changes.changes) == CHANGES_PER_SCRIPT
 
     def watch(self) -> AsyncGenerator[WatchWorkersResponse]:
         """A snapshot, then changes.
@@ -79,17 +77,25 @@ class Membership:
         if self._incarnation not in {None, state.incarnation}:
             log.warning("the store lost its data; workers register again", incarnation=state.incarnation)
             self._held |= self._workers
-            self._held_until = time.monotonic() + self._hold_s
-        self._incarnation, self._revision = state.incarnation, state.revision
+        self._incarnation, self._log, self._revision = state.incarnation, state.log, state.revision
+        self._recovering = state.recovering
         self._workers = {worker.worker_id: worker for worker in state.workers}
         for worker_id in self._workers:
             self._held.pop(worker_id, None)
+        if not self._recovering:
+            self._end_recovery()
         self._hub.publish(self._snapshot())
+
+    def _end_recovery(self) -> None:
+        if self._held:
+            log.warning("workers did not come back after the store lost its data", workers=sorted(self._held))
+        self._recovering, self._held = False, {}
 
     def _snapshot(self) -> WatchWorkersResponse:
         view = self._held | self._workers
         workers = [view[worker_id] for worker_id in sorted(view)]
-        return WatchWorkersResponse(revision=self._revision, snapshot=WorkerSnapshot(workers=workers))
+        snapshot = WorkerSnapshot(workers=workers, recovering=self._recovering)
+        return WatchWorkersResponse(revision=self._revision, snapshot=snapshot)
 
     def _apply(self, change: WorkerChange) -> None:
         self._revision += 1

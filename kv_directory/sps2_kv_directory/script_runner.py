@@ -25,10 +25,13 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 # The order in which the prelude names them.
-KEY_NAMES = ("directory", "workers", "worker_leases", "changes", "requests", "request_leases", "epochs")
+KEY_NAMES = (
+    "directory", "workers", "worker_leases", "changes", "requests", "request_leases", "epochs",
+    "prefixes", "prefix_index", "sweeps",
+)  # fmt: skip
 SCRIPT_NAMES = (
     "register", "renew", "deregister", "draw_epoch", "record_shards", "locate", "release", "state", "changes",
-    "expire",
+    "expire", "record_prefix", "find_prefix", "evict_prefix",
 )  # fmt: skip
 # Refusals of a living server that say "not now"; any other refusal is a bug in a script.
 AWAY_PREFIXES = ("OOM", "MISCONF", "BUSY", "LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN")
@@ -61,6 +64,8 @@ class ScriptRunner:
         self._paused_until = 0.0
         self._answered_at = 0.0
         self._away = False
+        self.num_failures = 0
+        """Calls that Redis did not answer, since the start."""
 
     @classmethod
     def connect(
@@ -126,6 +131,7 @@ class ScriptRunner:
             log.info("the store is back")
 
     def _note_failure(self, began: float, reason: str) -> None:
+        self.num_failures += 1
         if self._answered_at > began:
             return  # late news: the store has answered another call since
         self._paused_until = time.monotonic() + self._config.pause_s
@@ -148,6 +154,7 @@ def _says_away(error: redis.exceptions.ResponseError) -> bool:
         redis.exceptions.OutOfMemoryError,
         redis.exceptions.ReadOnlyError,
         redis.exceptions.BusyLoadingError,
+        redis.exceptions.NoPermissionError,
     )
     return isinstance(error, kinds) or any(prefix in str(error) for prefix in AWAY_PREFIXES)
 

@@ -14,7 +14,10 @@ from sps2_kv_directory.store import Store
 from sps2_kv_directory.validation import (
     MAX_REQUEST_ID_CHARS,
     check_attempt,
+    check_epoch,
+    check_holder,
     check_id,
+    check_prefix_keys,
     check_record,
     check_renewals,
     check_worker,
@@ -67,7 +70,8 @@ class KvDirectoryServicer:
     async def DrawEpoch(self, request: pb.DrawEpochRequest, _: Context) -> pb.DrawEpochResponse:
         """Draws an epoch."""
         check_id("group", request.group)
-        return pb.DrawEpochResponse(epoch=await self._store.draw_epoch(request.group))
+        check_epoch("previous", request.previous)
+        return pb.DrawEpochResponse(epoch=await self._store.draw_epoch(request.group, request.previous))
 
     async def WatchWorkers(
         self, _: pb.WatchWorkersRequest, __: Context
@@ -96,6 +100,25 @@ class KvDirectoryServicer:
         await self._store.release(request.attempt)
         return pb.ReleaseRequestResponse()
 
+    async def RecordPrefix(self, request: pb.RecordPrefixRequest, _: Context) -> pb.RecordPrefixResponse:
+        """Notes blocks that are held."""
+        check_holder(request.holder)
+        check_prefix_keys(request.keys)
+        await self._store.record_prefix(request.holder, request.keys)
+        return pb.RecordPrefixResponse()
+
+    async def FindPrefix(self, request: pb.FindPrefixRequest, _: Context) -> pb.FindPrefixResponse:
+        """Finds who holds a chain's beginning."""
+        check_prefix_keys(request.keys)
+        return pb.FindPrefixResponse(matches=await self._store.find_prefix(request.keys))
+
+    async def EvictPrefix(self, request: pb.EvictPrefixRequest, _: Context) -> pb.EvictPrefixResponse:
+        """Takes back blocks that were held."""
+        check_holder(request.holder)
+        check_prefix_keys(request.keys)
+        await self._store.evict_prefix(request.holder, request.keys)
+        return pb.EvictPrefixResponse()
+
     async def GetClusterState(self, _: pb.GetClusterStateRequest, __: Context) -> pb.GetClusterStateResponse:
         """Returns the store's state, not this replica's copy of it."""
         state = await self._store.state()
@@ -104,4 +127,6 @@ class KvDirectoryServicer:
             num_requests=state.num_requests,
             revision=state.revision,
             directory_incarnation=state.incarnation,
+            recovering=state.recovering,
+            num_prefix_keys=state.num_prefix_keys,
         )

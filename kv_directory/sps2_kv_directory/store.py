@@ -7,6 +7,9 @@
     requests         hash    request id -> attempt, epoch, RequestRecord
     request_leases   zset    request id -> end of its lease
     epochs           hash    group -> last epoch drawn
+    prefixes         hash    key of a block -> its holders and their layouts
+    prefix_index     zset    worker, token, key: what each worker told under which token
+    sweeps           list    worker, token: what is void and is forgotten bit by bit
 
 Every command raises Unavailable within its timeout when Redis is away.
 """
@@ -14,17 +17,24 @@ Every command raises Unavailable within its timeout when Redis is away.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sps2.internal.v1.kv_directory_service_pb2 import LeaseRenewal, LeaseStatus, RequestRecord
-from sps2.internal.v1.placement_pb2 import Attempt
+from sps2.internal.v1.kv_directory_service_pb2 import (
+    LeaseRenewal,
+    LeaseStatus,
+    PrefixHolder,
+    PrefixMatch,
+    RequestRecord,
+)
+from sps2.internal.v1.placement_pb2 import Attempt, AttentionLayout
 from sps2.v1.cluster_pb2 import WorkerInfo
-from sps2_kv_directory.codec import newest_epoch, split_renewal, split_worker
+from sps2_kv_directory.codec import layout_bytes, newest_epoch, split_renewal, split_worker
 from sps2_kv_directory.script_runner import ScriptRunner, pairs
-from sps2_service.errors import Aborted, NotFound
+from sps2_service.errors import Aborted, NotFound, Unavailable
 
 # Redis does nothing else while a script runs, so what one may do is bounded.
 RENEWALS_PER_SCRIPT = 256
 CHANGES_PER_SCRIPT = 512
 EXPIRIES_PER_SCRIPT = 512
+MAX_PREFIX_MATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,27 @@ class StoreState:
 
     incarnation: str
     """Drawn when the data began."""
+    log: str
+    """Names the log of changes in which `revision` counts; another one after Redis was started again."""
     revision: int
     """Number of worker changes since then."""
     workers: list[WorkerInfo]
     """Ordered by id."""
     num_requests: int
     """Requests recorded."""
+    num_prefix_keys: int
+    """Keys of prefix blocks that somebody holds."""
+    recovering: bool
+    """The data began less than one TTL ago: who was known before may not have registered again yet."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What followed a revision, oldest first, at most CHANGES_PER_SCRIPT."""
+
+    changes: "list[WorkerChange]"
+    recovering: bool
+    """See `StoreState`."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +82,13 @@ class Expired:
 
     num_workers: int
     num_requests: int
+    num_prefix_keys: int
+    """Told by workers, or in epochs, that ended."""
 
     @property
     def more(self) -> bool:
         """Whether there may be more to end now."""
-        return EXPIRIES_PER_SCRIPT in (self.num_workers, self.num_requests)
+        return EXPIRIES_PER_SCRIPT in (self.num_workers, self.num_requests, self.num_prefix_keys)
 
 
 class Store:
@@ -69,12 +96,14 @@ class Store:
 
     def __init__(self, runner: ScriptRunner) -> None:
         self._runner = runner
+        self._num_failures_told = 0
 
     async def register(self, worker: WorkerInfo) -> None:
         """Takes a worker up under a lease; whoever held that id loses it."""
         parts = split_worker(worker)
         await self._runner.run(
-            "register", worker.worker_id, worker.process_incarnation, parts.static, parts.vital, parts.load
+            *("register", worker.worker_id, worker.process_incarnation),
+            *(parts.static, parts.vital, parts.load, worker.epoch, worker.group),
         )
 
     async def renew(self, renewals: Sequence[LeaseRenewal]) -> "list[LeaseStatus.ValueType]":
@@ -85,6 +114,7 @@ class Store:
             for renewal in renewals[begin : begin + RENEWALS_PER_SCRIPT]:
                 parts = split_renewal(renewal)
                 args += [renewal.worker_id, renewal.process_incarnation, parts.vital, parts.load]
+                args.append(str(renewal.epoch))
             statuses += await self._runner.run("renew", *args)
         return statuses
 
@@ -101,9 +131,9 @@ class Store:
         if status == LeaseStatus.LEASE_STATUS_STALE:
             raise Aborted("STALE_INCARNATION", f"another process holds the lease of worker {worker_id!r}")
 
-    async def draw_epoch(self, group: str) -> int:
-        """max(the group's last + 1, Redis TIME in µs), so that no epoch comes again after Redis forgot."""
-        return int(await self._runner.run("draw_epoch", group))
+    async def draw_epoch(self, group: str, previous: int = 0) -> int:
+        """max(the group's last + 1, `previous` + 1, Redis TIME in µs): none comes again after Redis forgot."""
+        return int(await self._runner.run("draw_epoch", group, previous))
 
     async def record(self, record: RequestRecord, lease_s: float) -> None:
         """Records an attempt, in place of older ones, until `lease_s` from now.
@@ -130,10 +160,13 @@ class Store:
 
         Raises:
             NotFound: none is recorded.
+            Unavailable: none has been recorded again since the data were lost.
         """
         record = await self._runner.run("locate", request_id)
         if record is None:
             raise NotFound("UNKNOWN_REQUEST", "no attempt of this request is recorded")
+        if record == 0:
+            raise Unavailable("RECOVERING", "the directory lost its data; try again", retry_after=1.0)
         return RequestRecord.FromString(record)
 
     async def release(self, attempt: Attempt) -> None:
@@ -149,28 +182,95 @@ class Store:
         if status == LeaseStatus.LEASE_STATUS_STALE:
             raise Aborted("STALE_ATTEMPT", f"a newer attempt than {attempt.number} is recorded")
 
+    async def record_prefix(self, holder: PrefixHolder, keys: Sequence[bytes]) -> None:
+        """Notes that a worker's group holds blocks, for as long as its lease and epoch last.
+
+        Raises:
+            Aborted: the worker is in a newer incarnation or epoch.
+            NotFound: it has no lease, or has not told of this epoch yet.
+        """
+        _check_holder(await self._tell("record_prefix", holder, keys), holder)
+
+    async def evict_prefix(self, holder: PrefixHolder, keys: Sequence[bytes]) -> None:
+        """Takes back what `record_prefix` noted. Raises like it."""
+        _check_holder(await self._tell("evict_prefix", holder, keys), holder)
+
+    async def find_prefix(self, keys: Sequence[bytes]) -> list[PrefixMatch]:
+        """Who holds the longest leading runs of a chain, the longest first, at most MAX_PREFIX_MATCHES."""
+        if not keys:
+            return []
+        flat = await self._runner.run("find_prefix", MAX_PREFIX_MATCHES, *keys)
+        return [_match(*flat[begin : begin + 5]) for begin in range(0, len(flat), 5)]
+
     async def state(self) -> StoreState:
         """All live workers and counts."""
-        incarnation, revision, num_requests, *workers = await self._runner.run("state")
+        reply = await self._runner.run("state")
+        (incarnation, log, revision, num_requests, num_prefix_keys, recovering), workers = (
+            reply[:6],
+            reply[6:],
+        )
         infos = [WorkerInfo.FromString(worker) for worker in workers]
         infos.sort(key=lambda info: info.worker_id)
-        return StoreState(incarnation.decode(), revision, infos, num_requests)
+        return StoreState(
+            incarnation.decode(),
+            log.decode(),
+            revision,
+            infos,
+            num_requests,
+            num_prefix_keys,
+            bool(recovering),
+        )
 
-    async def changes(self, incarnation: str, revision: int) -> list[WorkerChange] | None:
-        """The changes that follow `revision`, oldest first, at most CHANGES_PER_SCRIPT.
-
-        None when they cannot be had without a gap: take the state anew.
-        """
-        reply = await self._runner.run("changes", incarnation, revision, CHANGES_PER_SCRIPT)
-        return None if reply is None else [_change(kind, value) for kind, value in pairs(reply)]
+    async def changes(self, log: str, revision: int) -> Changes | None:
+        """What follows `revision` of a log; None when it cannot be had without a gap: take the state anew."""
+        reply = await self._runner.run("changes", log, revision, CHANGES_PER_SCRIPT)
+        if reply is None:
+            return None
+        recovering, *flat = reply
+        return Changes([_change(kind, value) for kind, value in pairs(flat)], bool(recovering))
 
     async def expire(self) -> Expired:
-        """Ends leases that are over, at most EXPIRIES_PER_SCRIPT of each kind."""
-        return Expired(*await self._runner.run("expire", EXPIRIES_PER_SCRIPT))
+        """Ends leases that are over and what was told under them, at most EXPIRIES_PER_SCRIPT of each kind.
+
+        For one TTL after Redis was away nothing ends: renewals were answered DEGRADED meanwhile.
+        """
+        num_failures = self._runner.num_failures
+        was_away = int(num_failures != self._num_failures_told)
+        expired = Expired(*await self._runner.run("expire", EXPIRIES_PER_SCRIPT, was_away))
+        self._num_failures_told = num_failures
+        return expired
 
     async def close(self) -> None:
         """Closes the connections to Redis."""
         await self._runner.close()
+
+    async def _tell(
+        self, script: str, holder: PrefixHolder, keys: Sequence[bytes]
+    ) -> "LeaseStatus.ValueType":
+        status: LeaseStatus.ValueType = await self._runner.run(
+            *(script, holder.worker_id, holder.process_incarnation, holder.epoch),
+            *(layout_bytes(holder.attention), *keys),
+        )
+        return status
+
+
+def _check_holder(status: "LeaseStatus.ValueType", holder: PrefixHolder) -> None:
+    if status == LeaseStatus.LEASE_STATUS_NOT_FOUND:
+        raise NotFound("UNKNOWN_WORKER", f"no lease for worker {holder.worker_id!r} under this epoch")
+    if status == LeaseStatus.LEASE_STATUS_STALE:
+        raise Aborted(
+            "STALE_EPOCH", f"worker {holder.worker_id!r} is in a newer incarnation or epoch than this one"
+        )
+
+
+def _match(worker_id: bytes, incarnation: bytes, epoch: bytes, layout: bytes, num_keys: int) -> PrefixMatch:
+    holder = PrefixHolder(
+        worker_id=worker_id.decode(),
+        process_incarnation=incarnation.decode(),
+        epoch=int(epoch),
+        attention=AttentionLayout.FromString(layout),
+    )
+    return PrefixMatch(holder=holder, num_keys=num_keys)
 
 
 def _change(kind: bytes, value: bytes) -> WorkerChange:

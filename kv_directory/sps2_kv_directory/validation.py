@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from sps2.internal.v1.kv_directory_service_pb2 import LeaseRenewal, RequestRecord
+from sps2.internal.v1.kv_directory_service_pb2 import LeaseRenewal, PrefixHolder, RequestRecord
 from sps2.internal.v1.placement_pb2 import Attempt
 from sps2.v1.cluster_pb2 import WorkerInfo, WorkerState
 from sps2_service.errors import InvalidArgument
@@ -12,6 +12,9 @@ MAX_ID_CHARS = 128
 MAX_REQUEST_ID_CHARS = 64
 MAX_RENEWALS = 1024
 MAX_SHARDS = 4096
+MAX_PREFIX_KEYS = 64
+MAX_PREFIX_KEY_BYTES = 64
+MAX_LAYOUT_BYTES = 1024
 MAX_REQUEST_LEASE_S = 3600.0
 DEFAULT_REQUEST_LEASE_S = 60.0
 # Lua counts in doubles, which hold integers up to here; epochs in µs stay below until the year 2255.
@@ -22,6 +25,11 @@ def check_id(field: str, value: str, max_chars: int = MAX_ID_CHARS) -> None:
     """1 to `max_chars` characters, none of them a control character."""
     _require(0 < len(value) <= max_chars, field, f"must have 1 to {max_chars} characters")
     _require(value.isprintable(), field, "must not hold control characters")
+
+
+def check_epoch(field: str, epoch: int) -> None:
+    """At most MAX_EPOCH."""
+    _require(epoch <= MAX_EPOCH, field, f"must not exceed {MAX_EPOCH}")
 
 
 def check_worker(worker: WorkerInfo) -> None:
@@ -58,7 +66,7 @@ def check_record(record: RequestRecord) -> None:
     for index, shard in enumerate(record.shards):
         field = f"record.shards[{index}]"
         check_id(f"{field}.worker_id", shard.worker_id)
-        _require(shard.epoch <= MAX_EPOCH, f"{field}.epoch", f"must not exceed {MAX_EPOCH}")
+        check_epoch(f"{field}.epoch", shard.epoch)
         _require(
             0 <= shard.layer_begin <= shard.layer_end, f"{field}.layer_begin", "must be in [0, layer_end]"
         )
@@ -66,6 +74,30 @@ def check_record(record: RequestRecord) -> None:
             0 <= shard.token_begin <= shard.token_end, f"{field}.token_begin", "must be in [0, token_end]"
         )
         _require(shard.num_blocks >= 0, f"{field}.num_blocks", "must not be negative")
+
+
+def check_prefix_keys(keys: Sequence[bytes]) -> None:
+    """At most MAX_PREFIX_KEYS, each of 1 to MAX_PREFIX_KEY_BYTES bytes."""
+    _require(len(keys) <= MAX_PREFIX_KEYS, "keys", f"must not be more than {MAX_PREFIX_KEYS}")
+    for index, key in enumerate(keys):
+        _require(
+            1 <= len(key) <= MAX_PREFIX_KEY_BYTES,
+            f"keys[{index}]",
+            f"must have 1 to {MAX_PREFIX_KEY_BYTES} bytes",
+        )
+
+
+def check_holder(holder: PrefixHolder) -> None:
+    """A worker in one life, and a layout."""
+    check_id("holder.worker_id", holder.worker_id)
+    check_id("holder.process_incarnation", holder.process_incarnation)
+    check_epoch("holder.epoch", holder.epoch)
+    _require(holder.attention.WhichOneof("mask") is not None, "holder.attention", "must have a mask")
+    _require(
+        holder.attention.ByteSize() <= MAX_LAYOUT_BYTES,
+        "holder.attention",
+        f"must not exceed {MAX_LAYOUT_BYTES} bytes",
+    )
 
 
 def request_lease_s(lease_s: float) -> float:
@@ -80,7 +112,7 @@ def request_lease_s(lease_s: float) -> float:
 
 def _check_vital(field: str, message: WorkerInfo | LeaseRenewal) -> None:
     _require(message.state in WorkerState.values() and message.state != 0, f"{field}.state", "must be set")
-    _require(message.epoch <= MAX_EPOCH, f"{field}.epoch", f"must not exceed {MAX_EPOCH}")
+    check_epoch(f"{field}.epoch", message.epoch)
     _require(len(message.transfer_address) <= MAX_ID_CHARS, f"{field}.transfer_address", "is too long")
 
 

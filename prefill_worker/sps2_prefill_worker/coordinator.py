@@ -149,6 +149,7 @@ class PrefillCoordinator:
         if group.state is not GroupState.FORMED or self._draining:
             why = "is draining" if self._draining else f"is not ready ({group.missing})"
             raise Unavailable("GROUP_NOT_READY", f"prefill group {group.name} {why}", retry_after=1.0)
+        group.check_lease()
         if len(self._scheduler.waiting) >= MAX_WAITING:
             raise Unavailable("QUEUE_FULL", f"prefill group {group.name} has a full queue", retry_after=1.0)
         if not request.token_ids:

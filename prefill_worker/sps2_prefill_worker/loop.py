@@ -4,6 +4,7 @@ Knows nothing of scheduling: the leader's supervisor sends one prompt after anot
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +71,7 @@ class PrefillRole:
         self._groups = RankGroups.solo()
         self._epoch = 0
         self._cancelled: set[AttemptKey] = set()
+        self._lease_holds_until = -math.inf
         self._publisher: Publisher | None = None
         self.steps_done = 0
         self.bytes_posted: Counter[str] = Counter({KIND: 0, SUM_KIND: 0, "control": 0, "kv_transfer": 0})
@@ -88,6 +90,7 @@ class PrefillRole:
             self._options.name,
             self._model.incarnation,
             self._options.kv_transport,
+            may_send=lambda: time.monotonic() < self._lease_holds_until,
         )
         self._publisher = Publisher(
             self._model.pool, sender, self.bytes_posted, self._options.name, self._send
@@ -111,6 +114,8 @@ class PrefillRole:
         """See `Role.notice`: a cancel takes effect at the end of the running prompt's slice."""
         if command.HasField("cancel_prefill"):
             self._cancelled.add(attempt_key(command.cancel_prefill.attempt))
+        elif command.HasField("hold_lease"):
+            self._lease_holds_until = command.hold_lease.holds_until_s
 
     def execute(self, command: engine_pb2.EngineCommand) -> None:
         """See `Role.execute`."""

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from sps2_service.config_fields import Bounds, Field, fields_of
 T = TypeVar("T")
 C = TypeVar("C")
 
+_PASSWORD_IN_URL = re.compile(r"(://[^/@:]*:)[^/]*@")
 _REQUIRED: Any = dataclasses.MISSING
 
 
@@ -105,12 +107,14 @@ def load_config(
 
 
 def shown(config: object) -> dict[str, Any]:
-    """The configuration as JSON values, secrets masked; for `--print-config` and for the log."""
+    """The configuration as JSON values, secrets masked, passwords of URLs too; for `--print-config` and the log."""
     result: dict[str, Any] = {}
     for field in fields_of(type(config)):
         value = getattr(config, field.name)
         if field.bounds.secret and value is not None:
             value = "***"
+        elif isinstance(value, str):
+            value = _PASSWORD_IN_URL.sub(r"\1***@", value)
         result[field.name] = str(value) if isinstance(value, Path) else value
     return result
 

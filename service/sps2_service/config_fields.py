@@ -5,6 +5,7 @@ Knows nothing about flags and where a text comes from; `config` does.
 
 import ast
 import dataclasses
+import functools
 import inspect
 import math
 import textwrap
@@ -106,7 +107,7 @@ def _boolean(text: str) -> bool:
 def fields_of(cls: type[Any]) -> list[Field]:
     """The fields of a dataclass, in order, those of its bases first."""
     hints = typing.get_type_hints(cls)
-    docs = _field_docs(cls)
+    docs = _field_docs(cls)  # type: ignore[arg-type] # a class is hashable, whatever mypy makes of type[Any]
     result = []
     for field in dataclasses.fields(cls):
         kind, optional = hints[field.name], False
@@ -118,6 +119,7 @@ def fields_of(cls: type[Any]) -> list[Field]:
     return result
 
 
+@functools.cache
 def _field_docs(cls: type[Any]) -> dict[str, str]:
     """The text under each field. Python keeps none at run time, so the source is read (once, at start)."""
     docs: dict[str, str] = {}

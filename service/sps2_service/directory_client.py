@@ -5,7 +5,7 @@ views, epochs, records.
 """
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -20,7 +20,7 @@ from sps2_service.directory_membership import Membership, watch_workers
 from sps2_service.directory_recorder import Recorder
 from sps2_service.directory_registration import Registration, Standing
 from sps2_service.directory_rpc import DirectoryOptions, call
-from sps2_service.errors import NotFound, ServiceError
+from sps2_service.errors import DeadlineExceeded, NotFound, ServiceError, Unavailable
 
 __all__ = ["DirectoryClient", "DirectoryOptions", "Membership", "Registration", "Standing"]
 
@@ -47,6 +47,8 @@ class DirectoryClient:
         self._channel = open_channel(address)
         self._stub = KvDirectoryServiceStub(self._channel)
         self._recorder = Recorder(options.max_queued_records)
+        self._recorded: dict[str, pb.RecordShardsRequest] = {}
+        """By request id: what was recorded last and not released."""
 
     # --- workers -------------------------------------------------------------------------------------------
 
@@ -63,8 +65,8 @@ class DirectoryClient:
     def registration(
         self, get_worker: Callable[[], WorkerInfo], *, on_stale: Callable[[], None] | None = None
     ) -> Registration:
-        """The same, to be run by the caller (`run()`), with `renew_now`, `standing` and `last_contact`."""
-        return Registration(self._stub, get_worker, self._options, on_stale)
+        """The same, to be run by the caller (`run()`), with `renew_now`, `standing` and `fence`."""
+        return Registration(self._stub, get_worker, self._options, self._tell_again, on_stale)
 
     async def deregister(self, worker_id: str, process_incarnation: str) -> bool:
         """Ends a lease at once; False when there is none, it is not ours, or the directory is away."""
@@ -83,10 +85,8 @@ class DirectoryClient:
         clocks of the group's machines agree far better than groups are formed anew, so it still grows.
         """
         try:
-            reply = await call(
-                self._stub.DrawEpoch, pb.DrawEpochRequest(group=group), self._options.timeout_s
-            )
-            drawn = reply.epoch
+            request = pb.DrawEpochRequest(group=group, previous=previous)
+            drawn = (await call(self._stub.DrawEpoch, request, self._options.timeout_s)).epoch
         except ServiceError as error:
             drawn = time.time_ns() // 1000
             log.warning("epoch drawn from the local clock", group=group, epoch=drawn, code=error.code.name)
@@ -109,14 +109,29 @@ class DirectoryClient:
     # --- requests ------------------------------------------------------------------------------------------
 
     def record_shards(self, record: pb.RequestRecord, lease_s: float = 0.0) -> None:
-        """Tells where an attempt's KV lies; returns at once. `lease_s` 0 takes the directory's default."""
+        """Tells where an attempt's KV lies; returns at once. `lease_s` 0 takes the directory's default.
+
+        It is told again whenever a worker of this client is registered anew, until it is released.
+        """
         request = pb.RecordShardsRequest(record=record, lease_s=lease_s)
+        self._recorded[record.attempt.request_id] = request
+        self._submit(request)
+
+    def _submit(self, request: pb.RecordShardsRequest) -> None:
         self._recorder.submit(
-            record.attempt.request_id, lambda: call(self._stub.RecordShards, request, self._options.timeout_s)
+            request.record.attempt.request_id,
+            lambda: call(self._stub.RecordShards, request, self._options.timeout_s),
         )
+
+    def _tell_again(self) -> None:
+        for request in self._recorded.values():
+            self._submit(request)
 
     def release(self, attempt: Attempt) -> None:
         """Forgets an attempt; returns at once. Sent after what was recorded for the request before."""
+        known = self._recorded.get(attempt.request_id)
+        if known is not None and known.record.attempt.number <= attempt.number:
+            del self._recorded[attempt.request_id]
         request = pb.ReleaseRequestRequest(attempt=attempt)
         self._recorder.submit(
             attempt.request_id, lambda: call(self._stub.ReleaseRequest, request, self._options.timeout_s)
@@ -135,7 +150,7 @@ class DirectoryClient:
         """The newest attempt of a request; None when none is known.
 
         Raises:
-            ServiceError: the directory is away.
+            ServiceError: the directory is away, or has lost its data and may learn of it yet.
         """
         request = pb.LocateRequestRequest(request_id=request_id)
         try:
@@ -143,6 +158,31 @@ class DirectoryClient:
         except NotFound:
             return None
         return reply.record
+
+    # --- prefixes ------------------------------------------------------------------------------------------
+
+    async def record_prefix(self, holder: pb.PrefixHolder, keys: Sequence[bytes]) -> None:
+        """Tells that a worker's group holds blocks; at most 64 keys. Raises ServiceError."""
+        request = pb.RecordPrefixRequest(holder=holder, keys=keys)
+        await call(self._stub.RecordPrefix, request, self._options.timeout_s)
+
+    async def evict_prefix(self, holder: pb.PrefixHolder, keys: Sequence[bytes]) -> None:
+        """Takes back what `record_prefix` told; at most 64 keys. Raises ServiceError."""
+        request = pb.EvictPrefixRequest(holder=holder, keys=keys)
+        await call(self._stub.EvictPrefix, request, self._options.timeout_s)
+
+    async def find_prefix(self, keys: Sequence[bytes]) -> list[pb.PrefixMatch]:
+        """Who holds the beginning of a chain of blocks, the longest run first; at most 64 keys.
+
+        Empty also when the directory does not answer within `find_timeout_s`: a prompt goes on without reuse.
+        """
+        request = pb.FindPrefixRequest(keys=keys)
+        try:
+            reply = await call(self._stub.FindPrefix, request, self._options.find_timeout_s)
+        except (Unavailable, DeadlineExceeded) as error:
+            log.info("no prefix looked up", code=error.code.name, reason=error.reason)
+            return []
+        return list(reply.matches)
 
     async def close(self) -> None:
         """Drops what is queued and closes the channel; tasks of this client are to be ended before."""

@@ -93,7 +93,9 @@ class Membership:
         async with self.changed:
             kind = response.WhichOneof("event")
             if kind == "snapshot":
-                self._workers = {worker.worker_id: worker for worker in response.snapshot.workers}
+                # Of a directory that lost its data the snapshot is no news of who left.
+                kept = self._workers if response.snapshot.recovering else {}
+                self._workers = kept | {worker.worker_id: worker for worker in response.snapshot.workers}
             elif kind == "updated":
                 self._workers[response.updated.worker_id] = response.updated
             elif kind == "removed_worker_id":

@@ -16,6 +16,7 @@ from sps2.internal.v1 import kv_directory_service_pb2 as pb
 from sps2.v1.cluster_pb2 import WorkerCapabilities, WorkerInfo
 from sps2_service.directory_rpc import DirectoryOptions, call, pauses
 from sps2_service.errors import ServiceError
+from sps2_service.lease_fence import LeaseFence
 
 if TYPE_CHECKING:  # exists in the stub file alone
     from sps2.internal.v1.kv_directory_service_pb2_grpc import KvDirectoryServiceAsyncStub
@@ -46,20 +47,31 @@ class Registration:
         stub: "KvDirectoryServiceAsyncStub",
         get_worker: Callable[[], WorkerInfo],
         options: DirectoryOptions,
+        on_registered: Callable[[], None],
         on_stale: Callable[[], None] | None = None,
     ) -> None:
-        """`get_worker` returns the worker as it is now, load included; called for each heartbeat."""
+        """`get_worker` returns the worker as it is now, load included; called for each heartbeat.
+
+        `on_registered` is called whenever a lease was granted: what is known of the worker's requests may have
+        been lost with the one before.
+        """
+        self._on_registered = on_registered
         self._on_stale = on_stale
         self._stub = stub
         self._get_worker = get_worker
         self._options = options
         self._interval_s = options.renew_interval_s
+        self._lease_ttl_s = options.lease_ttl_s
         self._leased = False
         self._capabilities = WorkerCapabilities()
         self._wake = asyncio.Event()
         self.standing = Standing.UNREGISTERED
         self.last_contact: float | None = None
         """time.monotonic() of *sending* the last heartbeat that was answered well; DEGRADED is well."""
+        self.fence = LeaseFence()
+        """What the worker may do, in time.monotonic()."""
+        self.on_fence: Callable[[float], None] = lambda _holds_until: None
+        """Told of each change of `fence.holds_until`."""
 
     def renew_now(self) -> None:
         """Sends the next heartbeat at once, because the worker's state has changed."""
@@ -98,6 +110,10 @@ class Registration:
         self._leased = standing in {Standing.REGISTERED, Standing.DEGRADED}
         if self._leased:
             self.last_contact = sent
+            self.fence.renew(sent, self._lease_ttl_s)
+        else:
+            self.fence.lose()
+        self.on_fence(self.fence.holds_until)
         self._stand(standing)
 
     async def _register(self, worker: WorkerInfo) -> "pb.LeaseStatus.ValueType":
@@ -105,6 +121,9 @@ class Registration:
         reply = await call(self._stub.RegisterWorker, request, self._options.timeout_s)
         if reply.renew_interval_s > 0:
             self._interval_s = reply.renew_interval_s
+        if reply.lease_ttl_s > 0:
+            self._lease_ttl_s = reply.lease_ttl_s
+        self._on_registered()
         return pb.LEASE_STATUS_RENEWED
 
     async def _renew(self, worker: WorkerInfo) -> "pb.LeaseStatus.ValueType":

@@ -27,6 +27,10 @@ class DirectoryOptions:
     """Longest pause: a directory that is back is found again within about this time."""
     renew_interval_s: float = 1.0
     """Pause between renewals until the directory has said what it wants."""
+    lease_ttl_s: float = 5.0
+    """Length of a lease until the directory has said it."""
+    find_timeout_s: float = 0.02
+    """Longest wait for a prefix: it comes before the first token, which does without."""
     max_queued_records: int = 4096
     """RecordShards and ReleaseRequest calls that may wait to be sent; more are dropped."""
 

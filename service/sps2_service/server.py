@@ -17,6 +17,9 @@ from sps2_service.channel import MAX_MESSAGE_BYTES
 from sps2_service.interceptors import StatusInterceptor
 
 MAX_METADATA_BYTES = 8 * 1024
+LIVENESS = "liveness"
+"""Name under which health answers SERVING from start to stop: whether the process lives, not whether it can serve.
+A liveness probe asks it; the empty name would have a rank killed for waiting for the rest of its group."""
 
 
 class CannotListenError(OSError):
@@ -106,6 +109,8 @@ def _handler(servicer: object, method: MethodDescriptor) -> "grpc.RpcMethodHandl
 class ServiceServer:
     """A grpc.aio server and its health: NOT_SERVING until `set_serving(True)`, and again from `stop` on.
 
+    Under the name LIVENESS health is SERVING from `start` on.
+
     Made inside a running event loop. Order of use: `add` each service, `start`, `set_serving(True)`, `stop`.
     """
 
@@ -141,6 +146,7 @@ class ServiceServer:
             CannotListenError: the address cannot be bound.
         """
         await self.set_serving(False)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         if self._with_reflection:
             names = [*self._names[1:], health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
             reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self.grpc_server)

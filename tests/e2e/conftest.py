@@ -11,8 +11,8 @@ from support.deployment import LocalDeployment, deployment
 
 @pytest.fixture(scope="session")
 def demo() -> Iterator[LocalDeployment]:
-    """The demo model on two prefill and two decode ranks."""
-    with deployment(prefill="1x2", decode="1x2") as running:
+    """The demo model on two prefill and two decode ranks, which check their KV blocks at every step."""
+    with deployment(prefill="1x2", decode="1x2", arguments=["--debug-invariants"]) as running:
         yield running
 
 

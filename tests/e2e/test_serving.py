@@ -4,7 +4,7 @@ import pytest
 
 from support.bad_input import check_all_refused
 from support.deployment import DEMO_MODEL, LocalDeployment
-from support.streams import ask, ask_together, check_same, mixed_requests, wait_for_free_kv
+from support.streams import ask, ask_together, check_same, epochs, mixed_requests, wait_for_free_kv
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -12,9 +12,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 def test_streams_at_once_get_what_they_get_alone(demo: LocalDeployment) -> None:
     requests = mixed_requests([5, 300, 64, 900, 129, 1])
     with demo.client() as client:
+        in_epochs = epochs(client)
         alone = [ask(client, one) for one in requests]
         check_same(DEMO_MODEL, requests, alone, ask_together(client, requests)).check()
         wait_for_free_kv(client)
+        assert epochs(client) == in_epochs, "a rank's KV blocks were not as they must be: see its log"
 
 
 def test_bad_requests_are_refused_and_it_goes_on(demo: LocalDeployment) -> None:

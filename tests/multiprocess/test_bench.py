@@ -96,7 +96,7 @@ def test_decode(tmp_path: Path) -> None:
     assert {row["bytes_per_token"] for row in rows if (row["form"], row["ranks"]) == ("q", 2)} == {
         4 * (2 * 4 * 8 + 4) * 2
     }
-    assert len(found["plots"]) == 3
+    assert len(found["plots"]) == 4
 
 
 def test_kernels(tmp_path: Path) -> None:
@@ -114,6 +114,24 @@ def test_kernels(tmp_path: Path) -> None:
     }
     fields = {"device", "dtype", "form", "size", "seconds", "of_roofline", "times_torch"}
     assert all(fields <= set(row) for row in found["rows"])
+
+
+def test_interference(tmp_path: Path) -> None:
+    options = ["--batch", "2", "--context", "64", "--long", "1k", "--rounds", "1", "--chunks", "256"]
+    options += ["--control-mib", "64", "--random-model", TINY]
+    found = document("bench", "interference", *options, "--plots", tmp_path)
+    rows = {(row["program"], row["disturbance"]): row for row in found["rows"]}
+    assert set(rows) == {
+        *(("sps2", what) for what in ("prefill", "quiet", "control")),
+        *(("sarathi", what) for what in ("prefill", "quiet")),
+    }
+    for (_, disturbance), row in rows.items():
+        assert 0 < row["tbt_p50_s"] <= row["tbt_p99_s"] <= row["tbt_longest_s"]
+        assert (row["ttft_s"] is not None) == (disturbance == "prefill")
+        assert row["num_gaps"] > 0
+    assert {"p50", "mean", "p99"} <= set(found["beyond_control"])
+    written = json.loads((tmp_path / "interference.json").read_text())
+    assert written["rows"] == found["rows"]
 
 
 def test_accuracy(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
-from typing import Self
+from typing import Protocol, Self
 
 import pytest
 
@@ -86,6 +86,21 @@ class SimulatedClock:
     def move(self, seconds: float) -> None:
         """Forward, or back."""
         self.us += round(seconds * 1e6)
+
+
+class Expiring(Protocol):
+    """A store, of which this module must not import the type."""
+
+    async def expire(self) -> object:
+        """Ends leases that are over."""
+
+
+async def recover(store: Expiring, clock: SimulatedClock, ttl_s: float = 5.0) -> None:
+    """Lets the TTL pass in which a directory whose data began anew is RECOVERING."""
+    for _ in range(10):
+        await store.expire()
+        clock.move(ttl_s / 10)
+    await store.expire()
 
 
 class DirectoryProcess:

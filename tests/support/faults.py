@@ -111,6 +111,12 @@ class Target:
         """Names of the ranks."""
         return [name for name in self.deployment.pids if "/" in name]
 
+    @cached_property
+    def directory(self) -> str:
+        """HOST:PORT of the KV directory, which its restarts keep."""
+        arguments = Path(f"/proc/{self.pids[self.ranks[0]]}/cmdline").read_text().split("\0")
+        return arguments[arguments.index("--directory") + 1]
+
     def pids_of(self, victim: Victim) -> list[int]:
         """The processes that a fault is to hit."""
         pid = self.pids[victim.name]
@@ -355,10 +361,12 @@ def make_model(folder: Path) -> Path:
 
 
 @contextmanager
-def target(model: Path, ranks: str = "1x2", cwd: Path | None = None) -> Iterator[Target]:
+def target(
+    model: Path, ranks: str = "1x2", cwd: Path | None = None, arguments: Sequence[str] = ()
+) -> Iterator[Target]:
     """A deployment of as many prefill as decode ranks; its log is printed when the block fails."""
     # One thread for each rank, so that prefill takes its time on large machines too.
-    with deployment(model, ranks, ranks, ["--threads", "1"], cwd=cwd) as one:
+    with deployment(model, ranks, ranks, ["--threads", "1", *arguments], cwd=cwd) as one:
         yield Target(one)
 
 

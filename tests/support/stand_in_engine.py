@@ -24,7 +24,7 @@ def main() -> None:
     def on_command(command: engine_pb2.EngineCommand) -> None:
         if command.HasField("shutdown"):
             ended.set()
-        else:
+        elif not command.HasField("hold_lease"):
             link.send(engine_pb2.EngineEvent(epoch=command.epoch, group_formed=engine_pb2.GroupFormed()))
 
     link.start(on_command)

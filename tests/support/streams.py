@@ -48,14 +48,14 @@ class Answered:
 
 
 def mixed_requests(lengths: Sequence[int], least_tokens: int = 16) -> list[Asked]:
-    """Requests with prompts of these lengths from different places of the demo model's book.
+    """Requests with prompts of these lengths from different places of the demo model's book, which starts again.
 
     Every second one is sampled with a seed of its own; each generates a few tokens more than the one before.
     """
-    book = book_ids()
+    text = book_ids() * (2 + max(lengths) // len(book_ids()))
     return [
-        Asked(book[start : start + length], least_tokens + 5 * index, index if index % 2 else None)
-        for index, (start, length) in enumerate(zip(range(0, len(book), 7), lengths, strict=False))
+        Asked(text[start : start + length], least_tokens + 5 * index, index if index % 2 else None)
+        for index, (start, length) in enumerate(zip(range(0, len(book_ids()), 7), lengths, strict=False))
     ]
 
 

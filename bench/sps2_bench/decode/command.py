@@ -1,5 +1,6 @@
 """`sps2 bench decode`: options in, rows out."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,9 @@ def decode(
     steps: Annotated[int, typer.Option(min=2, help="Counted steps of a run.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 3,
     baselines: Annotated[str, typer.Option(help="transformers (both its caches), or nothing.")] = "",
+    share_cores: Annotated[
+        bool, typer.Option(help="Let ranks outnumber the cores: for bytes, not for speed.")
+    ] = False,
     random_model: Annotated[str, typer.Option(metavar="KEY=N,...", help="Sizes of the random model.")] = "",
     model: Annotated[Path | None, typer.Option(help="A checkpoint folder instead.", exists=True)] = None,
     as_json: Json = False,
@@ -38,13 +42,14 @@ def decode(
 
     The context is not computed: its KV is random, the same values for every program, and decoding is greedy, so
     that the token streams of all programs can be compared (`same_streams` counts the rows that are equal).
-    Speed-ups are against the faster of transformers' dynamic and static cache in the same run.
+    Speed-ups are against the faster of transformers' dynamic and static cache in the same run. With --plots the folder
+    also gets the rows, decode.json.
 
     For example:
 
     ```
     sps2 bench decode --baselines transformers --plots out
-    sps2 bench decode --contexts 1k,4k,16k,64k --batches 1 --ranks 2 --move q,kv
+    sps2 bench decode --contexts 1k,4k,16k,64k --batches 1 --ranks 2,4 --move q,kv --share-cores
     ```
     """
     cases = list(
@@ -58,11 +63,13 @@ def decode(
         )
     )
     config = chosen_config(model, random_model)
-    _refuse_impossible(cases, config, steps)
+    _refuse_impossible(cases, config, steps, share_cores=share_cores)
     try:
         with tempfile.TemporaryDirectory() as scratch:
             folder = model or write_random_model(config, Path(scratch))
-            samples, threads = run_cases(cases, folder, available_cpus(), steps, repeat, _progress)
+            samples, threads = run_cases(
+                cases, folder, available_cpus(), steps, repeat, _progress, share_cores=share_cores
+            )
     except WorkerError as error:
         say(f"sps2 bench decode: {error}")
         raise typer.Exit(1) from error
@@ -70,12 +77,14 @@ def decode(
     _report([row.document(rows) for row in rows], as_json, plots)
 
 
-def _refuse_impossible(cases: list[Case], config: ModelConfig, steps: int) -> None:
+def _refuse_impossible(cases: list[Case], config: ModelConfig, steps: int, *, share_cores: bool) -> None:
     """Before any process is started."""
     cores = len(available_cpus())
     for case in cases:
-        if case.engine.ranks > cores:
-            raise typer.BadParameter(f"{case.engine.ranks} ranks want as many cores; there are {cores}")
+        if case.engine.ranks > cores and not share_cores:
+            raise typer.BadParameter(
+                f"{case.engine.ranks} ranks want as many cores; there are {cores} (--share-cores for bytes)"
+            )
         if case.context + steps > config.max_position:
             raise typer.BadParameter(
                 f"{case.context} tokens are too many for {config.max_position} positions"
@@ -96,10 +105,13 @@ def _engine_name(case: Case) -> str:
 
 def _report(rows: list[dict[str, Any]], as_json: bool, plots: Path | None) -> None:
     machine, sloped = describe_machine(), slopes(rows)
-    written = write_plots(rows, plots) if plots else []
+    document = {"machine": machine, "rows": rows, "slopes": sloped}
+    written: list[Path] = []
+    if plots:
+        written = [*write_plots(rows, plots), plots / "decode.json"]
+        written[-1].write_text(json.dumps(document, indent=1), encoding="utf-8")
     if as_json:
-        paths = [str(path) for path in written]
-        print_json({"machine": machine, "rows": rows, "slopes": sloped, "plots": paths})
+        print_json({**document, "plots": [str(path) for path in written]})
         return
     columns = ("context", "batch", "program", "form", "dtype", "ranks", "tokens/s", "TBT p50 ms", "p99 ms",
                "speed-up", "same streams", "bytes/token", "planned", "GB/s read")  # fmt: skip

@@ -30,6 +30,7 @@ class DecodeRank:
     def __init__(self, settings: Message) -> None:
         torch.set_num_threads(len(settings["cpus"]))
         self._decoder = load_decoder(Path(settings["folder"]), DTYPES[settings["dtype"]], CPU)
+        self._decoder.pack()
         self._form: str = settings["form"]
         self._communicator = join_team(settings)
 

@@ -14,15 +14,15 @@ WARM_UP = 4
 """Steps of each run that are not counted: caches of the processor and of the allocator fill."""
 
 
-def make_team(engine: Engine, folder: Path, cpus: Sequence[int]) -> Team:
+def make_team(engine: Engine, folder: Path, cpus: Sequence[int], *, share_cores: bool) -> Team:
     """Starts the processes of an engine.
 
     Raises:
-        ValueError: there are more ranks than cores.
+        ValueError: there are more ranks than cores, and they may not share them.
     """
     module = "sps2_bench.decode." + ("rank" if engine.program == "sps2" else "transformers_peer")
     settings = {"folder": str(folder), "dtype": engine.dtype, "form": engine.form}
-    return Team(module, settings, engine.ranks, cpus)
+    return Team(module, settings, engine.ranks, cpus, share_cores=share_cores)
 
 
 def run_case(team: Team, case: Case, steps: int) -> Sample:
@@ -46,7 +46,14 @@ def merge(answers: Sequence[Message]) -> Sample:
 
 
 def run_cases(
-    cases: Sequence[Case], folder: Path, cpus: Sequence[int], steps: int, repeat: int, progress: Progress
+    cases: Sequence[Case],
+    folder: Path,
+    cpus: Sequence[int],
+    steps: int,
+    repeat: int,
+    progress: Progress,
+    *,
+    share_cores: bool,
 ) -> tuple[dict[Case, list[Sample]], dict[Engine, int]]:
     """Measures every case.
 
@@ -57,18 +64,19 @@ def run_cases(
         steps: of each run.
         repeat: runs of each case.
         progress: told the round, the case and the sample of each run.
+        share_cores: whether ranks may outnumber the cores.
 
     Returns:
         The samples of each case, and the threads of a rank of each engine.
 
     Raises:
-        ValueError: an engine has more ranks than there are cores.
+        ValueError: an engine has more ranks than there are cores, and they may not share them.
         WorkerError: a process ended or fell silent.
     """
     samples: dict[Case, list[Sample]] = {case: [] for case in cases}
     with ExitStack() as stack:
         teams = {
-            engine: stack.enter_context(make_team(engine, folder, cpus))
+            engine: stack.enter_context(make_team(engine, folder, cpus, share_cores=share_cores))
             for engine in dict.fromkeys(case.engine for case in cases)
         }
         for round_ in range(repeat):

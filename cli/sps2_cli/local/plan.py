@@ -49,6 +49,35 @@ class Pool:
         return f"{self.groups}x{self.ranks}"
 
 
+@dataclass(frozen=True)
+class Cores:
+    """CPU cores by number, as "0-3,8" on the command line."""
+
+    numbers: tuple[int, ...] = ()
+    """Ascending; none stands for all."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Cores from a list of numbers and ranges.
+
+        Raises:
+            ValueError: not of that form.
+        """
+        numbers: set[int] = set()
+        for part in text.split(","):
+            match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+            if match is None or int(match[2] or match[1]) < int(match[1]):
+                raise ValueError(f"{text!r} is no list of cores, for example 0-3,8")
+            numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        return cls(tuple(sorted(numbers)))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.numbers))
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpOptions:
     """What `sps2 up` was asked for."""
@@ -77,10 +106,16 @@ class UpOptions:
     """ "auto", "nixl" or "grpc"."""
     kv_tokens: int = 65_536
     """Tokens of KV that each rank can hold."""
-    threads: int = 1
-    """CPU threads of each rank."""
     debug_invariants: bool = False
     """Decode ranks check their KV blocks after every plan."""
+    threads: int | None = None
+    """CPU threads of each rank; None: its share of the cores."""
+    cores: int = 1
+    """Cores that the ranks of pools without cores of their own share."""
+    prefill_cpus: Cores = Cores()
+    """Cores that the prefill pool is pinned to."""
+    decode_cpus: Cores = Cores()
+    """Cores that the decode pool is pinned to."""
     log_dir: Path | None = None
     """Where each process's log goes; None: stderr."""
     quiet: bool = False
@@ -103,6 +138,18 @@ class UpOptions:
     def model_name(self) -> str:
         """Name that requests use: that of the folder."""
         return self.model.resolve().name
+
+    def cpus_of(self, role: Role) -> Cores:
+        """Cores that a pool is pinned to."""
+        return self.prefill_cpus if role == "prefill" else self.decode_cpus
+
+    def threads_of(self, role: Role) -> int:
+        """CPU threads of each rank of a pool."""
+        if self.threads is not None:
+            return self.threads
+        if cpus := self.cpus_of(role):
+            return max(1, len(cpus) // (self.prefill if role == "prefill" else self.decode).total)
+        return default_threads(self.cores, self.prefill, self.decode)
 
     @property
     def worker_ids(self) -> tuple[str, ...]:
@@ -143,6 +190,8 @@ class ProcessSpec:
     """Program and arguments, without `--listen` and `--announce-fd`."""
     listen: str | None = None
     """Value of `--listen`; the process then announces where it listens. None for redis."""
+    cpus: Cores = Cores()
+    """Cores that it and its children run on."""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Variables beside those of this process; may hold secrets."""
     stdin: str = field(default="", repr=False)
@@ -233,7 +282,7 @@ def _worker_spec(
         "--device": options.device,
         "--dtype": options.dtype,
         "--kv-tokens": options.kv_tokens,
-        "--threads": options.threads,
+        "--threads": options.threads_of(role),
         "--kv-transport": options.kv_transport,
     }
     if role == "prefill":
@@ -245,5 +294,9 @@ def _worker_spec(
     if role == "decode" and options.debug_invariants:
         arguments.append("--debug-invariants")
     return ProcessSpec(
-        name=f"{role}-{group}/{rank}", kind="worker", command=(*program, *arguments), listen=ANY_PORT
+        name=f"{role}-{group}/{rank}",
+        kind="worker",
+        command=(*program, *arguments),
+        listen=ANY_PORT,
+        cpus=options.cpus_of(role),
     )

@@ -46,7 +46,8 @@ class ChildProcess:
         self._reader.start()
 
     def _start(self, announce: bool) -> subprocess.Popen[bytes]:
-        command = [*WRAPPER, str(os.getpid()), *self.spec.command]
+        pinned = (child_program.CPUS_FLAG, str(self.spec.cpus)) if self.spec.cpus else ()
+        command = [*WRAPPER, str(os.getpid()), *pinned, *self.spec.command]
         write_fd: int | None = None
         if self.spec.listen is not None:
             command += ["--listen", self.spec.listen]

@@ -46,6 +46,7 @@ class KvSender:
         transport: "auto" uses NIXL where both sides have it, else gRPC; "nixl" demands it; "grpc" never does.
         open_timeout_s: For the handshake with a target.
         ack_timeout_s: How long a target may answer nothing while slabs wait for it.
+        may_send: Asked by the sender's thread before it posts; False fails what is going on with FENCED.
 
     Raises:
         ValueError: the format does not describe the arena.
@@ -65,6 +66,7 @@ class KvSender:
         *,
         open_timeout_s: float = 5.0,
         ack_timeout_s: float = 10.0,
+        may_send: Callable[[], bool] = lambda: True,
     ) -> None:
         self._bytes = ArenaBytes(arena, kv_format)
         if not self._bytes.in_host_memory:
@@ -73,6 +75,7 @@ class KvSender:
         self._demand_nixl = transport == "nixl"
         self._open_timeout_s = open_timeout_s
         self._ack_timeout_s = ack_timeout_s
+        self._may_send = may_send
         self._introduction = OpenRingRequest(
             source_incarnation=source_incarnation,
             source_name=source_name,
@@ -189,6 +192,7 @@ class KvSender:
         while self._orders:
             self._orders.popleft()()
             done += 1
+        self._check_fence()
         for route in list(self._routes.values()):
             done += route.step(now, self._count_bytes)
             if route.broken is not None:
@@ -196,6 +200,11 @@ class KvSender:
         self._transfers = [transfer for transfer in self._transfers if transfer.live]
         self._report_quiet()
         return done
+
+    def _check_fence(self) -> None:
+        if self._transfers and not self._may_send():
+            for transfer in self._transfers:
+                transfer.fail(TransferError("FENCED", "this rank's lease does not hold: nothing leaves it"))
 
     def _longest_pause(self) -> float:
         routes = self._routes.values()

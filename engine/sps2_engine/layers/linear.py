@@ -10,6 +10,7 @@ from torch.nn import functional
 from sps2_engine.layers.tensor_ranks import ALONE, TensorRanks
 from sps2_engine.mesh import Part
 from sps2_engine.weights import WeightSource
+from sps2_kernels.few_rows import FewRows
 
 
 class Linear:
@@ -23,6 +24,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
+        self._few_rows: FewRows | None = None
 
     @classmethod
     def load(cls, source: WeightSource, parts: Mapping[str, Part], in_features: Part, *, bias: bool) -> Self:
@@ -57,7 +59,11 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Takes x [rows, in_features] to [rows, out_features] in the weight's dtype, to which x is converted."""
-        return functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        x = x.to(self.weight.dtype)
+        if self._few_rows is None or not self._few_rows.suits(x):
+            return functional.linear(x, self.weight, self.bias)
+        y = self._few_rows(x)
+        return y if self.bias is None else y.add_(self.bias)
 
     def add_to(self, out: Tensor, x: Tensor, ranks: TensorRanks = ALONE) -> None:
         """Does out [rows, out_features] += x [rows, in_features] Wᵀ + b, in the wider of their dtypes.
@@ -71,7 +77,13 @@ class Linear:
         elif out.dtype != self.weight.dtype:
             out.add_(self(x))
             return
+        elif self._few_rows is not None and self._few_rows.suits(x):
+            out.add_(self._few_rows(x))
         else:
             out.addmm_(x, self.weight.T)
         if self.bias is not None:  # once, after the sum
             out.add_(self.bias)
+
+    def pack(self) -> None:
+        """Makes the form for few rows, where there is one; takes as much memory again. For ranks that decode."""
+        self._few_rows = FewRows.of(self.weight)

@@ -32,3 +32,8 @@ class SwiGLU:
         """Does out [rows, hidden] += SwiGLU(x [rows, hidden]); holds 2 values per row and own column between."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [rows, intermediate] each
         self.down.add_to(out, functional.silu(gate, inplace=True).mul_(up), ranks)
+
+    def pack(self) -> None:
+        """See `Linear.pack`."""
+        self.gate_up.pack()
+        self.down.pack()

@@ -76,6 +76,11 @@ class SelfAttention:
         for rows in walk(len(x), self.output.flops_per_row):
             self.output.add_to(x[rows], o[rows], ranks)
 
+    def pack(self) -> None:
+        """See `Decoder.pack`."""
+        self.qkv.pack()
+        self.output.pack()
+
     def _project(self, x: Tensor, rotation: Rotation, walk: RowWalk) -> tuple[Tensor, Tensor, Tensor]:
         dtype = self.qkv.weight.dtype
         q, k, v = (x.new_empty(len(x), heads, self.head_dim, dtype=dtype) for heads in self.num_heads)
@@ -106,6 +111,10 @@ class FeedForward:
         """Adds the block's output to the hidden states `x` [tokens, hidden], in place."""
         for rows in walk(len(x), self.mlp.flops_per_row):
             self.mlp.add_to(x[rows], self.norm(x[rows]), ranks)
+
+    def pack(self) -> None:
+        """See `Decoder.pack`."""
+        self.mlp.pack()
 
 
 class Decoder:
@@ -185,6 +194,13 @@ class Decoder:
         """
         self._check(ranks)
         return self._vocabulary.logits(hidden, ranks)
+
+    def pack(self) -> None:
+        """Makes the weights' form for few rows besides their own (`few_rows`): for a rank that decodes."""
+        for attention, feed_forward in self._layers:
+            attention.pack()
+            feed_forward.pack()
+        self._vocabulary.head.pack()
 
     def _check(self, ranks: TensorRanks) -> None:
         if ranks.size != self.share.tp:

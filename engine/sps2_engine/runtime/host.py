@@ -76,7 +76,7 @@ class Role(Protocol):
         ...
 
     def notice(self, command: engine_pb2.EngineCommand) -> None:
-        """A command has arrived and waits for its turn (a cancel takes effect early)."""
+        """A command has arrived and waits for its turn (a cancel takes effect early); HoldLease has no turn."""
         ...
 
 
@@ -192,7 +192,8 @@ class EngineHost:
         elif command.HasField("shutdown"):
             self._ended_epoch = NEVER
         self._role.notice(command)
-        self._commands.put(command)
+        if not command.HasField("hold_lease"):
+            self._commands.put(command)
 
     def _beat(self) -> None:
         while True:

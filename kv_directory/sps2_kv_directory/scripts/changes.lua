@@ -1,9 +1,9 @@
--- ARGV: 5 incarnation, 6 revision that the caller has, 7 most changes to return. Returns kind, value, kind,
--- value...; nil when they cannot be had without a gap (other data, or the log was trimmed).
-local known = redis.call('HMGET', DIRECTORY, 'incarnation', 'revision')
-local since, revision = tonumber(ARGV[6]), tonumber(known[2])
-if known[1] ~= ARGV[5] or since > revision then return false end
-local reply = {}
+-- ARGV: 5 log (see log_id), 6 revision that the caller has, 7 most changes to return. Returns whether the
+-- directory is recovering, then kind, value, kind, value...; nil when the changes cannot be had without a gap
+-- (another log, or it was trimmed).
+local since, revision = tonumber(ARGV[6]), tonumber(redis.call('HGET', DIRECTORY, 'revision'))
+if log_id() ~= ARGV[5] or since > revision then return false end
+local reply = {is_recovering()}
 if since == revision then return reply end
 local first = string.format('%.0f-0', since + 1)
 local entries = redis.call('XRANGE', CHANGES, first, '+', 'COUNT', ARGV[7])

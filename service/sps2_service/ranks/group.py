@@ -72,11 +72,23 @@ class GroupLeader:
     coordinator: Coordinator
     on_state: Callable[[], None]
     """Told of each change of state."""
+    holds_lease: Callable[[], bool] = lambda: True
+    """Whether the leader's lease holds: see `LeaseFence`."""
     state: GroupState = GroupState.WAITING
     epoch: int = 0
     members: dict[int, Member] = field(default_factory=dict)
     _forming: asyncio.Task[None] | None = None
     _failing: asyncio.TimerHandle | None = None
+
+    def check_lease(self) -> None:
+        """Raises Unavailable while the leader is fenced: it takes no new work then."""
+        if not self.holds_lease():
+            raise Unavailable(
+                "FENCED",
+                f"{self.name} has not reached the directory for too long and takes no new work",
+                retry_after=1.0,
+                metadata={"component": self.name},
+            )
 
     def join(self, rank: int, send: SendCommand) -> Member:
         """A rank's supervisor is there; in place of an earlier one of the same rank."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,6 +156,7 @@ class RankSupervisor:
         self._server = ServiceServer(with_reflection=config.reflection)
         self._directory = DirectoryClient(config.directory)
         self._registration = self._directory.registration(self.worker_info, on_stale=self._on_stale)
+        self._registration.on_fence = self._on_fence
         self._engine = EngineProcess(
             config.worker_id,
             engine_module,
@@ -230,6 +232,7 @@ class RankSupervisor:
             lambda previous: self._directory.draw_epoch(config.group, previous),
             service.coordinator,
             self._on_state,
+            lambda: self._registration.fence.holds(time.monotonic()),
         )
         service.coordinator.attach(leader)
         self._leader, self._coordinator = leader, service.coordinator
@@ -300,11 +303,17 @@ class RankSupervisor:
     def _on_stale(self) -> None:
         self._stale.set()
 
+    def _on_fence(self, holds_until: float) -> None:
+        """The engine has it in its own hands: it is fenced in time also when this process is stopped."""
+        hold = engine_pb2.HoldLease(holds_until_s=holds_until)
+        self._engine.send(engine_pb2.EngineCommand(hold_lease=hold))
+
     def _on_event(self, event: engine_pb2.EngineEvent) -> None:
         if event.HasField("load_progress"):
             self._load_fraction = event.load_progress.fraction
         elif event.HasField("loaded"):
             self._loaded, self._load_fraction = event.loaded, 1.0
+            self._on_fence(self._registration.fence.holds_until)
             log.info(
                 "engine loaded",
                 device=event.loaded.device,

@@ -7,7 +7,7 @@ import pytest
 from sps2_kv_directory.config import StoreConfig
 from sps2_kv_directory.script_runner import ScriptRunner
 from sps2_kv_directory.store import Store
-from support.directory import SimulatedClock, start_directory
+from support.directory import SimulatedClock, recover, start_directory
 from support.redis_server import RedisServer, redis_server
 
 __all__ = ["redis_server", "start_directory"]
@@ -21,7 +21,8 @@ def clock() -> SimulatedClock:
 
 @pytest.fixture
 async def store(redis_server: RedisServer, clock: SimulatedClock) -> AsyncGenerator[Store]:
-    """A store whose leases last 5 s of simulated time."""
+    """A store whose leases last 5 s of simulated time; it has recovered from being new."""
     store = Store(ScriptRunner.connect(redis_server.url, StoreConfig(timeout_s=3), now_us=clock))
+    await recover(store, clock)
     yield store
     await store.close()

@@ -12,10 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from sps2.internal.v1.kv_directory_service_pb2 import GetClusterStateResponse, RegisterWorkerRequest
-from sps2.internal.v1.placement_pb2 import Attempt
+from sps2.internal.v1.kv_directory_service_pb2 import (
+    GetClusterStateResponse,
+    PrefixHolder,
+    RegisterWorkerRequest,
+)
+from sps2.internal.v1.placement_pb2 import Attempt, AttentionLayout, ExactMask
 from sps2.v1.cluster_pb2 import WORKER_STATE_STARTING, WorkerInfo
-from sps2_service.directory_client import DirectoryClient, Membership, Registration, Standing
+from sps2_service.directory_client import (
+    DirectoryClient,
+    DirectoryOptions,
+    Membership,
+    Registration,
+    Standing,
+)
 from sps2_service.errors import ServiceError, Unavailable
 from support.directory import DirectoryProcess, make_record, make_worker
 from support.ports import free_port
@@ -30,6 +40,7 @@ FLAGS = (
     *("--lease-ttl-s", str(TTL), "--renew-interval-s", "0.4", "--expire-interval-s", "0.1"),
     *("--store-timeout-s", "0.7", "--watch-interval-s", "0.05"),
 )
+PATIENT = DirectoryOptions(find_timeout_s=2)
 Start = Callable[..., DirectoryProcess]
 
 
@@ -142,7 +153,8 @@ async def test_a_watcher_at_one_replica_sees_what_another_did(
 
 async def test_requests_are_recorded_located_and_released(directory: DirectoryProcess) -> None:
     async with DirectoryClient(directory.address) as client:
-        assert await client.locate("r") is None
+        with pytest.raises(Unavailable):  # its data have just begun
+            await client.locate("r")
         client.record_shards(make_record(number=1), lease_s=30)
         client.record_shards(make_record(number=2), lease_s=30)
         client.record_shards(make_record(number=1), lease_s=30)  # late: refused with ABORTED
@@ -151,8 +163,41 @@ async def test_requests_are_recorded_located_and_released(directory: DirectoryPr
         client.release(Attempt(request_id="r", number=2))
         client.release(Attempt(request_id="never", number=1))
         await client.flush(5)
-        assert await client.locate("r") is None
         assert (await state_of(client)).num_requests == 0
+        async with asyncio.timeout(2 * TTL):
+            while (await state_of(client)).recovering:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert await client.locate("r") is None
+
+
+async def test_prefixes_are_found_through_another_replica(
+    directory: DirectoryProcess, redis_server: RedisServer, start_directory: Start
+) -> None:
+    worker, chain = make_worker(), [b"%032d" % index for index in range(64)]
+    other = start_directory(redis_server.url, *FLAGS)
+    async with (
+        DirectoryClient(directory.address, PATIENT) as first,
+        DirectoryClient(other.address, PATIENT) as second,
+    ):
+        holder = PrefixHolder(
+            worker_id=worker.worker_id,
+            process_incarnation=worker.process_incarnation,
+            epoch=worker.epoch,
+            attention=AttentionLayout(exact=ExactMask()),
+        )
+        async with running(first.keep_registered(lambda: worker)), following(second) as membership:
+            await membership.wait_for(lambda workers: len(workers) == 1, 5)
+            await first.record_prefix(holder, chain[:40])
+            (match,) = await second.find_prefix(chain)
+            assert (match.holder, match.num_keys) == (holder, 40)
+            await second.evict_prefix(holder, chain[30:])
+            assert [match.num_keys for match in await second.find_prefix(chain)] == [30]
+            with pytest.raises(ServiceError) as caught:
+                await second.find_prefix([b"x" * 65])
+            assert [violation.field for violation in caught.value.violations] == ["keys[0]"]
+            other.kill()
+            assert await second.find_prefix(chain) == []  # a prompt goes on without reuse
+            assert await first.find_prefix(chain)
 
 
 async def test_bad_input_names_its_field(directory: DirectoryProcess) -> None:
@@ -208,6 +253,10 @@ async def test_lost_data_cost_the_living_nothing_and_the_dead_are_forgotten(
             async with running(dead.run()):
                 await membership.wait_for(lambda workers: len(workers) == 2, 5)
                 before = (await state_of(client)).directory_incarnation
+                client.record_shards(make_record(), lease_s=60)
+                client.record_shards(make_record("over"), lease_s=60)
+                client.release(Attempt(request_id="over", number=1))
+                await client.flush(5)
                 redis_server.kill()
                 await until(lambda: living.standing is Standing.DEGRADED)
             seen: list[set[str]] = []
@@ -216,7 +265,10 @@ async def test_lost_data_cost_the_living_nothing_and_the_dead_are_forgotten(
                 await until(lambda: living.standing is Standing.REGISTERED)
                 await membership.wait_for(lambda workers: set(workers) == {"decode-0/0"}, 2 * TTL + 1)
             assert all("decode-0/0" in view for view in seen)
-            assert (await state_of(client)).directory_incarnation != before
+            await client.flush(5)
+            after = await state_of(client)
+            assert (after.directory_incarnation != before, after.num_requests) == (True, 1)
+            assert await client.locate("r") == make_record()  # told again with the registration
 
 
 async def collect(membership: Membership, seen: list[set[str]]) -> None:

@@ -36,6 +36,11 @@ async def pass_time(store: Store, clock: SimulatedClock, seconds: float) -> int:
     return ended
 
 
+async def changes_since(store: Store, log: str, revision: int) -> list[WorkerChange] | None:
+    changes = await store.changes(log, revision)
+    return None if changes is None else changes.changes
+
+
 async def worker_ids(store: Store) -> list[str]:
     return [worker.worker_id for worker in (await store.state()).workers]
 
@@ -235,24 +240,43 @@ async def test_changes_continue_a_state(store: Store, clock: SimulatedClock) -> 
     await store.register(make_worker("decode-0/1"))
     await store.deregister("decode-0/0", "life-1")
     await pass_time(store, clock, TTL)
-    assert await store.changes(state.incarnation, state.revision) == [
+    assert await changes_since(store, state.log, state.revision) == [
         WorkerChange(updated=make_worker("decode-0/1"), removed=None),
         WorkerChange(updated=None, removed="decode-0/0"),
         WorkerChange(updated=None, removed="decode-0/1"),
     ]
-    assert await store.changes(state.incarnation, (await store.state()).revision) == []
+    assert await changes_since(store, state.log, (await store.state()).revision) == []
 
 
 async def test_changes_that_cannot_be_continued_are_a_gap(store: Store, redis_server: RedisServer) -> None:
     await store.register(make_worker())
     state = await store.state()
-    assert await store.changes("another", 0) is None
-    assert await store.changes(state.incarnation, 99) is None
+    assert await changes_since(store, "another", 0) is None
+    assert await changes_since(store, state.log, 99) is None
     client = Redis.from_url(redis_server.url)
     await client.xtrim("{sps2}:changes", maxlen=0)
     await client.aclose()
-    assert await store.changes(state.incarnation, 0) is None
-    assert await store.changes(state.incarnation, 1) == []
+    assert await changes_since(store, state.log, 0) is None
+    assert await changes_since(store, state.log, 1) == []
+
+
+async def test_data_that_come_back_are_another_log(store: Store, redis_server: RedisServer) -> None:
+    """The last changes before a crash may be lost, and others have their revisions."""
+    await store.register(make_worker("decode-0/0"))
+    before = await store.state()
+    async with Redis.from_url(redis_server.url) as client:
+        dumps = {key: await client.dump(key) for key in await client.keys("{sps2}:*")}
+    redis_server.kill()
+    redis_server.start()
+    async with Redis.from_url(redis_server.url) as client:
+        for key, dump in dumps.items():
+            assert dump is not None
+            await client.restore(key, 0, dump)
+    await answers(store)
+    after = await store.state()
+    assert (after.incarnation, after.workers) == (before.incarnation, before.workers)
+    assert await store.changes(before.log, before.revision) is None
+    assert await changes_since(store, after.log, after.revision) == []
 
 
 async def test_the_log_of_changes_is_bounded(store: Store, redis_server: RedisServer) -> None:
@@ -269,9 +293,9 @@ async def test_the_log_of_changes_is_bounded(store: Store, redis_server: RedisSe
         await store.register(make_worker(f"decode-0/{rank}"))
     assert await client.xlen("{sps2}:changes") < 10_000
     await client.aclose()
-    incarnation = (await store.state()).incarnation
-    assert await store.changes(incarnation, 1) is None
-    recent = await store.changes(incarnation, 15_000)
+    log = (await store.state()).log
+    assert await changes_since(store, log, 1) is None
+    recent = await changes_since(store, log, 15_000)
     assert recent is not None
     assert len(recent) == store_module.CHANGES_PER_SCRIPT
 
@@ -392,7 +416,7 @@ async def test_a_password_opens_redis_and_without_it_the_store_is_away(redis_ser
     shut = Store(ScriptRunner.connect(redis_server.url, StoreConfig()))
     with pytest.raises(Unavailable):
         await shut.state()
-    opened = Store(ScriptRunner.connect(redis_server.url, StoreConfig(), password="open"))
+    opened = Store(ScriptRunner.connect(redis_server.url, StoreConfig(timeout_s=3), password="open"))
     assert (await opened.state()).workers == []
     for store in (shut, opened):
         await store.close()

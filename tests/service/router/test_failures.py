@@ -84,7 +84,7 @@ async def test_a_failure_after_the_commit_is_not_seen_either(up: Deployment) -> 
 
 async def test_what_an_attempt_that_goes_on_is_asked_for(up: Deployment) -> None:
     up.decode.fail_after = [(1, rank_died("decode-0/1"))]
-    await up.generate(prompt(sampling=generation_pb2.SamplingSpec(repetition_penalty=2)))
+    await up.generate(prompt(sampling=generation_pb2.SamplingSpec(repetition_penalty=2), priority=-3))
     (first, second), (before, after) = up.prefill.requests, up.decode.reserved
     given = byte_ids(b"ab")
     assert list(second.token_ids) == [*first.token_ids, *given]
@@ -93,6 +93,7 @@ async def test_what_an_attempt_that_goes_on_is_asked_for(up: Deployment) -> None
     assert list(after.choice.generated_token_ids) == given
     assert after.num_prompt_tokens == before.num_prompt_tokens + 2
     assert after.asked_at_us == before.asked_at_us > 0
+    assert after.priority == before.priority == -3
     after.choice.ClearField("generated_token_ids")
     assert after.choice == before.choice
     assert [one.attempt.number for one in (before, after)] == [1, 2]
@@ -124,6 +125,17 @@ async def test_preemptions_are_not_counted() -> None:
         assert "".join(event.delta.text for event in seen) == "abcdefghijk"
         assert len(up.decode.reserved) == 3 + 3 + 10 + 1
         await up.assert_all_freed()
+
+
+async def test_waiting_for_room_is_no_silence() -> None:
+    async with Deployment(max_silence_s=1.0) as up:
+        up.decode.fail_after = [(1, PREEMPTED)]
+        text = ""
+        async for event in up.stream():
+            if not text:
+                up.decode.refusals = [NO_KV] * 75  # each of 20 ms
+            text += event.delta.text
+        assert text == "abcd"
 
 
 async def test_what_the_last_tokens_end_is_over_though_nobody_said_so(up: Deployment) -> None:

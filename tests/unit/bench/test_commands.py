@@ -20,6 +20,10 @@ from sps2_bench.app import app
         ("bench", "decode", "--move", "weights"),
         ("bench", "decode", "--random-model", "hidden=64,depth=3"),
         ("bench", "kernels", "--dtype", "fp8"),
+        ("bench", "interference", "--long", "1k,2k"),
+        ("bench", "interference", "--profile", "quick"),
+        ("bench", "interference", "--chunks", "0"),
+        ("bench", "interference", "--random-model", "heads=3,kv_heads=2"),
         ("bench", "nothing"),
         ("eval", "accuracy", "--model", "/nowhere"),
         ("eval", "accuracy", "--shards", "12"),
@@ -33,7 +37,14 @@ def test_usage_errors(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("bench", "prefill"), ("bench", "decode"), ("bench", "kernels"), ("eval", "accuracy")]
+    "command",
+    [
+        ("bench", "prefill"),
+        ("bench", "decode"),
+        ("bench", "kernels"),
+        ("bench", "interference"),
+        ("eval", "accuracy"),
+    ],
 )
 def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])

@@ -1,7 +1,10 @@
 """The plan of a local deployment, its logs, and the demo's task: all without a process."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from sps2_cli.local.interrupts import Interrupts
 from sps2_cli.local.logs import KEEP_LINES, LineLog, cause, needs_context, readable
 from sps2_cli.local.plan import (
     Commands,
+    Cores,
     Pool,
     UpOptions,
     default_threads,
@@ -22,7 +26,7 @@ from sps2_cli.local.plan import (
     router_spec,
     split_password,
 )
-from sps2_cli.local.process import exit_text
+from sps2_cli.local.process import WRAPPER, exit_text
 from sps2_cli.local.redis import EmbeddedRedis, redis_spec
 
 OPTIONS = UpOptions(model=Path("/m/demo"), prefill=Pool(2, 2), decode=Pool(1, 3), threads=4)
@@ -84,6 +88,31 @@ def test_prefill_ranks_that_split_layers() -> None:
     )
     with pytest.raises(ValueError, match="make --prefill a multiple of 4, for example 1x8"):
         replace(OPTIONS, prefill=Pool(1, 6), prefill_tp=4)
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "1;2", "1,,2"])
+def test_cores_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="is no list of cores"):
+        Cores.parse(text)
+
+
+def test_pools_with_cores_of_their_own() -> None:
+    assert Cores.parse("8, 0-2,1") == Cores((0, 1, 2, 8))
+    assert str(Cores.parse("0-2,8")) == "0,1,2,8"
+    pinned = replace(OPTIONS, threads=None, cores=16, prefill_cpus=Cores.parse("0-11"))
+    prefill, _, decode = leader_specs(pinned, Commands(), "d:1")
+    assert (prefill.cpus, flags(prefill.command[3:])["--threads"]) == (Cores(tuple(range(12))), "3")
+    assert (decode.cpus, flags(decode.command[3:])["--threads"]) == (Cores(), "2"), "16 cores, 7 ranks"
+    few = replace(pinned, decode_cpus=Cores((15,)))
+    assert flags(leader_specs(few, Commands(), "d:1")[2].command[3:])["--threads"] == "1"
+
+
+def test_a_pinned_process_has_its_cores_from_the_start() -> None:
+    core = max(os.sched_getaffinity(0))
+    show = "import os; print(os.sched_getaffinity(0))"
+    command = [*WRAPPER, str(os.getpid()), "--cpus", str(core), sys.executable, "-I", "-S", "-c", show]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    assert result.stdout == f"{{{core}}}\n"
 
 
 def test_the_password_of_redis_stands_in_no_command_line() -> None:
@@ -152,7 +181,6 @@ def test_logs_are_bounded_and_shown_with_their_name(tmp_path: Path) -> None:
 
 
 def test_interrupts_count_and_are_taken_back() -> None:
-    import os
     import signal
 
     before = signal.getsignal(signal.SIGINT)

@@ -48,11 +48,17 @@ class InstantRanks:
     state: GroupState = GroupState.FORMED
     missing: str = ""
     epoch: int = 1
+    fenced: bool = False
     plans: list[engine_pb2.StepPlan] = field(default_factory=list)
     homes: dict[int, int] = field(default_factory=dict)
     max_tokens: dict[int, int] = field(default_factory=dict)
     num_tokens: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     """Of each row that decodes."""
+
+    def check_lease(self) -> None:
+        """As the leader of a group does."""
+        if self.fenced:
+            raise Unavailable("FENCED", "the leader's lease does not hold")
 
     def broadcast(self, command: engine_pb2.EngineCommand) -> None:
         """As to every rank: what it answers comes back over the wire, later."""
@@ -217,4 +223,15 @@ async def test_a_resize_returns_when_tokens_come_from_where_it_led() -> None:
     moves = [move for plan in ranks.plans for one in plan.moves for move in one.moves]
     assert [(move.source, move.target, move.num_prompt_blocks) for move in moves] == [(1, 0, 4)]
     assert live.shards[0][:2] == (0, 0)
+    coordinator.release(live)
+
+
+async def test_a_fenced_leader_gives_no_room_and_serves_on() -> None:
+    coordinator, ranks = make(8)
+    live = await coordinator.reserve(reserve("one", 1, 64))
+    ranks.fenced = True
+    with pytest.raises(Unavailable, match="lease"):
+        await coordinator.reserve(reserve("two", 2, 64))
+    await coordinator.commit(live, decode_service_pb2.StartDecode(first_token_id=7))
+    assert [token async for token in coordinator.tokens(live)]
     coordinator.release(live)

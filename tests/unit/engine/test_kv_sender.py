@@ -55,6 +55,23 @@ def test_a_layer_goes_over_and_is_counted(sender: KvSender, receiver: KvReceiver
     assert sender.abort(transfer).result(10) is None
 
 
+def test_nothing_leaves_a_fenced_rank(receiver: KvReceiver) -> None:
+    lease = [True]
+    sender = KvSender(arena(), FORMAT, "prefill-0/0", "source", "grpc", may_send=lambda: lease[0])
+    receiver.expect(placement("").shards[0].fence, 0, 100, [0, 1], lambda: None)
+    transfer = sender.begin(ATTEMPT, placement(receiver.address), [Span(0, 100)], [1, 0])
+    lease[0] = False
+    sender.layer_ready(transfer, 0)
+    with pytest.raises(TransferError, match="lease") as caught:
+        transfer.done.result(10)
+    assert (caught.value.reason, sender.bytes_posted) == ("FENCED", 0)
+    lease[0] = True
+    again = sender.begin(ATTEMPT, placement(receiver.address), [Span(0, 100)], [1, 0])
+    sender.layer_ready(again, 0)
+    assert again.done.result(10).slabs_sent > 0
+    sender.close()
+
+
 def test_a_rank_without_tokens_is_done_at_once(sender: KvSender) -> None:
     assert sender.begin(ATTEMPT, placement("nowhere:1"), [Span(50, 50)], []).done.result(0).bytes_sent == 0
 

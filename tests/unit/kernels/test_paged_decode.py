@@ -10,15 +10,16 @@ from torch import Tensor
 
 from sps2_engine.kv_pool import BLOCK_TOKENS, slot_runs
 from sps2_kernels import reference
+from sps2_kernels.native_decode import native_decode
 from sps2_kernels.paged_decode import (
     PAGE_TOKENS,
     PagedRows,
     SlotRuns,
     paged_decode_partial,
     paged_decode_partial_cpu,
+    paged_decode_partial_flash,
 )
 from sps2_kernels.shape import HEAD_DIMS
-from support.address_space import vast
 from support.triton_interpreter import assert_near, interpreted_form
 
 CPU = torch.device("cpu")
@@ -49,6 +50,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, runs: tuple[SlotRuns, ...], splits: i
     triton_form = interpreted_form("paged_decode").paged_decode_partial
     for o, lse in (
         paged_decode_partial_cpu(q, k, v, rows, scale),
+        paged_decode_partial_flash(q, k, v, rows, scale),
         triton_form(q, k, v, rows, scale, splits),
     ):
         assert (o.dtype, lse.dtype, o.shape, lse.shape) == (q.dtype, torch.float32, q.shape, q.shape[:2])
@@ -96,20 +98,6 @@ def test_a_slot_that_a_row_does_not_see_changes_no_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(form(q, k, v, rows, 0.2), before, strict=True))
 
 
-def test_slots_beyond_two_to_the_31() -> None:
-    """The same keys in the first pages of a cache and in pages whose elements lie past 2^31."""
-    q, near_k, near_v = draw(2, (2, 1), 32, torch.bfloat16)
-    first = (1 << 31) // 32 + 128
-    k, v = (vast((first + len(near_k)) * 32, torch.bfloat16).view(-1, 1, 32) for _ in range(2))
-    k[first:], v[first:] = near_k, near_v
-    near: tuple[SlotRuns, ...] = ([(0, 128)], [(64, 100)])
-    far = tuple([(first + begin, first + end) for begin, end in row] for row in near)
-    form = interpreted_form("paged_decode").paged_decode_partial
-    expected = form(q, near_k, near_v, PagedRows(near, CPU), 0.2, 2)
-    found = form(q, k, v, PagedRows(far, CPU), 0.2, 2)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
 def test_block_table_and_lengths() -> None:
     rows = PagedRows(PAGED, CPU)
     assert rows.kv_len.tolist() == [1, 0, 223, 256]
@@ -142,6 +130,55 @@ def test_a_page_is_the_engines_block() -> None:
     assert PAGE_TOKENS == BLOCK_TOKENS
 
 
+@pytest.mark.parametrize("heads", [(8, 2), (20, 1), (7, 1)])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_compiled_form_shares_long_rows_among_threads(heads: tuple[int, int], threads: int) -> None:
+    q, k, v = draw(4, heads, 64, torch.float32)
+    runs: tuple[SlotRuns, ...] = ([(0, 1)], [(3, 700)], [], [(700, 768), (5, 130)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        native = native_decode(q, k)
+        assert native is not None, "the tests' machine has a C compiler"
+        o, lse = native(q, k, v, PagedRows(runs, CPU).spans, 0.125)
+    finally:
+        torch.set_num_threads(before)
+    expected_o, expected_lse = reference.paged_decode_partial(q, k, v, [_slots(one) for one in runs], 0.125)
+    assert_near(o, expected_o, torch.float32)
+    assert_near(lse, expected_lse, torch.float32)
+
+
+def test_compiled_form_keeps_extreme_scores_finite() -> None:
+    q = torch.ones(1, 4, 32)
+    k = torch.cat([torch.full((100, 1, 32), 1e4 / 32), torch.full((100, 1, 32), -1e4 / 32)])
+    rows = PagedRows([[(0, 200)]], CPU)
+    for keys in (k, k.flip(0)):
+        o, lse = paged_decode_partial_cpu(q, keys, torch.ones_like(keys), rows, 1.0)
+        torch.testing.assert_close(o, torch.ones_like(o))
+        torch.testing.assert_close(lse, torch.full_like(lse, 1e4 + math.log(100)))
+    equal = torch.ones(70_000, 1, 32)
+    o, lse = paged_decode_partial_cpu(q, equal, equal, PagedRows([[(0, 70_000)]], CPU), 1.0)
+    torch.testing.assert_close(o, torch.ones_like(o))
+    torch.testing.assert_close(lse, torch.full_like(lse, 32 + math.log(70_000)))
+
+
+def _slots(runs: SlotRuns) -> list[int]:
+    return [slot for begin, end in runs for slot in range(begin, end)]
+
+
+def test_no_compiler_leaves_torchs_operator(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    q, k, v = draw(2, (9, 3), 48, torch.float32)  # a shape of its own: what is compiled stays
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    rows = PagedRows((PAGED[0], PAGED[2]), CPU)
+    o, lse = paged_decode_partial_cpu(q, k, v, rows, 0.2)
+    assert "paged_decode.c is not compiled" in caplog.text
+    flash_o, flash_lse = paged_decode_partial_flash(q, k, v, rows, 0.2)
+    assert torch.equal(o, flash_o)
+    assert torch.equal(lse, flash_lse)
+
+
 @given(st.data())
 def test_tables_grown_in_place_are_those_of_a_rebuild(data: st.DataObject) -> None:
     pages = data.draw(st.permutations(range(12)))
@@ -149,7 +186,7 @@ def test_tables_grown_in_place_are_those_of_a_rebuild(data: st.DataObject) -> No
     runs = [slot_runs(pages[3 * row : 3 * row + 3], count) for row, count in enumerate(lens)]
     rows = PagedRows(runs, CPU)
     if data.draw(st.booleans()):
-        _ = rows.block_table  # made before the first step, or after some
+        _ = rows.block_table, rows.spans  # made before the first step, or after some
     for _step in range(data.draw(st.integers(1, 70))):
         ended = data.draw(st.integers(0, len(lens)))  # the first rows stay as they are
         for row in range(ended, len(lens)):
@@ -164,3 +201,4 @@ def test_tables_grown_in_place_are_those_of_a_rebuild(data: st.DataObject) -> No
     assert rows.max_len == rebuilt.max_len
     assert torch.equal(rows.block_table[:, :width], rebuilt.block_table[:, :width])
     assert not rows.block_table[:, width:].any()
+    assert (rows.spans.bounds, rows.spans.first_run) == (rebuilt.spans.bounds, rebuilt.spans.first_run)

@@ -1,8 +1,11 @@
 """Settings that would break the promises of leases are refused."""
 
+from pathlib import Path
+
 import pytest
 
 from sps2_kv_directory.config import DirectoryConfig
+from sps2_service.config import shown
 
 
 def test_the_defaults_are_the_designs() -> None:
@@ -18,6 +21,19 @@ def test_what_would_end_the_leases_of_the_living_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="of lease_ttl_s"):
         DirectoryConfig(renew_interval_s=renew, expire_interval_s=expire, store_timeout_s=timeout)
+
+
+def test_the_password_comes_from_one_place_and_is_never_shown(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("hunter2\n")
+    assert DirectoryConfig(redis_password_file=file).read_redis_password() == "hunter2"
+    assert DirectoryConfig(redis_password="open").read_redis_password() == "open"
+    assert DirectoryConfig().read_redis_password() is None
+    with pytest.raises(ValueError, match="not both"):
+        DirectoryConfig(redis_password="open", redis_password_file=file)
+    config = DirectoryConfig(redis="rediss://sps2:hunter2@redis:6380/0", redis_password="hunter2")
+    assert shown(config)["redis"] == "rediss://sps2:***@redis:6380/0"
+    assert "hunter2" not in str(shown(config))
 
 
 def test_a_url_that_is_none_is_refused() -> None:

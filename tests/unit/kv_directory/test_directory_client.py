@@ -1,6 +1,9 @@
 """The client's loops against a directory that answers as the test tells it."""
 
 import asyncio
+import math
+import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -9,12 +12,14 @@ import pytest
 
 from sps2.internal.v1 import kv_directory_service_pb2 as pb
 from sps2.internal.v1.kv_directory_service_pb2_grpc import add_KvDirectoryServiceServicer_to_server
+from sps2.internal.v1.placement_pb2 import Attempt
 from sps2.v1.cluster_pb2 import WORKER_STATE_DRAINING, WORKER_STATE_READY
 from sps2_service.directory_client import DirectoryClient, DirectoryOptions, Standing
 from sps2_service.directory_recorder import Recorder
 from sps2_service.directory_rpc import pauses
 from sps2_service.errors import Aborted, DeadlineExceeded, NotFound, Unavailable
-from support.directory import make_worker
+from sps2_service.lease_fence import LeaseFence
+from support.directory import make_record, make_worker
 
 OPTIONS = DirectoryOptions(
     timeout_s=0.5, first_snapshot_timeout_s=0.3, retry_min_s=0.01, retry_max_s=0.05, renew_interval_s=0.02
@@ -30,6 +35,7 @@ class ScriptedDirectory:
         self.calls: list[str] = []
         self.states: list[int] = []
         self.refusals = 0
+        self.recorded: list[str] = []
 
     async def RegisterWorker(self, request: pb.RegisterWorkerRequest, context: Any) -> Any:  # noqa: N802
         if self.refusals > 0:
@@ -43,6 +49,13 @@ class ScriptedDirectory:
         self.calls.append(pb.LeaseStatus.Name(status).removeprefix("LEASE_STATUS_").lower())
         self.states.append(request.renewals[0].state)
         return pb.RenewLeaseResponse(statuses=[status])
+
+    async def RecordShards(self, request: pb.RecordShardsRequest, _: Any) -> Any:  # noqa: N802
+        self.recorded.append(request.record.attempt.request_id)
+        return pb.RecordShardsResponse()
+
+    async def ReleaseRequest(self, _: Any, __: Any) -> Any:  # noqa: N802
+        return pb.ReleaseRequestResponse()
 
     async def WatchWorkers(self, _: Any, __: Any) -> AsyncIterator[pb.WatchWorkersResponse]:  # noqa: N802
         for response in self.watches.pop(0) if self.watches else []:
@@ -100,6 +113,48 @@ async def test_degraded_is_borne_and_counts_as_contact(scripted: Scripted) -> No
     assert registration.last_contact is not None
     assert registration.last_contact > first
     await end(task)
+
+
+async def test_the_fence_holds_from_heartbeat_to_heartbeat(scripted: Scripted) -> None:
+    directory, client = scripted
+    directory.statuses = [pb.LEASE_STATUS_DEGRADED, pb.LEASE_STATUS_NOT_FOUND]
+    registration, seen = client.registration(make_worker), []
+    registration.on_fence = lambda holds_until: seen.append(holds_until - time.monotonic())
+    assert not registration.fence.holds(time.monotonic())  # never registered
+    task = asyncio.create_task(registration.run())
+    await until_calls(directory, 5)
+    await end(task)
+    granted, degraded, lost, again = seen[:4]
+    assert lost == -math.inf
+    for left in (granted, degraded, again):
+        assert 0 < left <= 3.0  # of the 5 s that the directory has granted
+    last = registration.fence.holds_until
+    assert registration.fence.holds(last - 0.001)
+    assert not registration.fence.holds(last)
+
+
+def test_the_fence_counts_from_when_the_heartbeat_was_sent() -> None:
+    fence = LeaseFence()
+    fence.renew(sent_at=100.0, ttl_s=5.0)
+    fence.renew(sent_at=99.0, ttl_s=5.0)  # an older one is no step back
+    assert fence.holds_until == 103.0
+    fence.lose()
+    assert not fence.holds(0.0)
+
+
+async def test_what_is_recorded_is_told_again_with_each_registration(scripted: Scripted) -> None:
+    directory, client = scripted
+    client.record_shards(make_record("kept", 2))
+    client.record_shards(make_record("gone"))
+    client.release(Attempt(request_id="kept", number=1))  # an older attempt: the record stays
+    client.release(Attempt(request_id="gone", number=1))
+    await client.flush(5)
+    directory.statuses = [pb.LEASE_STATUS_NOT_FOUND]
+    task = asyncio.create_task(client.keep_registered(make_worker))
+    await until_calls(directory, 4)
+    await end(task)
+    await client.flush(5)
+    assert Counter(directory.recorded) == {"kept": 3, "gone": 1}
 
 
 async def test_stale_ends_it_with_the_callback(scripted: Scripted) -> None:

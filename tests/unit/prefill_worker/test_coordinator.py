@@ -12,7 +12,7 @@ from sps2_layout.attention import Attention
 from sps2_layout.profiles import EXACT, Ladder, Profile
 from sps2_layout.wire import pack_attention
 from sps2_prefill_worker.coordinator import BLOCK_TOKENS, PrefillCoordinator
-from sps2_service.errors import FailedPrecondition, InvalidArgument
+from sps2_service.errors import FailedPrecondition, InvalidArgument, Unavailable
 from sps2_service.ranks.group import GroupState
 
 NUM_TOKENS = 10 * BLOCK_TOKENS
@@ -29,8 +29,13 @@ class StandInGroup:
     missing: str = ""
     sent: dict[int, list[engine_pb2.EngineCommand]] = field(default_factory=dict)
 
+    fenced: bool = False
     told: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when every rank has been sent something."""
+
+    def check_lease(self) -> None:
+        if self.fenced:
+            raise Unavailable("FENCED", "the leader's lease does not hold")
 
     def send(self, rank: int, command: engine_pb2.EngineCommand) -> None:
         self.sent.setdefault(rank, []).append(command)
@@ -102,6 +107,18 @@ def test_a_prompt_that_no_rank_has_room_for_is_refused(choice: Choice) -> None:
 
     with pytest.raises(FailedPrecondition, match="raise --kv-tokens"):
         asyncio.run(ask())
+
+
+def test_a_fenced_leader_takes_no_prompt() -> None:
+    coordinator, group = make("heads", 2, kv_blocks=5)
+    group.fenced = True
+
+    async def ask() -> None:
+        await anext(coordinator.prefill(request()))
+
+    with pytest.raises(Unavailable, match="lease"):
+        asyncio.run(ask())
+    assert group.sent == {}
 
 
 SPARSE = Ladder("sparse", (Profile(4, ((1, 1), (4, 4)), tail=16),), 1)

@@ -75,9 +75,9 @@ async def test_other_errors_pass_through_and_an_ended_scope_is_inert() -> None:
 
 
 async def wait_then_be_silent(silence_s: float) -> None:
-    with CallScope(total_s=5, silence_s=0.05) as scope:
+    with CallScope(total_s=5, silence_s=0.5) as scope:
         with scope.waiting():
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.8)
         await asyncio.sleep(silence_s)
 
 

@@ -13,9 +13,13 @@ LEADER = cluster_pb2.WorkerInfo(worker_id="decode-0/0", grpc_address="127.0.0.1:
 PREEMPTED = Unavailable("PREEMPTED", "room given away", retry_after=0.25)
 
 
-def ended(code: grpc.StatusCode, details: str, trailers: tuple[tuple[str, bytes], ...] = ()) -> grpc.RpcError:
+def ended(
+    code: grpc.StatusCode, details: str, trailers: tuple[tuple[str, str | bytes], ...] = ()
+) -> grpc.RpcError:
     none = grpc.aio.Metadata()
-    return grpc.aio.AioRpcError(code, none, grpc.aio.Metadata(*trailers), details=details)
+    return grpc.aio.AioRpcError(
+        code, none, grpc.aio.Metadata(*trailers), details=details, debug_error_string=None
+    )
 
 
 @pytest.mark.parametrize(

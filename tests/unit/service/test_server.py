@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from sps2_service.channel import ChannelOptions, open_channel
-from sps2_service.server import CannotListenError, ServerOptions, ServiceServer
+from sps2_service.server import LIVENESS, CannotListenError, ServerOptions, ServiceServer
 from support.echo_service import SERVICE, Echo, EchoServicer, EchoStub
 from support.process import ManagedProcess
 
@@ -56,6 +56,14 @@ async def test_health_follows_set_serving() -> None:
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         await server.set_serving(False)
         assert await health(channel, SERVICE.full_name) == NOT_SERVING
+
+
+async def test_liveness_does_not_follow_set_serving() -> None:
+    async with started() as (server, address), open_channel(address) as channel:
+        assert await health(channel, LIVENESS) == SERVING
+        await server.set_serving(True)
+        await server.set_serving(False)
+        assert await health(channel, LIVENESS) == SERVING
 
 
 async def test_health_watch_sees_the_stop() -> None:

@@ -66,6 +66,7 @@ class EngineCommand(_message.Message):
     CANCEL_PREFILL_FIELD_NUMBER: _builtins.int
     STEP_PLAN_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
+    HOLD_LEASE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Epoch it belongs to; an engine in another epoch drops it."""
     @_builtins.property
@@ -92,6 +93,10 @@ class EngineCommand(_message.Message):
     def shutdown(self) -> Global___Shutdown:
         """End the process."""
 
+    @_builtins.property
+    def hold_lease(self) -> Global___HoldLease:
+        """How long the rank's lease holds; of every epoch, and in effect at once."""
+
     def __init__(
         self,
         *,
@@ -102,16 +107,41 @@ class EngineCommand(_message.Message):
         cancel_prefill: Global___CancelPrefill | None = ...,
         step_plan: Global___StepPlan | None = ...,
         shutdown: Global___Shutdown | None = ...,
+        hold_lease: Global___HoldLease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "form_group", b"form_group", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "epoch", b"epoch", "form_group", b"form_group", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "epoch", b"epoch", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["form_group", "abort_group", "run_prefill", "cancel_prefill", "step_plan", "shutdown"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["form_group", "abort_group", "run_prefill", "cancel_prefill", "step_plan", "shutdown", "hold_lease"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___EngineCommand: _TypeAlias = EngineCommand  # noqa: Y015
+
+@_typing.final
+class HoldLease(_message.Message):
+    """HoldLease tells until when the rank may act on its lease. From then on, and before the first of these
+    commands, the engine is fenced: it takes no new rows and sends no new slabs.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDS_UNTIL_S_FIELD_NUMBER: _builtins.int
+    holds_until_s: _builtins.float
+    """CLOCK_MONOTONIC of this machine, in seconds; minus infinity without a lease."""
+    def __init__(
+        self,
+        *,
+        holds_until_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holds_until_s", b"holds_until_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldLease: _TypeAlias = HoldLease  # noqa: Y015
 
 @_typing.final
 class FormGroup(_message.Message):

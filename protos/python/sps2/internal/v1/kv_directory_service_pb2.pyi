@@ -245,16 +245,20 @@ class DrawEpochRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUP_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """Group, for example "decode-0"."""
+    previous: _builtins.int
+    """Largest epoch that the caller knows of; 0: none."""
     def __init__(
         self,
         *,
         group: _builtins.str = ...,
+        previous: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "previous", b"previous"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,6 +350,11 @@ class WorkerSnapshot(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKERS_FIELD_NUMBER: _builtins.int
+    RECOVERING_FIELD_NUMBER: _builtins.int
+    recovering: _builtins.bool
+    """The store lost its data less than one TTL ago. Workers that are not listed may live: who knew them keeps
+    them until a snapshot comes that does not say so.
+    """
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[_cluster_pb2.WorkerInfo]:
         """Workers."""
@@ -354,10 +363,11 @@ class WorkerSnapshot(_message.Message):
         self,
         *,
         workers: _abc.Iterable[_cluster_pb2.WorkerInfo] | None = ...,
+        recovering: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["recovering", b"recovering", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -586,6 +596,214 @@ class ReleaseRequestResponse(_message.Message):
 Global___ReleaseRequestResponse: _TypeAlias = ReleaseRequestResponse  # noqa: Y015
 
 @_typing.final
+class PrefixHolder(_message.Message):
+    """PrefixHolder is a worker, in one life of its group, and how the KV that it holds was made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    PROCESS_INCARNATION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The leader of the group that holds it."""
+    process_incarnation: _builtins.str
+    """Its incarnation."""
+    epoch: _builtins.int
+    """Epoch of its group."""
+    @_builtins.property
+    def attention(self) -> _placement_pb2.AttentionLayout:
+        """The mask under which the KV was made. Exact KV is the same for prompts of any length, so an exact one
+        comes back without lengths.
+        """
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        process_incarnation: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        attention: _placement_pb2.AttentionLayout | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "epoch", b"epoch", "process_incarnation", b"process_incarnation", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixHolder: _TypeAlias = PrefixHolder  # noqa: Y015
+
+@_typing.final
+class RecordPrefixRequest(_message.Message):
+    """RecordPrefixRequest names blocks that are held."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def holder(self) -> Global___PrefixHolder:
+        """Who holds them."""
+
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Keys of blocks, opaque, 1 to 64 bytes each; at most 64."""
+
+    def __init__(
+        self,
+        *,
+        holder: Global___PrefixHolder | None = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordPrefixRequest: _TypeAlias = RecordPrefixRequest  # noqa: Y015
+
+@_typing.final
+class RecordPrefixResponse(_message.Message):
+    """RecordPrefixResponse says that they are recorded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordPrefixResponse: _TypeAlias = RecordPrefixResponse  # noqa: Y015
+
+@_typing.final
+class FindPrefixRequest(_message.Message):
+    """FindPrefixRequest asks for a chain of blocks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Keys of the blocks, the first block's first; at most 64. A longer chain takes several calls."""
+
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindPrefixRequest: _TypeAlias = FindPrefixRequest  # noqa: Y015
+
+@_typing.final
+class FindPrefixResponse(_message.Message):
+    """FindPrefixResponse names who holds the chain's beginning."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MATCHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def matches(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefixMatch]:
+        """The longest first, at most 16; empty when nobody holds the first block."""
+
+    def __init__(
+        self,
+        *,
+        matches: _abc.Iterable[Global___PrefixMatch] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["matches", b"matches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindPrefixResponse: _TypeAlias = FindPrefixResponse  # noqa: Y015
+
+@_typing.final
+class PrefixMatch(_message.Message):
+    """PrefixMatch is one holder's run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: _builtins.int
+    NUM_KEYS_FIELD_NUMBER: _builtins.int
+    num_keys: _builtins.int
+    """Leading keys of the request that it holds, all of them under the one layout."""
+    @_builtins.property
+    def holder(self) -> Global___PrefixHolder:
+        """Who."""
+
+    def __init__(
+        self,
+        *,
+        holder: Global___PrefixHolder | None = ...,
+        num_keys: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "num_keys", b"num_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixMatch: _TypeAlias = PrefixMatch  # noqa: Y015
+
+@_typing.final
+class EvictPrefixRequest(_message.Message):
+    """EvictPrefixRequest names blocks that are no longer held."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def holder(self) -> Global___PrefixHolder:
+        """Who held them, and under which mask."""
+
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Their keys; at most 64."""
+
+    def __init__(
+        self,
+        *,
+        holder: Global___PrefixHolder | None = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictPrefixRequest: _TypeAlias = EvictPrefixRequest  # noqa: Y015
+
+@_typing.final
+class EvictPrefixResponse(_message.Message):
+    """EvictPrefixResponse says that they are forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictPrefixResponse: _TypeAlias = EvictPrefixResponse  # noqa: Y015
+
+@_typing.final
 class GetClusterStateRequest(_message.Message):
     """GetClusterStateRequest asks for the state."""
 
@@ -612,12 +830,18 @@ class GetClusterStateResponse(_message.Message):
     NUM_REQUESTS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     DIRECTORY_INCARNATION_FIELD_NUMBER: _builtins.int
+    RECOVERING_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_KEYS_FIELD_NUMBER: _builtins.int
     num_requests: _builtins.int
     """Requests recorded."""
     revision: _builtins.int
     """Revision of the worker state."""
     directory_incarnation: _builtins.str
     """Drawn when the store's data began; a new one means that it was lost."""
+    recovering: _builtins.bool
+    """The store's data began less than one TTL ago: who was known before may not have registered again yet."""
+    num_prefix_keys: _builtins.int
+    """Keys of prefix blocks that somebody holds."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[_cluster_pb2.WorkerInfo]:
         """Live workers, ordered by id."""
@@ -629,10 +853,12 @@ class GetClusterStateResponse(_message.Message):
         num_requests: _builtins.int = ...,
         revision: _builtins.int = ...,
         directory_incarnation: _builtins.str = ...,
+        recovering: _builtins.bool = ...,
+        num_prefix_keys: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory_incarnation", b"directory_incarnation", "num_requests", b"num_requests", "revision", b"revision", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory_incarnation", b"directory_incarnation", "num_prefix_keys", b"num_prefix_keys", "num_requests", b"num_requests", "recovering", b"recovering", "revision", b"revision", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,6 +76,21 @@ class KvDirectoryServiceStub:
                 request_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.ReleaseRequestRequest.SerializeToString,
                 response_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.ReleaseRequestResponse.FromString,
                 _registered_method=True)
+        self.RecordPrefix = channel.unary_unary(
+                '/sps2.internal.v1.KvDirectoryService/RecordPrefix',
+                request_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.RecordPrefixRequest.SerializeToString,
+                response_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.RecordPrefixResponse.FromString,
+                _registered_method=True)
+        self.FindPrefix = channel.unary_unary(
+                '/sps2.internal.v1.KvDirectoryService/FindPrefix',
+                request_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.FindPrefixRequest.SerializeToString,
+                response_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.FindPrefixResponse.FromString,
+                _registered_method=True)
+        self.EvictPrefix = channel.unary_unary(
+                '/sps2.internal.v1.KvDirectoryService/EvictPrefix',
+                request_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.EvictPrefixRequest.SerializeToString,
+                response_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.EvictPrefixResponse.FromString,
+                _registered_method=True)
         self.GetClusterState = channel.unary_unary(
                 '/sps2.internal.v1.KvDirectoryService/GetClusterState',
                 request_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.GetClusterStateRequest.SerializeToString,
@@ -112,7 +127,7 @@ class KvDirectoryServiceServicer:
 
     def DrawEpoch(self, request, context):
         """DrawEpoch returns a number larger than every one drawn for the group before:
-        max(stored + 1, Redis TIME in microseconds).
+        max(stored + 1, previous + 1, Redis TIME in microseconds).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,7 +149,8 @@ class KvDirectoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LocateRequest(self, request, context):
-        """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none.
+        """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none, UNAVAILABLE with
+        reason RECOVERING when there may be one that has not been recorded again since the store lost its data.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +158,28 @@ class KvDirectoryServiceServicer:
 
     def ReleaseRequest(self, request, context):
         """ReleaseRequest forgets an attempt; a newer one stays. Unknown: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecordPrefix(self, request, context):
+        """RecordPrefix tells that a worker's group holds blocks of KV. It holds for as long as the worker's lease
+        and epoch last. ABORTED under an older incarnation or epoch, NOT_FOUND without a lease under this one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindPrefix(self, request, context):
+        """FindPrefix finds who holds the longest leading run of a chain of keys. A run never mixes layouts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EvictPrefix(self, request, context):
+        """EvictPrefix takes back what RecordPrefix told; keys that are not recorded are no error. Refused like it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -196,6 +234,21 @@ def add_KvDirectoryServiceServicer_to_server(servicer, server):
                     servicer.ReleaseRequest,
                     request_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.ReleaseRequestRequest.FromString,
                     response_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.ReleaseRequestResponse.SerializeToString,
+            ),
+            'RecordPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordPrefix,
+                    request_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.RecordPrefixRequest.FromString,
+                    response_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.RecordPrefixResponse.SerializeToString,
+            ),
+            'FindPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindPrefix,
+                    request_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.FindPrefixRequest.FromString,
+                    response_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.FindPrefixResponse.SerializeToString,
+            ),
+            'EvictPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvictPrefix,
+                    request_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.EvictPrefixRequest.FromString,
+                    response_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.EvictPrefixResponse.SerializeToString,
             ),
             'GetClusterState': grpc.unary_unary_rpc_method_handler(
                     servicer.GetClusterState,
@@ -421,6 +474,87 @@ class KvDirectoryService:
             '/sps2.internal.v1.KvDirectoryService/ReleaseRequest',
             sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.ReleaseRequestRequest.SerializeToString,
             sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.ReleaseRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sps2.internal.v1.KvDirectoryService/RecordPrefix',
+            sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.RecordPrefixRequest.SerializeToString,
+            sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.RecordPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sps2.internal.v1.KvDirectoryService/FindPrefix',
+            sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.FindPrefixRequest.SerializeToString,
+            sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.FindPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvictPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sps2.internal.v1.KvDirectoryService/EvictPrefix',
+            sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.EvictPrefixRequest.SerializeToString,
+            sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.EvictPrefixResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,7 +45,7 @@ class KvDirectoryServiceStub:
     """DeregisterWorker ends a lease at once (clean shutdown)."""
     DrawEpoch: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.DrawEpochRequest, _kv_directory_service_pb2.DrawEpochResponse]
     """DrawEpoch returns a number larger than every one drawn for the group before:
-    max(stored + 1, Redis TIME in microseconds).
+    max(stored + 1, previous + 1, Redis TIME in microseconds).
     """
     WatchWorkers: _grpc.UnaryStreamMultiCallable[_kv_directory_service_pb2.WatchWorkersRequest, _kv_directory_service_pb2.WatchWorkersResponse]
     """WatchWorkers sends a snapshot, then changes, each with a revision; a client that sees a gap
@@ -54,9 +54,19 @@ class KvDirectoryServiceStub:
     RecordShards: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.RecordShardsRequest, _kv_directory_service_pb2.RecordShardsResponse]
     """RecordShards tells where a request's KV lies. ABORTED when a newer attempt or epoch is recorded."""
     LocateRequest: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.LocateRequestRequest, _kv_directory_service_pb2.LocateRequestResponse]
-    """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none."""
+    """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none, UNAVAILABLE with
+    reason RECOVERING when there may be one that has not been recorded again since the store lost its data.
+    """
     ReleaseRequest: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.ReleaseRequestRequest, _kv_directory_service_pb2.ReleaseRequestResponse]
     """ReleaseRequest forgets an attempt; a newer one stays. Unknown: NOT_FOUND."""
+    RecordPrefix: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.RecordPrefixRequest, _kv_directory_service_pb2.RecordPrefixResponse]
+    """RecordPrefix tells that a worker's group holds blocks of KV. It holds for as long as the worker's lease
+    and epoch last. ABORTED under an older incarnation or epoch, NOT_FOUND without a lease under this one.
+    """
+    FindPrefix: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.FindPrefixRequest, _kv_directory_service_pb2.FindPrefixResponse]
+    """FindPrefix finds who holds the longest leading run of a chain of keys. A run never mixes layouts."""
+    EvictPrefix: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.EvictPrefixRequest, _kv_directory_service_pb2.EvictPrefixResponse]
+    """EvictPrefix takes back what RecordPrefix told; keys that are not recorded are no error. Refused like it."""
     GetClusterState: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.GetClusterStateRequest, _kv_directory_service_pb2.GetClusterStateResponse]
     """GetClusterState returns all live workers and counts."""
 
@@ -77,7 +87,7 @@ class KvDirectoryServiceAsyncStub(KvDirectoryServiceStub):
     """DeregisterWorker ends a lease at once (clean shutdown)."""
     DrawEpoch: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.DrawEpochRequest, _kv_directory_service_pb2.DrawEpochResponse]  # type: ignore[assignment]
     """DrawEpoch returns a number larger than every one drawn for the group before:
-    max(stored + 1, Redis TIME in microseconds).
+    max(stored + 1, previous + 1, Redis TIME in microseconds).
     """
     WatchWorkers: _aio.UnaryStreamMultiCallable[_kv_directory_service_pb2.WatchWorkersRequest, _kv_directory_service_pb2.WatchWorkersResponse]  # type: ignore[assignment]
     """WatchWorkers sends a snapshot, then changes, each with a revision; a client that sees a gap
@@ -86,9 +96,19 @@ class KvDirectoryServiceAsyncStub(KvDirectoryServiceStub):
     RecordShards: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.RecordShardsRequest, _kv_directory_service_pb2.RecordShardsResponse]  # type: ignore[assignment]
     """RecordShards tells where a request's KV lies. ABORTED when a newer attempt or epoch is recorded."""
     LocateRequest: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.LocateRequestRequest, _kv_directory_service_pb2.LocateRequestResponse]  # type: ignore[assignment]
-    """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none."""
+    """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none, UNAVAILABLE with
+    reason RECOVERING when there may be one that has not been recorded again since the store lost its data.
+    """
     ReleaseRequest: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.ReleaseRequestRequest, _kv_directory_service_pb2.ReleaseRequestResponse]  # type: ignore[assignment]
     """ReleaseRequest forgets an attempt; a newer one stays. Unknown: NOT_FOUND."""
+    RecordPrefix: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.RecordPrefixRequest, _kv_directory_service_pb2.RecordPrefixResponse]  # type: ignore[assignment]
+    """RecordPrefix tells that a worker's group holds blocks of KV. It holds for as long as the worker's lease
+    and epoch last. ABORTED under an older incarnation or epoch, NOT_FOUND without a lease under this one.
+    """
+    FindPrefix: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.FindPrefixRequest, _kv_directory_service_pb2.FindPrefixResponse]  # type: ignore[assignment]
+    """FindPrefix finds who holds the longest leading run of a chain of keys. A run never mixes layouts."""
+    EvictPrefix: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.EvictPrefixRequest, _kv_directory_service_pb2.EvictPrefixResponse]  # type: ignore[assignment]
+    """EvictPrefix takes back what RecordPrefix told; keys that are not recorded are no error. Refused like it."""
     GetClusterState: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.GetClusterStateRequest, _kv_directory_service_pb2.GetClusterStateResponse]  # type: ignore[assignment]
     """GetClusterState returns all live workers and counts."""
 
@@ -130,7 +150,7 @@ class KvDirectoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_directory_service_pb2.DrawEpochResponse, _abc.Awaitable[_kv_directory_service_pb2.DrawEpochResponse]]:
         """DrawEpoch returns a number larger than every one drawn for the group before:
-        max(stored + 1, Redis TIME in microseconds).
+        max(stored + 1, previous + 1, Redis TIME in microseconds).
         """
 
     @_abc_1.abstractmethod
@@ -157,7 +177,9 @@ class KvDirectoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_directory_service_pb2.LocateRequestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_directory_service_pb2.LocateRequestResponse, _abc.Awaitable[_kv_directory_service_pb2.LocateRequestResponse]]:
-        """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none."""
+        """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none, UNAVAILABLE with
+        reason RECOVERING when there may be one that has not been recorded again since the store lost its data.
+        """
 
     @_abc_1.abstractmethod
     def ReleaseRequest(
@@ -166,6 +188,32 @@ class KvDirectoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_directory_service_pb2.ReleaseRequestResponse, _abc.Awaitable[_kv_directory_service_pb2.ReleaseRequestResponse]]:
         """ReleaseRequest forgets an attempt; a newer one stays. Unknown: NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def RecordPrefix(
+        self,
+        request: _kv_directory_service_pb2.RecordPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_directory_service_pb2.RecordPrefixResponse, _abc.Awaitable[_kv_directory_service_pb2.RecordPrefixResponse]]:
+        """RecordPrefix tells that a worker's group holds blocks of KV. It holds for as long as the worker's lease
+        and epoch last. ABORTED under an older incarnation or epoch, NOT_FOUND without a lease under this one.
+        """
+
+    @_abc_1.abstractmethod
+    def FindPrefix(
+        self,
+        request: _kv_directory_service_pb2.FindPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_directory_service_pb2.FindPrefixResponse, _abc.Awaitable[_kv_directory_service_pb2.FindPrefixResponse]]:
+        """FindPrefix finds who holds the longest leading run of a chain of keys. A run never mixes layouts."""
+
+    @_abc_1.abstractmethod
+    def EvictPrefix(
+        self,
+        request: _kv_directory_service_pb2.EvictPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_directory_service_pb2.EvictPrefixResponse, _abc.Awaitable[_kv_directory_service_pb2.EvictPrefixResponse]]:
+        """EvictPrefix takes back what RecordPrefix told; keys that are not recorded are no error. Refused like it."""
 
     @_abc_1.abstractmethod
     def GetClusterState(

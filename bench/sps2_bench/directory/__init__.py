@@ -1,0 +1,1 @@
+"""The KV directory under the load of a large deployment."""

@@ -1,0 +1,51 @@
+{{/* What relates values to each other; values.schema.json has checked each by itself. */}}
+
+{{- define "sps2.checks" -}}
+{{- $v := .Values -}}
+{{- if and (eq $v.model.source "pvc") (not $v.model.pvc.claim) }}
+{{- fail "model.pvc.claim is required with model.source=pvc: the PersistentVolumeClaim that holds the model" }}
+{{- end }}
+{{- if and (eq $v.model.source "pvc") (not $v.model.pvc.path) (not $v.model.name) }}
+{{- fail "model.name is required while model.pvc.path is empty: there is no folder name to serve it under" }}
+{{- end }}
+{{- if and (eq $v.model.source "download") (not $v.model.download.repo) }}
+{{- fail "model.download.repo is required with model.source=download: a repository on the Hugging Face hub" }}
+{{- end }}
+{{- if and $v.attention.file (ne $v.attention.profile "default") }}
+{{- fail "attention.profile and attention.file exclude each other: leave attention.profile at default" }}
+{{- end }}
+{{- if and $v.router.ingress.enabled (not $v.router.ingress.host) }}
+{{- fail "router.ingress.host is required with router.ingress.enabled" }}
+{{- end }}
+{{- if and $v.router.ingress.enabled (not $v.router.ingress.tlsSecret) }}
+{{- fail "router.ingress.tlsSecret is required with router.ingress.enabled: gRPC through an Ingress needs TLS" }}
+{{- end }}
+{{- if and $v.router.grpcRoute.enabled (not $v.router.grpcRoute.parentRefs) }}
+{{- fail "router.grpcRoute.parentRefs is required with router.grpcRoute.enabled: the Gateway to attach to" }}
+{{- end }}
+{{- range $name := list "router" "prefill" "decode" }}
+{{- $scaling := (get $v $name).autoscaling }}
+{{- if and (ne $scaling.kind "none") (gt (int $scaling.min) (int $scaling.max)) }}
+{{- fail (printf "%s.autoscaling.min (%d) is more than max (%d)" $name (int $scaling.min) (int $scaling.max)) }}
+{{- end }}
+{{- if and (eq $scaling.kind "keda") (not $scaling.triggers) }}
+{{- fail (printf "%s.autoscaling.triggers is required with kind=keda" $name) }}
+{{- end }}
+{{- end }}
+{{- range $name := list "prefill" "decode" }}
+{{- $pool := get $v $name }}
+{{- if and (eq $pool.placement "statefulset") (ne $pool.autoscaling.kind "none") }}
+{{- fail (printf "%s.autoscaling.kind=%s needs placement pod or lws: with statefulset a group is an object of its own" $name $pool.autoscaling.kind) }}
+{{- end }}
+{{- if and $pool.exclusiveTopologyKey (ne $pool.placement "lws") }}
+{{- fail (printf "%s.exclusiveTopologyKey needs placement=lws" $name) }}
+{{- end }}
+{{- if and (eq $pool.placement "pod") (gt (int $pool.ranks) 16) }}
+{{- fail (printf "%s.ranks=%d is more than 16, the most that placement=pod puts into one pod; use lws" $name (int $pool.ranks)) }}
+{{- end }}
+{{- end }}
+{{- $tp := int (default 1 $v.prefill.flags.tp) }}
+{{- if mod (int $v.prefill.ranks) $tp }}
+{{- fail (printf "prefill.ranks=%d is not a multiple of prefill.flags.tp=%d" (int $v.prefill.ranks) $tp) }}
+{{- end }}
+{{- end }}

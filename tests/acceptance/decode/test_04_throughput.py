@@ -1,0 +1,96 @@
+"""Must show 4: decode beside transformers on the same cores; time between tokens while streams join and leave.
+
+Needs two cores of its own; figures are ratios within the run, never seconds. The peer is the faster of transformers'
+dynamic and static cache. Rows and plots go to `.out/decode/throughput`.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+from time import monotonic
+
+import pytest
+
+from sps2_client import Client, TextDelta
+from support.bench import Row, find, sps2_json
+from support.deployment import DEMO_MODEL, deployment
+from support.identity import GENERATE_TIMEOUT_S
+from support.must_show import MustShow
+from support.streams import Asked, ask, mixed_requests
+
+pytestmark = pytest.mark.acceptance
+
+K = 1024
+TIMEOUT_S = 3_000
+GOALS = {(2 * K, 1, 1): 1.5, (2 * K, 1, 2): 1.0, (2 * K, 8, 1): 1.5, (16 * K, 8, 1): 3.0}
+"""Context, batch, ranks: tokens/s over those of transformers, at least."""
+MOST_P99_OVER_P50 = 4.0
+WATCHED_TOKENS, OTHERS = 600, 24
+
+
+@pytest.fixture(scope="module")
+def rows(repo_root: Path) -> list[Row]:
+    """The random model of `bench prefill` in fp32: one rank of two threads, and two of one."""
+    out = repo_root / ".out" / "decode" / "throughput"
+    options: list[str | Path] = [
+        "--contexts",
+        "2k,16k",
+        "--batches",
+        "1,8",
+        "--ranks",
+        "1,2",
+        "--repeat",
+        "3",
+    ]
+    options += ["--baselines", "transformers", "--plots", out]
+    found: list[Row] = sps2_json("bench", "decode", *options, timeout_s=TIMEOUT_S)["rows"]
+    return found
+
+
+def test_streams_are_those_of_transformers(must_show: MustShow, rows: list[Row]) -> None:
+    with must_show("4 throughput: the same tokens as transformers") as figures:
+        assert all(row["same_streams"] == row["batch"] for row in rows)
+        figures.append(f"{len(rows)} runs")
+
+
+@pytest.mark.parametrize(("context", "batch", "ranks"), GOALS)
+def test_tokens_per_second(
+    must_show: MustShow, rows: list[Row], context: int, batch: int, ranks: int
+) -> None:
+    with must_show(f"4 throughput: {batch} x {context // K}k on {ranks} rank(s)") as figures:
+        goal = GOALS[context, batch, ranks]
+        row = find(rows, program="sps2", context=context, batch=batch, ranks=ranks)
+        figures.append(f"{row['speedup']:.2f} x transformers, {row['beside']} cache (at least {goal})")
+        assert row["speedup"] >= goal
+
+
+def token_times(client: Client, asked: Asked) -> list[float]:
+    """When each token of a stream came."""
+    times = []
+    with client.stream(timeout=GENERATE_TIMEOUT_S, **asked.options) as stream:
+        for event in stream:
+            if isinstance(event, TextDelta):
+                times += [monotonic()] * len(event.token_ids)
+    return times
+
+
+def test_time_between_tokens_while_streams_join_and_leave(must_show: MustShow) -> None:
+    """On the client's clock, whose times hold the leader's and the way from it."""
+    with must_show("4 time between tokens while others join and leave") as figures:
+        watched, *others = mixed_requests([64] * (1 + OTHERS))
+        watched = Asked(watched.prompt, WATCHED_TOKENS, None)
+        with (
+            deployment(DEMO_MODEL, "1x1", "1x1", ["--threads", "1"]) as running,
+            running.client() as client,
+            ThreadPoolExecutor(3) as pool,
+        ):
+            times = pool.submit(token_times, client, watched)
+            came = list(pool.map(lambda asked: ask(client, asked), others))
+            gaps = [later - sooner for sooner, later in pairwise(times.result())]
+        during = sum(answer.ended < times.result()[-1] for answer in came)
+        assert during >= OTHERS // 2, "the others came and went before or after"
+        p50, p99 = median(gaps), quantiles(gaps, n=100)[98]
+        figures.append(f"p99 {p99 / p50:.2f} x p50 (at most {MOST_P99_OVER_P50:g}) over {len(gaps)} tokens")
+        figures.append(f"{during} others ended meanwhile")
+        assert p99 <= MOST_P99_OVER_P50 * p50
