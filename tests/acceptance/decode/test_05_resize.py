@@ -3,7 +3,7 @@
 import pytest
 
 from support.deployment import DEMO_MODEL, deployment
-from support.identity import GENERATE_TIMEOUT_S, Tally, book_prompts, reference
+from support.identity import GENERATE_TIMEOUT_S, Tally, book_ids, reference
 from support.must_show import MustShow
 from support.oracle import compare
 from support.resizing import answer_resized, prefill_slices, wait_for_counts
@@ -22,7 +22,7 @@ DEGREES = [(4, ()), (2, ()), (2, ())]
 @pytest.mark.parametrize("length", [2_000, 16_000])
 @pytest.mark.parametrize("away", [False, True], ids=["home-stays", "home-moves"])
 def test_one_four_two(length: int, must_show: MustShow, *, away: bool) -> None:
-    (prompt,) = book_prompts([length])
+    prompt = (book_ids() * (length // len(book_ids()) + 1))[:length]
     with (
         must_show(f"5 resize 1 -> 4 -> 2 at {length:,} tokens{', home moved' if away else ''}") as figures,
         deployment(DEMO_MODEL, "1x1", "1x4", ["--profile", "exact", "--threads", "1"]) as running,

@@ -58,14 +58,14 @@ def test_home_shares_full_blocks_and_copies_the_last(num_tokens: int, num_used: 
 
 
 def test_a_check_finds_what_is_astray() -> None:
-    holder = receiver()
+    holder = receiver(NUM_BLOCKS)
     rows = rows_of(holder, 130, home=0)
     holder.check(rows, 8)
     with pytest.raises(AssertionError, match="8 blocks are used, the leader counts 7"):
         holder.check(rows, 7)
     with pytest.raises(AssertionError, match="other owners"):
         holder.check(rows[:2], 8)
-    rows[2].blocks[-1] = rows[1].blocks[-1]
+    rows[2].own.blocks[-1] = rows[1].own.blocks[-1]
     with pytest.raises(AssertionError, match="other owners"):
         holder.check(rows, 8)
 
