@@ -1,5 +1,8 @@
 """Must show 5: live resize 1 -> 4 -> 2 at 2k and 16k: tokens identical, gap <= 3 median TBTs, prefill FLOPs 0."""
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import pytest
 
 from support.deployment import DEMO_MODEL, deployment
@@ -11,11 +14,14 @@ from support.streams import wait_for_free_kv
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
 
+Resize: TypeAlias = tuple[int, Sequence[int]]
+"""Degree, and which ranks."""
+
 NUM_TOKENS = 400
 MOST_GAPS = 3.0
-TO_ONE = (1, ())
+TO_ONE: Resize = (1, ())
 """Placed wide as its length pays for, it begins on one rank like this."""
-DEGREES = [(4, ()), (2, ()), (2, ())]
+DEGREES: list[Resize] = [(4, ()), (2, ()), (2, ())]
 """The last one moves nothing; it tells the pace after the one before."""
 
 
