@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ async def test_waiting_for_room_is_no_silence() -> None:
         text = ""
         async for event in up.stream():
             if not text:
-                up.decode.refusals = [NO_KV] * 75  # each of 20 ms
+                up.decode.refusals = [replace(NO_KV, retry_after=0.2)] * 8
             text += event.delta.text
         assert text == "abcd"
 
