@@ -71,8 +71,10 @@ def _pool_table(role: str, groups: list[dict[str, Any]]) -> Table:
     moved = [sum(rank[kind] for group in groups for rank in group["ranks"]) for kind in MOVES]
     if any(moved):
         title += f"; {moved[0]} resizes, {moved[1]:,} KV blocks moved from rank to rank"
+    if control := max((rank["control_share"] for group in groups for rank in group["ranks"]), default=0.0):
+        title += f"; control {control:.1%} of a step"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for name in ("rank", "state", "loaded", "KV blocks", "run", "wait", "tokens", "control", "device"):
+    for name in ("rank", "state", "loaded", "KV blocks", "run", "wait", "tokens", "device"):
         table.add_column(
             name, justify="left" if name in {"rank", "state", "device"} else "right", no_wrap=True
         )
@@ -93,6 +95,5 @@ def _cells(rank: dict[str, Any]) -> list[str]:
         str(rank["num_requests_running"]),
         str(rank["num_requests_waiting"]),
         f"{rank['queued_tokens']:,}",
-        f"{rank['control_share']:.1%}" if rank["control_share"] else "",
         f"{rank['device']} {rank['dtype']}",
     ]
