@@ -17,6 +17,7 @@ from sps2_cli.exits import reporting
 from sps2_cli.options import DEFAULT_ADDRESS, Json, Server
 from sps2_client import Client
 
+MOVES = ("num_resizes", "num_blocks_moved")
 STATE_STYLES = {"ready": "green", "starting": "yellow", "draining": "magenta"}
 
 
@@ -67,20 +68,23 @@ def render(document: dict[str, Any]) -> RenderableType:
 
 def _pool_table(role: str, groups: list[dict[str, Any]]) -> Table:
     title = f"{role}: {sum(group['ready'] for group in groups)} of {len(groups)} groups ready"
+    moved = [sum(rank[kind] for group in groups for rank in group["ranks"]) for kind in MOVES]
+    if any(moved):
+        title += f"; {moved[0]} resizes, {moved[1]:,} KV blocks moved from rank to rank"
+    if control := max((rank["control_share"] for group in groups for rank in group["ranks"]), default=0.0):
+        title += f"; control {control:.1%} of a step"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    # Of a decode group its leader counts resizes and the blocks that moved.
-    moves = ("resizes", "moved") if role == "decode" else ()
-    for name in ("rank", "state", "loaded", "KV blocks", *moves, "run", "wait", "tokens", "control", "device"):
+    for name in ("rank", "state", "loaded", "KV blocks", "run", "wait", "tokens", "device"):
         table.add_column(
             name, justify="left" if name in {"rank", "state", "device"} else "right", no_wrap=True
         )
     for group in groups:
         for rank in group["ranks"]:
-            table.add_row(*_cells(rank, with_moves=bool(moves)), end_section=rank is group["ranks"][-1])
+            table.add_row(*_cells(rank), end_section=rank is group["ranks"][-1])
     return table
 
 
-def _cells(rank: dict[str, Any], *, with_moves: bool) -> list[str]:
+def _cells(rank: dict[str, Any]) -> list[str]:
     total, used = rank["kv_blocks_total"], rank["kv_blocks_used"]
     style = STATE_STYLES.get(rank["state"], "red")
     return [
@@ -88,10 +92,8 @@ def _cells(rank: dict[str, Any], *, with_moves: bool) -> list[str]:
         f"[{style}]{rank['state']}[/]",
         f"{rank['load_fraction']:.0%}",
         f"{used:,}/{total:,} ({used / total:.0%})" if total else f"{used:,}",
-        *([str(rank["num_resizes"]), f"{rank['num_blocks_moved']:,}"] if with_moves else []),
         str(rank["num_requests_running"]),
         str(rank["num_requests_waiting"]),
         f"{rank['queued_tokens']:,}",
-        f"{rank['control_share']:.1%}" if rank["control_share"] else "",
         f"{rank['device']} {rank['dtype']}",
     ]

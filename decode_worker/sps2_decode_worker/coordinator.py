@@ -36,6 +36,8 @@ RESERVE_TIMEOUT_S = 30.0
 """Longest wait for the ranks to take a reservation up (a step may be computing)."""
 RECORD_LEASE_S = 60.0
 """How long the directory keeps a record of shards that is not renewed."""
+RECORD_SOON_S = 0.5
+"""How long after blocks have moved the directory is told, at most."""
 RECEIVE_TIMEOUT_S = 60.0
 """Longest wait, from the first token on, for the rest of a prompt's KV."""
 LINE_LEASE_S = 5.0
@@ -291,9 +293,7 @@ class DecodeCoordinator:
             live = self._rows[one.rows[0]]
             live.moved_with = plan.sequence
             live.num_blocks_moved += one.num_blocks
-            if one.last:
-                log.info("moved", request_id=live.request.attempt.request_id, holders=list(one.holders))
-                self._record(live)
+            self._record_soon(live)
 
     def _message(self, plan: Plan) -> engine_pb2.StepPlan:
         # A row may be released before the plan that was to reserve it went out; both then go in one plan, in
@@ -428,6 +428,13 @@ class DecodeCoordinator:
                 metadata={"component": self._group.name},
             ) from None
 
+    def _record_soon(self, live: LiveAttempt) -> None:
+        """Of what moves in many steps the directory is told once."""
+        loop = asyncio.get_running_loop()
+        if live.record_timer is not None and live.record_timer.when() > loop.time() + RECORD_SOON_S:
+            live.record_timer.cancel()
+            live.record_timer = loop.call_later(RECORD_SOON_S, self._record, live)
+
     def _record(self, live: LiveAttempt) -> None:
         """Tells the directory where the KV lies, in the background, for as long as the row lives."""
         record = kv_directory_service_pb2.RequestRecord(
@@ -447,8 +454,6 @@ class DecodeCoordinator:
                 num_blocks=num_blocks,
             )
         self._directory.record_shards(record, RECORD_LEASE_S)
-        if live.record_timer is not None:
-            live.record_timer.cancel()
         loop = asyncio.get_running_loop()
         live.record_timer = loop.call_later(RECORD_LEASE_S / 3, self._record, live)
 

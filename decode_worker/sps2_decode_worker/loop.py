@@ -168,7 +168,8 @@ class DecodeRole:
             self._row_bytes = {
                 row.row_id: plan.row_bytes_per_layer(row.plan_row) * config.num_layers for row in active
             }
-            held = {row.row_id: row.runs() for row in active if row.num_local}
+            # A home may have no KV of a row for a moment: the next token opens a block there.
+            held = {row.row_id: row.runs() for row in active if row.num_local or row.is_home}
             self._exchange = QExchange(plan, self._communicator, self._model.scale, self._caches[0], held)
         self._exchange.begin_step([self._append(self._rows[row.row_id]) for row in self._exchange.home_rows])
         return self._exchange

@@ -259,7 +259,8 @@ class DecodeScheduler:
         made: list[RowMoves] = []
         most = self.blocks_per_plan
         for tenant in dict.fromkeys(row.tenant for row in self.rows.values() if row.tenant.resize):
-            if most > 0:
+            # A change of home goes with the next step whatever else does: the moves behind it were planned for that.
+            if most > 0 or tenant.changes_home:
                 with self._recounted(tenant):
                     made.append(tenant.go_on(most))
                 most -= made[-1].num_blocks

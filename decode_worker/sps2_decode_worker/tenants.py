@@ -54,6 +54,11 @@ class Tenant:
         active = all(row.state is RowState.ACTIVE for row in self.rows)
         return active and self.resize is None and self.spread.movable
 
+    @property
+    def changes_home(self) -> bool:
+        """Whether the next part of the resize under way is another home."""
+        return self.resize is not None and self.resize.new_home is not None
+
     def held(self, rank: int) -> int:
         """What is counted for it on a rank: what it uses there, and what is promised to it."""
         promised = self.resize.incoming(rank, len(self.rows)) if self.resize and self.rows else 0

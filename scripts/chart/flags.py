@@ -23,7 +23,7 @@ CONFIGS: dict[str, type[ServiceConfig]] = {
 OWNED = frozenset(
     {
         "listen", "announce-fd", "parent-pid", "drain-s", "grace-s", "model", "model-name", "directory", "profile",
-        "redis", "namespace", "group", "rank", "group-size", "leader", "device",
+        "redis", "redis-password-file", "namespace", "group", "rank", "group-size", "leader", "device",
     }
 )  # fmt: skip
 """Flags that templates set, or that mean nothing in a container."""

@@ -138,9 +138,8 @@ def execute(folder: Path, num_ranks: int, script: Script) -> tuple[dict[int, lis
         role.load(lambda _: None)
         role.join(groups, 1)
         for plan in script.plans:
-            with torch.inference_mode():
-                role.execute(engine_pb2.EngineCommand(step_plan=_fenced(role, plan)))
-                _deliver(role, plan)
+            role.execute(engine_pb2.EngineCommand(step_plan=_fenced(role, plan)))
+            _deliver(role, plan)
         role.reset()
         return log.events, groups.everyone.bytes_posted["kv_move"], role.kv_blocks_used
 

@@ -15,9 +15,8 @@ from sps2_decode_worker.scheduler import (
     NeverFitsError,
     NoRoomError,
     Plan,
-    Row,
-    RowState,
 )
+from sps2_decode_worker.tenants import Row, RowState
 
 BLOCK = 64
 PREFILL_TICKS = 2

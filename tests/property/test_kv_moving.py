@@ -54,8 +54,9 @@ class MovingMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         row = self.scheduler.rows[data.draw(st.sampled_from(sorted(self.scheduler.rows)))]
-        # One choice may end while others go on, but not before they have begun.
-        for one in [row] if row.state is RowState.ACTIVE else list(row.tenant.rows):
+        # One choice may end while others go on, but not before all have copied the end of the prompt.
+        here = self.ranks.rows[0].get(row.row_id)
+        for one in [row] if here and here.admitted else list(row.tenant.rows):
             self.scheduler.release(one.row_id)
 
     @precondition(lambda self: self.scheduler.rows)

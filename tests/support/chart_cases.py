@@ -1,10 +1,11 @@
 """The sets of values that the chart is rendered with: by name for `make test`, and a product for acceptance."""
 
+import functools
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from support.chart import Values, example
+from support.chart import Rendered, Values, example, render
 
 PVC = {"source": "pvc", "pvc": {"claim": "models", "path": "m"}}
 HUB = {
@@ -118,6 +119,12 @@ CASES: dict[str, Values] = {
     "no account": {"serviceAccount": {"create": False, "name": "given"}},
 }
 """What `make test` renders."""
+
+
+@functools.cache
+def rendered_case(name: str) -> Rendered:
+    """A rendering of CASES, made once; not to be changed."""
+    return render(CASES[name])
 
 
 def product_of_values() -> Iterator[tuple[str, Values]]:

@@ -72,7 +72,13 @@ class QueueRanks:
         self.bytes_posted: Counter[str] = Counter()
 
     def all_to_all(
-        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str, lane: int = 0
+        self,
+        send: Tensor,
+        send_bytes: Sequence[int],
+        recv_bytes: Sequence[int],
+        kind: str,
+        lane: int = 0,
+        into: Tensor | None = None,
     ) -> PendingExchange:
         """See `Communicator.all_to_all`; what comes must be as long as is expected."""
         assert len(send) == sum(send_bytes)

@@ -226,6 +226,13 @@ class FakeRouter(
             num_requests_by_group={"decode-0": 1},
         )
 
+    def ResizeRequest(  # noqa: N802
+        self, request: cluster_service_pb2.ResizeRequestRequest, context: grpc.ServicerContext
+    ) -> cluster_service_pb2.ResizeRequestResponse:
+        return cluster_service_pb2.ResizeRequestResponse(
+            group="decode-0", holders=range(request.degree), num_blocks_moved=3
+        )
+
 
 def hang(before: Sequence[Response] = ()) -> Script:
     """A script that sends `before` and then nothing until the client gives up (at most 30 s)."""

@@ -28,7 +28,8 @@ def answer_resized(
     client: Client, prompt: Prompt, num_tokens: int, plan: Sequence[tuple[int, Sequence[int]]]
 ) -> ResizedAnswer:
     """Streams a greedy answer; every time so many more tokens have come, the next resize: (degree, ranks)."""
-    name, resizes, num_seen = f"resized-{len(prompt)}", [], 0
+    name, num_seen = f"resized-{len(prompt)}", 0
+    resizes: list[Resized] = []
     pause = num_tokens // (len(plan) + 1)
     options = {"token_ids": prompt, "max_tokens": num_tokens, "ignore_eos": True, "request_id": name}
     with client.stream(timeout=GENERATE_TIMEOUT_S, **options) as stream:  # type: ignore[arg-type]

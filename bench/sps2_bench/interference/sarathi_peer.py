@@ -22,6 +22,7 @@ class SarathiPeer:
         torch.set_num_threads(len(settings["cpus"]))
         self._load = Load(**settings["load"])
         self._decoder = load_decoder(Path(settings["folder"]), torch.float32, CPU)
+        self._decoder.pack()  # as a decode rank does: for the steps without a chunk
 
     def __call__(self, message: Message) -> Message:
         """Fresh decodes; then so many tokens of each, or the long prompt up to its first token."""

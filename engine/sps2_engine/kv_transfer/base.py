@@ -27,6 +27,7 @@ Reason = Literal[
     "ABORTED",  # given up by this side
     "BAD_PLACEMENT",  # the placement does not take this rank's tokens
     "DATA_LOSS",  # a slab failed its checksum after every resend
+    "FENCED",  # this rank's lease does not hold
     "FORMAT_MISMATCH",  # model, dtype or layout differ
     "INTERNAL",  # a bug: the sender's thread ended
     "PEER_TIMEOUT",  # the target answers nothing

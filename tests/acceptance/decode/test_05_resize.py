@@ -1,9 +1,12 @@
 """Must show 5: live resize 1 -> 4 -> 2 at 2k and 16k: tokens identical, gap <= 3 median TBTs, prefill FLOPs 0."""
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import pytest
 
 from support.deployment import DEMO_MODEL, deployment
-from support.identity import GENERATE_TIMEOUT_S, Tally, book_prompts, reference
+from support.identity import GENERATE_TIMEOUT_S, Tally, book_ids, reference
 from support.must_show import MustShow
 from support.oracle import compare
 from support.resizing import answer_resized, prefill_slices, wait_for_counts
@@ -11,18 +14,21 @@ from support.streams import wait_for_free_kv
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
 
+Resize: TypeAlias = tuple[int, Sequence[int]]
+"""Degree, and which ranks."""
+
 NUM_TOKENS = 400
 MOST_GAPS = 3.0
-TO_ONE = (1, ())
+TO_ONE: Resize = (1, ())
 """Placed wide as its length pays for, it begins on one rank like this."""
-DEGREES = [(4, ()), (2, ()), (2, ())]
+DEGREES: list[Resize] = [(4, ()), (2, ()), (2, ())]
 """The last one moves nothing; it tells the pace after the one before."""
 
 
 @pytest.mark.parametrize("length", [2_000, 16_000])
 @pytest.mark.parametrize("away", [False, True], ids=["home-stays", "home-moves"])
 def test_one_four_two(length: int, must_show: MustShow, *, away: bool) -> None:
-    (prompt,) = book_prompts([length])
+    prompt = (book_ids() * (length // len(book_ids()) + 1))[:length]
     with (
         must_show(f"5 resize 1 -> 4 -> 2 at {length:,} tokens{', home moved' if away else ''}") as figures,
         deployment(DEMO_MODEL, "1x1", "1x4", ["--profile", "exact", "--threads", "1"]) as running,

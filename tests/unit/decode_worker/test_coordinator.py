@@ -13,7 +13,14 @@ from sps2_decode_worker import coordinator as module
 from sps2_decode_worker.attempts import LiveAttempt
 from sps2_decode_worker.coordinator import DecodeCoordinator
 from sps2_decode_worker.scheduler import MAX_PASSED
-from sps2_service.errors import Unavailable
+from sps2_service.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ServiceError,
+    Unavailable,
+)
 from sps2_service.ranks.group import GroupState
 
 NUM_RANKS = 2
@@ -169,6 +176,54 @@ async def test_who_is_more_urgent_takes_the_room_of_one_that_is_not() -> None:
     await coordinator.reserve(late)
     assert usual.error is not None
     assert usual.error.reason == "PREEMPTED"
+
+
+async def refused(request: decode_service_pb2.ResizeAttemptRequest) -> ServiceError:
+    """What the leader of two ranks makes of it, while "live", of three blocks, decodes."""
+    coordinator, _ = make(kv_blocks=20)
+    live = await start(coordinator, reserve("live", 1, 128, 1_000))
+    with pytest.raises(ServiceError) as caught:
+        await coordinator.resize(request)
+    coordinator.release(live)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"request_id": "other", "degree": 1}, NotFound),
+        ({"request_id": "live", "degree": 3}, InvalidArgument),
+        ({"request_id": "live", "degree": 0}, InvalidArgument),
+        ({"request_id": "live", "degree": 1, "ranks": [2]}, InvalidArgument),
+        ({"request_id": "live", "degree": 2, "ranks": [1, 1]}, InvalidArgument),
+        ({"request_id": "live", "degree": 1, "attempt_number": 7}, Aborted),
+    ],
+)
+async def test_what_is_refused(options: dict[str, object], kind: type[ServiceError]) -> None:
+    request = decode_service_pb2.ResizeAttemptRequest(**options)  # type: ignore[arg-type]
+    assert isinstance(await refused(request), kind)
+
+
+async def test_a_request_of_less_than_a_block_cannot_be_spread() -> None:
+    coordinator, _ = make(kv_blocks=20)
+    live = await start(coordinator, reserve("short", 1, 10, 20))
+    with pytest.raises(FailedPrecondition, match="fewer KV blocks"):
+        await coordinator.resize(decode_service_pb2.ResizeAttemptRequest(request_id="short", degree=2))
+    coordinator.release(live)
+
+
+async def test_a_resize_returns_when_tokens_come_from_where_it_led() -> None:
+    coordinator, ranks = make(kv_blocks=20)
+    live = await start(coordinator, reserve("live", 1, 512, 300))
+    assert live.row.tenant.spread.holders == (0, 1)
+    async with asyncio.timeout(20):
+        done = await coordinator.resize(decode_service_pb2.ResizeAttemptRequest(request_id="live", degree=1))
+    assert (list(done.holders), done.num_blocks_moved) == ([0], 4)
+    assert done.longest_gap_s > 0
+    moves = [move for plan in ranks.plans for one in plan.moves for move in one.moves]
+    assert [(move.source, move.target, move.num_prompt_blocks) for move in moves] == [(1, 0, 4)]
+    assert live.shards[0][:2] == (0, 0)
+    coordinator.release(live)
 
 
 async def test_a_fenced_leader_gives_no_room_and_serves_on() -> None:

@@ -10,7 +10,7 @@ import helm_python
 import pytest
 
 from support.chart import CHART_DIR, Rendered, example, render
-from support.chart_cases import CASES, HPA, PVC, pools
+from support.chart_cases import CASES, HPA, PVC, pools, rendered_case
 from support.chart_invariants import INVARIANTS
 from support.kube_schemas import NEWEST, errors
 
@@ -51,7 +51,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.fixture(scope="module", params=CASES)
 def rendered(request: pytest.FixtureRequest) -> Rendered:
-    return render(CASES[request.param])
+    return rendered_case(request.param)
 
 
 @pytest.mark.parametrize("invariant", INVARIANTS, ids=lambda function: function.__name__)

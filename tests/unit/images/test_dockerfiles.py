@@ -5,8 +5,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from support.chart import render
-from support.chart_cases import CASES
+from support.chart_cases import CASES, rendered_case
 
 GOOD = """
 ARG BASE=python:3.11.11-slim
@@ -70,8 +69,8 @@ def test_a_bad_one_is_found_out(repo_root: Path, tmp_path: Path) -> None:
 def test_commands_of_the_chart_are_installed() -> None:
     """Those that are no `python -m`: console scripts of what the images hold, and the Redis image's shell."""
     scripts = {script.name for script in metadata.entry_points(group="console_scripts")}
-    for values in CASES.values():
-        for workload in render(values).workloads:
+    for name in CASES:
+        for workload in rendered_case(name).workloads:
             for container in [*workload.spec.get("initContainers", []), *workload.containers]:
                 program = container["command"][0]
                 assert program in scripts | {"python"} or (workload.component, program) == ("redis", "sh")

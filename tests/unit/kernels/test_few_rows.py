@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sps2_engine.layers.linear import Linear
-from sps2_kernels.few_rows import MOST_ROWS, FewRows
+from sps2_kernels.few_rows import LEAST_ROWS, MOST_ROWS, FewRows
 
 
 @pytest.mark.parametrize("rows", range(MOST_ROWS + 3))
@@ -37,10 +37,9 @@ def test_rows_of_zeros_that_fill_up_do_not_touch_the_others() -> None:
     assert y.isnan().nonzero()[:, 1].tolist() == [3, 3, 3]
 
 
-def test_bf16_and_one_row_are_torchs() -> None:
+def test_bf16_and_other_numbers_of_rows_are_torchs() -> None:
     assert FewRows.of(torch.zeros(4, 32, dtype=torch.bfloat16)) is None
     packed = FewRows.of(torch.zeros(4, 32))
     assert packed is not None
-    assert [rows for rows in range(12) if packed.suits(torch.zeros(rows, 32))] == list(
-        range(2, MOST_ROWS + 1)
-    )
+    suited = [rows for rows in range(12) if packed.suits(torch.zeros(rows, 32))]
+    assert suited == list(range(LEAST_ROWS, MOST_ROWS + 1))
