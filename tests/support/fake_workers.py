@@ -258,6 +258,13 @@ class FakeDecode(FakeLeader):
         async for event in tokens:
             yield event
 
+    async def ResizeAttempt(  # noqa: N802
+        self, _request: decode_pb.ResizeAttemptRequest, context: Context
+    ) -> decode_pb.ResizeAttemptResponse:
+        """See decode_service.proto; nothing moves here."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED)
+        raise AssertionError("unreachable")
+
     def _messages(self, token_ids: Sequence[int]) -> Iterable[Sequence[int]]:
         if self.rounds is None:
             return ([one] for one in token_ids)
