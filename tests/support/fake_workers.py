@@ -226,6 +226,15 @@ class FakeDecode(FakeLeader):
         async for event in self._watched(self._events(requests, context)):
             yield event
 
+    async def ResizeAttempt(  # noqa: N802
+        self, request: decode_pb.ResizeAttemptRequest, context: Context
+    ) -> decode_pb.ResizeAttemptResponse:
+        """See decode_service.proto: what was reserved is spread as asked, at once."""
+        if request.request_id not in {one.attempt.request_id for one in self.reserved}:
+            await context.abort(grpc.StatusCode.NOT_FOUND, request.request_id)
+        holders = request.ranks or range(request.degree)
+        return decode_pb.ResizeAttemptResponse(group=self.worker_id.partition("/")[0], holders=holders)
+
     async def _events(
         self, requests: AsyncIterator[decode_pb.DecodeRequest], context: Context
     ) -> AsyncIterator[decode_pb.DecodeResponse]:
@@ -257,13 +266,6 @@ class FakeDecode(FakeLeader):
             tokens = self._tokens(context, self.tokens, num_generated)
         async for event in tokens:
             yield event
-
-    async def ResizeAttempt(  # noqa: N802
-        self, _request: decode_pb.ResizeAttemptRequest, context: Context
-    ) -> decode_pb.ResizeAttemptResponse:
-        """See decode_service.proto; nothing moves here."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED)
-        raise AssertionError("unreachable")
 
     def _messages(self, token_ids: Sequence[int]) -> Iterable[Sequence[int]]:
         if self.rounds is None:

@@ -20,7 +20,7 @@ def test_a_worker_without_a_fence_is_noticed(
 ) -> None:
     monkeypatch.setattr(LeaseFence, "holds", lambda fence, _now: fence.holds_until > 0)
     with pytest.raises(AssertionError, match="acts after its lease has ended"):
-        run_machine(redis_server.url, RUNS, STEPS, shrink=False)
+        run_machine(redis_server.url, 10 * RUNS, STEPS, shrink=False)
 
 
 @pytest.mark.parametrize(

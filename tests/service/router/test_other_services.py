@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import grpc
 import pytest
 
 from sps2.v1 import (
@@ -64,4 +65,19 @@ async def test_cluster_service(up: Deployment) -> None:
     assert state.num_requests_live == 1
     assert dict(state.num_requests_by_group) == {"prefill-0": 1, "decode-0": 1}
     up.prefill.may_sample.set()
+    await call
+
+
+async def test_a_resize_goes_to_the_leader_that_decodes(up: Deployment) -> None:
+    stub: Any = cluster_service_pb2_grpc.ClusterServiceStub(up.channel)
+    up.decode.may_commit.clear()
+    call = asyncio.ensure_future(up.generate(prompt()))
+    await until(lambda: bool(up.decode.reserved))
+    request_id = up.decode.reserved[0].attempt.request_id
+    done = await stub.ResizeRequest(cluster_service_pb2.ResizeRequestRequest(request_id=request_id, degree=2))
+    assert (done.group, list(done.holders)) == ("decode-0", [0, 1])
+    with pytest.raises(grpc.aio.AioRpcError) as unknown:
+        await stub.ResizeRequest(cluster_service_pb2.ResizeRequestRequest(request_id="nobody", degree=2))
+    assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+    up.decode.may_commit.set()
     await call
