@@ -231,7 +231,7 @@ class FakeDecode(FakeLeader):
     ) -> decode_pb.ResizeAttemptResponse:
         """See decode_service.proto: what was reserved is spread as asked, at once."""
         if request.request_id not in {one.attempt.request_id for one in self.reserved}:
-            await context.abort(grpc.StatusCode.NOT_FOUND, request.request_id)
+            await Refusal(grpc.StatusCode.NOT_FOUND, "UNKNOWN_REQUEST").abort(context)
         holders = request.ranks or range(request.degree)
         return decode_pb.ResizeAttemptResponse(group=self.worker_id.partition("/")[0], holders=holders)
 
