@@ -180,7 +180,7 @@ async def test_a_decode_leader_killed_in_the_stream(up: Deployment, processes: A
     address = victim.wait_for_line(r"listening on (\S+)").group(1)
     await up.view.put(up.decode.info(grpc_address=address))
     seen: list[Any] = []
-    async for event in up.stream():
+    async for event in up.stream(timeout=60):  # 400 tokens, also on a busy machine
         seen.append(event)
         if len(seen) == 3:
             await up.add(up.decodes[1])
