@@ -178,6 +178,8 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.outage = ""
         self.failed = [False, False]  # whether a replica failed since its last expire
         self.epochs: dict[str, int] = {}
+        self.forgotten: set[str] = set()
+        """Groups whose epoch the store has lost."""
         self.tokens: set[tuple[str, int]] = set()
         self.processes: dict[str, list[Process]] = {}
         self.data = 0
@@ -345,6 +347,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         assert (group, epoch) not in self.tokens, "a fencing token came again"
         self.tokens.add((group, epoch))
         self.epochs[group] = epoch
+        self.forgotten.discard(group)
         leader = make_worker(f"{group}/0", "leader", epoch=epoch)
         self.register_worker(leader, replica, lost=False)
 
@@ -428,15 +431,20 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([-3600.0, -10.0, -1.0, 10.0, 3600.0]))
     def clock_jumps(self, seconds: float) -> None:
         self.move(seconds)
+        self.keep_clock_past_forgotten()
         self.expire((0, 1))
 
     @rule()
     def data_are_lost(self) -> None:
         before = self.seen.incarnation
-        # Over a loss epochs rest on the wall clock alone: they grow as long as it is not set back as well.
-        self.clock.us = max([self.clock.us, *self.epochs.values()]) + 1
+        self.forgotten = set(self.epochs)
+        self.keep_clock_past_forgotten()
         self.begin_anew()
         assert self.seen.incarnation != before
+
+    def keep_clock_past_forgotten(self) -> None:
+        """Over a loss epochs rest on the wall clock alone: they grow as long as it is not set back as well."""
+        self.clock.us = max([self.clock.us, *(self.epochs[group] + 1 for group in self.forgotten)])
 
     def move(self, seconds: float) -> None:
         self.clock.move(seconds)
