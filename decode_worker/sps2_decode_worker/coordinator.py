@@ -414,9 +414,7 @@ class DecodeCoordinator:
     ) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                while not ready():
-                    if live.error is not None:
-                        raise live.error
+                while not ready() and live.error is None:
                     live.changed.clear()
                     await live.changed.wait()
         except TimeoutError:
@@ -427,6 +425,8 @@ class DecodeCoordinator:
                 retry_after=1.0,
                 metadata={"component": self._group.name},
             ) from None
+        if live.error is not None:  # also of one that failed just as it became ready: its rows are gone
+            raise live.error
 
     def _record_soon(self, live: LiveAttempt) -> None:
         """Of what moves in many steps the directory is told once."""

@@ -176,6 +176,9 @@ async def test_who_is_more_urgent_takes_the_room_of_one_that_is_not() -> None:
     await coordinator.reserve(late)
     assert usual.error is not None
     assert usual.error.reason == "PREEMPTED"
+    assert usual.received == {0, 1}  # all of its KV is there; it is told all the same, and not admitted
+    with pytest.raises(Unavailable, match="to an earlier request"):
+        await coordinator.commit(usual, decode_service_pb2.StartDecode(first_token_id=1))
 
 
 async def refused(request: decode_service_pb2.ResizeAttemptRequest) -> ServiceError:
