@@ -20,6 +20,7 @@ from sps2_kernels.paged_decode import (
     paged_decode_partial_flash,
 )
 from sps2_kernels.shape import HEAD_DIMS
+from support.address_space import vast
 from support.triton_interpreter import assert_near, interpreted_form
 
 CPU = torch.device("cpu")
@@ -96,6 +97,25 @@ def test_a_slot_that_a_row_does_not_see_changes_no_bit() -> None:
     v[100:] = math.nan
     k[:64] = math.nan
     assert all(torch.equal(a, b) for a, b in zip(form(q, k, v, rows, 0.2), before, strict=True))
+
+
+def test_slots_beyond_two_to_the_31() -> None:
+    """The same keys in the first pages of a cache and in pages whose elements lie past 2^31."""
+    first = (1 << 31) // 32 + 128
+    near: tuple[SlotRuns, ...] = ([(0, 128)], [(64, 100)])
+    far = tuple([(first + begin, first + end) for begin, end in row] for row in near)
+    interpreted = interpreted_form("paged_decode").paged_decode_partial
+    for form, dtype in (
+        (interpreted, torch.bfloat16),
+        (paged_decode_partial_cpu, torch.float32),
+        (paged_decode_partial_flash, torch.float32),
+    ):
+        q, near_k, near_v = draw(2, (2, 1), 32, dtype)
+        k, v = (vast((first + len(near_k)) * 32, dtype).view(-1, 1, 32) for _ in range(2))
+        k[first:], v[first:] = near_k, near_v
+        expected = form(q, near_k, near_v, PagedRows(near, CPU), 0.2)
+        found = form(q, k, v, PagedRows(far, CPU), 0.2)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_block_table_and_lengths() -> None:
