@@ -146,8 +146,9 @@ class Row:
         return [step for one in self.samples for step in one.step_s]
 
     def document(self, rows: Iterable["Row"]) -> dict[str, Any]:
-        """The row for JSON, beside transformers on the same batch in the same run: with `generate`'s own cache, the
-        dynamic one, and with the static one.
+        """The row for JSON, beside transformers on the same batch in the same run.
+
+        `speedup` is over `generate` as it is, whose cache is the dynamic one.
         """
         peers = {
             row.case.engine.form: row

@@ -42,8 +42,8 @@ def decode(
 
     The context is not computed: its KV is random, the same values for every program, and decoding is greedy, so
     that the token streams of all programs can be compared (`same_streams` counts the rows that are equal).
-    Speed-ups are against transformers as `generate` runs it (dynamic cache), and with its static cache. With --plots the folder
-    also gets the rows, decode.json.
+    Speed-ups are against transformers as `generate` runs it (dynamic cache), and with its static cache. With --plots
+    the folder also gets the rows, decode.json.
 
     For example:
 

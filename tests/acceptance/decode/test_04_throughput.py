@@ -1,7 +1,7 @@
 """Must show 4: decode beside transformers on the same cores; time between tokens while streams join and leave.
 
-Needs two cores of its own; figures are ratios within the run, never seconds. The peer is transformers as `generate` runs
-it, whose cache is the dynamic one; what the static one gives is printed beside it. Rows and plots go to
+Needs two cores of its own; figures are ratios within the run, never seconds. The peer is transformers as `generate`
+runs it, whose cache is the dynamic one; what the static one gives is printed beside it. Rows and plots go to
 `.out/decode/throughput`.
 """
 
