@@ -6,11 +6,11 @@ import pytest
 
 from sps2_engine.mesh import Mesh
 from support.checkpoints import make_tiny_checkpoint
-from support.decode_script import Executed, check_bytes, execute, ids, write_script
+from support.decode_script import Executed, Resizes, check_bytes, execute, ids, write_script
 
 pytestmark = pytest.mark.multiprocess
 
-RESIZES = {5: [(0, 2, ())], 20: [(1, 2, ())], 40: [(0, 1, (1,))], 60: [(1, 1, (0,))]}
+RESIZES: Resizes = {5: [(0, 2, ())], 20: [(1, 2, ())], 40: [(0, 1, (1,))], 60: [(1, 1, (0,))]}
 """To both sequence indices, and to another home."""
 
 

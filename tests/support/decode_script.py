@@ -1,9 +1,10 @@
 """Plans that a leader would send for two requests, and real models on a mesh of Gloo ranks that execute them."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -40,6 +41,10 @@ CHOICES = (
 """What a new home must know to go on: penalties count tokens, random numbers their places."""
 
 
+Resizes: TypeAlias = Mapping[int, Sequence[tuple[int, int, tuple[int, ...]]]]
+"""By step: (request, degree, ranks)."""
+
+
 class EventLog(SupervisorLink):
     """In place of the supervisor."""
 
@@ -64,8 +69,8 @@ class Script:
     homes: set[int] = field(default_factory=set)
 
 
-def write_script(num_ranks: int, resizes: dict[int, list[tuple[int, int, tuple[int, ...]]]]) -> Script:
-    """Two requests, of which the second has two choices; `resizes` by step: (request, degree, ranks)."""
+def write_script(num_ranks: int, resizes: Resizes) -> Script:
+    """Two requests, of which the second has two choices."""
     scheduler = DecodeScheduler((NUM_BLOCKS,) * num_ranks, BLOCK_TOKENS, 10_000, blocks_per_plan=2)
     asked = [
         scheduler.reserve(Asked(num_tokens, choice.max_tokens, max(1, choice.num_choices)))

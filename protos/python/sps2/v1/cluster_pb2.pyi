@@ -242,7 +242,7 @@ class WorkerLoad(_message.Message):
     @_builtins.property
     def bytes_posted(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Bytes that the rank has really posted since it started, by kind:
-        "all_to_all", "q_exchange", "kv_transfer", "control".
+        "all_to_all", "q_exchange", "tensor", "kv_move", "kv_transfer", "control".
         """
 
     def __init__(
