@@ -21,6 +21,7 @@ from sps2_engine.attention.decode_plan import DecodePlan
 from sps2_engine.attention.q_exchange import QExchange
 from sps2_engine.mesh import TensorShare
 from sps2_engine.models import load_decoder
+from sps2_engine.runtime.device import use_huge_pages
 from sps2_engine.sampler import NonFiniteLogitsError, SamplingParams, sample_rows
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -96,4 +97,5 @@ class DecodeRank:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     serve(DecodeRank)
