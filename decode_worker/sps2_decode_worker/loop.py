@@ -98,6 +98,24 @@ class DecodeRole:
             self._step(plan)
         if plan.blocks_used:
             self._loaded_receiver.check(self._rows.values(), plan.blocks_used[self._groups.sequence.rank])
+            self._check_drawn()
+
+    def _check_drawn(self) -> None:
+        """Verifies that the tensor ranks have drawn the same tokens; all of them ask.
+
+        Raises:
+            AssertionError: from here on they would not compute the same text.
+        """
+        ranks = self._groups.tensor
+        last = [row.token_ids[-1] for _, row in sorted(self._rows.items()) if row.token_ids]
+        if ranks.size > 1 and last:
+            drawn = torch.tensor(
+                last, dtype=torch.float64, device=self._device
+            )  # exact for what an id may be
+            together = drawn.clone()
+            ranks.sum(together)
+            if not torch.equal(together, drawn * ranks.size):
+                raise AssertionError(f"tensor ranks have drawn other tokens than {last}")
 
     def _reserve(self, reserve: engine_pb2.ReserveRow) -> None:
         epoch = self._epoch
