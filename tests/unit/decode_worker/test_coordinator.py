@@ -257,7 +257,7 @@ async def test_a_fenced_leader_gives_no_room_and_serves_on() -> None:
 
 async def test_tensor_ranks_stand_where_one_rank_would() -> None:
     """Two sequence indices of two ranks each; the first has room for 6 blocks, as its second rank does."""
-    coordinator, ranks = make(9, 6, 4, 5, tp=2, num_kv_heads=4)
+    coordinator, _ = make(9, 6, 4, 5, tp=2, num_kv_heads=4)
     with pytest.raises(FailedPrecondition, match="REQUEST_TOO_LARGE"):
         await coordinator.reserve(reserve("too large", 1, 9 * 64, 2 * 64))
     live = await coordinator.reserve(reserve("fits", 2, 8 * 64, 64))
