@@ -14,10 +14,12 @@ from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_decode_worker import resize_requests
 from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
 from sps2_decode_worker.control import ControlTime
+from sps2_decode_worker.mesh_placement import mesh_shards
 from sps2_decode_worker.move_messages import blocks_per_step, move_message
 from sps2_decode_worker.placing import Asked, max_new_tokens
 from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan
 from sps2_decode_worker.tenants import Row, RowState
+from sps2_engine.mesh import Mesh
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.errors import (
     PREEMPTED,
@@ -57,12 +59,17 @@ class DecodeCoordinator:
         model_hash: str,
         min_holder_tokens: int,
         *,
+        tp: int = 1,
         debug_invariants: bool = False,
     ) -> None:
-        """With `debug_invariants` every plan tells the ranks how many blocks they must have in use after it."""
+        """Leads ranks of which `tp` together stand where the scheduler has one rank: its ranks are sequence indices.
+
+        With `debug_invariants` every plan tells the ranks how many blocks they must have in use after it.
+        """
         self._directory = directory
         self._model_hash = model_hash
         self._min_holder_tokens = min_holder_tokens
+        self._tp = tp
         self._debug_invariants = debug_invariants
         self._control = ControlTime(time.thread_time)
         self._line_leases: dict[str, asyncio.TimerHandle] = {}
@@ -88,6 +95,10 @@ class DecodeCoordinator:
         assert self._leader is not None, "attach comes first"
         return self._leader
 
+    @property
+    def _mesh(self) -> Mesh:
+        return Mesh.of(self._group.size, self._tp)
+
     def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
         """Adds what waits for its KV and what decodes."""
         load.num_requests_running = self._scheduler.num_rows(RowState.ACTIVE)
@@ -111,9 +122,7 @@ class DecodeCoordinator:
         """
         live = self._place(request)
         try:
-            await self._wait(
-                live, lambda: live.reserved >= set(live.row.shards), RESERVE_TIMEOUT_S, "RESERVE"
-            )
+            await self._wait(live, lambda: live.reserved >= live.holders, RESERVE_TIMEOUT_S, "RESERVE")
         except BaseException:
             self.release(live)
             raise
@@ -130,9 +139,7 @@ class DecodeCoordinator:
             raise InvalidArgument.of_field(
                 "start", f"{len(first_tokens)} first tokens for {len(live.rows)} choices"
             )
-        await self._wait(
-            live, lambda: live.received >= set(live.row.shards), RECEIVE_TIMEOUT_S, "KV_NOT_DELIVERED"
-        )
+        await self._wait(live, lambda: live.received >= live.holders, RECEIVE_TIMEOUT_S, "KV_NOT_DELIVERED")
         for row, token_id in zip(live.rows, first_tokens, strict=True):
             live.first_token_ids[row.row_id] = token_id
             self._scheduler.admit(row.row_id)
@@ -191,7 +198,7 @@ class DecodeCoordinator:
         Raises:
             ServiceError: as decode_service.proto has it.
         """
-        live = resize_requests.find(self._attempts, request, self._group)
+        live = resize_requests.find(self._attempts, request, self._group, self._mesh.sp)
         begun, moved_before = asyncio.get_running_loop().time(), live.num_blocks_moved
         resize_requests.begin(self._scheduler, live, request, self._group.name)
         await resize_requests.done(live, self._group.name)
@@ -202,7 +209,11 @@ class DecodeCoordinator:
     def on_formed(self, epoch: int, ranks: list[engine_pb2.EngineLoaded]) -> None:
         """See `Coordinator.on_formed`."""
         self._ranks = ranks
-        blocks = tuple(loaded.kv_blocks_total for loaded in ranks)
+        mesh = self._mesh
+        blocks = tuple(
+            min(ranks[rank].kv_blocks_total for rank in mesh.ranks_at(position))
+            for position in range(mesh.sp)
+        )
         self._scheduler = DecodeScheduler(
             blocks,
             BLOCK_TOKENS,
@@ -386,19 +397,13 @@ class DecodeCoordinator:
     ) -> engine_pb2.ReserveRow:
         row, *more = rows
         placement = placement_pb2.Placement(group=self._group.name)
-        for rank, (begin, end) in sorted(row.shards.items(), key=lambda item: item[1]):
-            fence = placement_pb2.Fence(
-                process_incarnation=self._ranks[rank].process_incarnation,
-                epoch=self._group.epoch,
-                attempt=request.attempt,
-            )
-            placement.shards.add(
-                rank=rank,
-                token_begin=begin,
-                token_end=end,
-                transfer_address=self._ranks[rank].transfer_address,
-                fence=fence,
-            )
+        for shard in mesh_shards(row.shards, self._mesh, self._ranks[0].num_kv_heads):
+            rank = self._ranks[shard.rank]
+            shard.transfer_address = rank.transfer_address
+            shard.fence.process_incarnation = rank.process_incarnation
+            shard.fence.epoch = self._group.epoch
+            shard.fence.attempt.CopyFrom(request.attempt)
+            placement.shards.append(shard)
         return engine_pb2.ReserveRow(
             row=row.row_id,
             attempt=request.attempt,
@@ -420,7 +425,7 @@ class DecodeCoordinator:
         except TimeoutError:
             raise Unavailable(
                 reason,
-                f"decode group {self._group.name}: ranks {sorted(set(live.row.shards) - live.received)} were not "
+                f"decode group {self._group.name}: ranks {sorted(live.holders - live.received)} were not "
                 f"ready within {timeout_s:g} s",
                 retry_after=1.0,
                 metadata={"component": self._group.name},
@@ -443,16 +448,17 @@ class DecodeCoordinator:
             decode_group=self._group.name,
             attention=live.request.attention,
         )
-        for rank, begin, end, num_blocks in live.shards:
-            record.shards.add(
-                worker_id=f"{self._group.name}/{rank}",
-                epoch=self._group.epoch,
-                layer_begin=0,
-                layer_end=self._ranks[rank].num_layers,
-                token_begin=begin,
-                token_end=end,
-                num_blocks=num_blocks,
-            )
+        for position, begin, end, num_blocks in live.shards:
+            for rank in self._mesh.ranks_at(position):
+                record.shards.add(
+                    worker_id=f"{self._group.name}/{rank}",
+                    epoch=self._group.epoch,
+                    layer_begin=0,
+                    layer_end=self._ranks[rank].num_layers,
+                    token_begin=begin,
+                    token_end=end,
+                    num_blocks=num_blocks,
+                )
         self._directory.record_shards(record, RECORD_LEASE_S)
         loop = asyncio.get_running_loop()
         live.record_timer = loop.call_later(RECORD_LEASE_S / 3, self._record, live)

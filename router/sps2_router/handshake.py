@@ -115,6 +115,8 @@ class Handshake:
     def _check_placement(self, placement: placement_pb2.Placement) -> None:
         position = 0
         for shard in placement.shards:
+            if position == self.num_prompt_tokens and shard.token_begin == 0:
+                position = 0  # the next range of heads covers the prompt again
             if shard.token_begin != position or shard.token_end < position:
                 break
             position = shard.token_end

@@ -108,6 +108,21 @@ def lanes(placement: Placement, num_kv_heads: int) -> list[Lane]:
     return found
 
 
+def check_covers(placement: Placement, num_tokens: int, num_kv_heads: int) -> None:
+    """Verifies that the shards together hold every head of every token of a prompt.
+
+    Raises:
+        ValueError: they do not, or are not in the order of a placement.
+    """
+    missing = set(range(num_kv_heads))
+    for lane in lanes(placement, num_kv_heads):
+        if (lane.tokens[0].begin, lane.tokens[-1].end) != (0, num_tokens):
+            raise ValueError("shards must cover the prompt in order, without gaps")
+        missing.difference_update(range(lane.heads.begin, lane.heads.end))
+    if missing:
+        raise ValueError(f"no shard holds heads {sorted(missing)}")
+
+
 def shard_heads(shard: ShardPlacement, num_kv_heads: int) -> Span:
     """The KV heads that a shard holds: those it names, else all.
 

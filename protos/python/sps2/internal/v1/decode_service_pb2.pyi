@@ -23,7 +23,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ResizeAttemptRequest(_message.Message):
-    """ResizeAttemptRequest says over how many ranks, or over which."""
+    """ResizeAttemptRequest says over how many ranks, or over which. Where the ranks of a group split layers, a rank is a
+    sequence index here, and so it is in the response: rank r of the group has r / tensor ranks.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -344,7 +344,9 @@ Global___Shutdown: _TypeAlias = Shutdown  # noqa: Y015
 
 @_typing.final
 class StepPlan(_message.Message):
-    """StepPlan changes the set of rows and, if `run`, computes one step over them."""
+    """StepPlan changes the set of rows and, if `run`, computes one step over them. Its ranks, but for those of the shards of
+    a placement, are sequence indices: on a mesh all tensor ranks of one do the same, each with its heads.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
