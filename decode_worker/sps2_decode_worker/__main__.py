@@ -27,6 +27,8 @@ class DecodeWorkerConfig(WorkerConfig):
 
     min_holder_tokens: int = setting(128, minimum=1)
     """A prompt's KV is spread over a further rank only while each would hold at least so many tokens."""
+    check_kv: bool = False
+    """Compares every rank's KV blocks with what its leader counts after each plan; for debug runs."""
 
 
 def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
@@ -35,7 +37,7 @@ def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> 
 
 def _lead(config: WorkerConfig, directory: DirectoryClient, model_hash: str) -> LeaderService:
     assert isinstance(config, DecodeWorkerConfig)
-    coordinator = DecodeCoordinator(directory, model_hash, config.min_holder_tokens)
+    coordinator = DecodeCoordinator(directory, model_hash, config.min_holder_tokens, check_kv=config.check_kv)
     service = decode_service_pb2.DESCRIPTOR.services_by_name["DecodeService"]
     return LeaderService(coordinator, DecodeServicer(coordinator), service)
 

@@ -13,6 +13,9 @@ from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
 from sps2_decode_worker.placing import max_new_tokens
 from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row, RowState
+from sps2_decode_worker.sharing import NO_PREFIX, Prefix
+from sps2_layout.placement import num_held
+from sps2_layout.wire import unpack_attention
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.errors import (
     PREEMPTED,
@@ -42,10 +45,14 @@ log = structlog.get_logger(__name__)
 class DecodeCoordinator:
     """Implements `sps2_service.ranks.group.Coordinator` for decode."""
 
-    def __init__(self, directory: DirectoryClient, model_hash: str, min_holder_tokens: int) -> None:
+    def __init__(
+        self, directory: DirectoryClient, model_hash: str, min_holder_tokens: int, *, check_kv: bool = False
+    ) -> None:
+        """With `check_kv` each rank compares its blocks with the leader's count after every plan."""
         self._directory = directory
         self._model_hash = model_hash
         self._min_holder_tokens = min_holder_tokens
+        self._check_kv = check_kv
         self._leader: GroupLeader | None = None
         self._ranks: list[engine_pb2.EngineLoaded] = []
         self._scheduler = DecodeScheduler((), BLOCK_TOKENS, min_holder_tokens)
@@ -88,7 +95,7 @@ class DecodeCoordinator:
         live = self._place(request)
         try:
             await self._wait(
-                live, lambda: live.reserved >= set(live.row.shards), RESERVE_TIMEOUT_S, "RESERVE"
+                live, lambda: live.reserved >= live.row.tenant.places.holders, RESERVE_TIMEOUT_S, "RESERVE"
             )
         except BaseException:
             self.release(live)
@@ -246,6 +253,7 @@ class DecodeCoordinator:
             ],
             release_rows=release,
             run=plan.run,
+            kv_blocks_used=plan.blocks_used if self._check_kv else (),
         )
 
     def _place(self, request: decode_service_pb2.ReserveKv) -> LiveAttempt:
@@ -257,6 +265,7 @@ class DecodeCoordinator:
                 max_new_tokens(request.choice),
                 num_choices,
                 turn=(-request.priority, request.admitted_at_us),
+                prefix=_prefix(request),
             )
         except NeverFitsError:
             raise FailedPrecondition(
@@ -302,6 +311,9 @@ class DecodeCoordinator:
     ) -> engine_pb2.ReserveRow:
         row, *more = rows
         placement = placement_pb2.Placement(group=self._group.name)
+        for rank, num_blocks in row.tenant.places.held:
+            begin = num_held(placement)
+            placement.held.add(rank=rank, token_begin=begin, token_end=begin + num_blocks * BLOCK_TOKENS)
         for rank, (begin, end) in sorted(row.shards.items(), key=lambda item: item[1]):
             fence = placement_pb2.Fence(
                 process_incarnation=self._ranks[rank].process_incarnation,
@@ -323,6 +335,7 @@ class DecodeCoordinator:
             num_prompt_tokens=request.num_prompt_tokens,
             choice=request.choice,
             choice_rows=[one.row_id for one in more],
+            held_from=row.tenant.held_from,
         )
 
     async def _wait(
@@ -346,25 +359,55 @@ class DecodeCoordinator:
 
     def _record(self, live: LiveAttempt) -> None:
         """Tells the directory where the KV lies, in the background, for as long as the row lives."""
+        placement, places = live.reserve.placement, live.row.tenant.places
         record = kv_directory_service_pb2.RequestRecord(
             attempt=live.request.attempt,
             prefill_group=live.request.prefill_group,
             decode_group=self._group.name,
             attention=live.request.attention,
+            num_shared_tokens=num_held(placement),
         )
-        for shard in live.reserve.placement.shards:
-            record.shards.add(
-                worker_id=f"{self._group.name}/{shard.rank}",
-                epoch=self._group.epoch,
-                layer_begin=0,
-                layer_end=self._ranks[shard.rank].num_layers,
-                token_begin=shard.token_begin,
-                token_end=shard.token_end,
-                num_blocks=live.num_blocks(shard.rank),
-            )
+        for held in placement.held:
+            self._add_shard(record, held, (held.token_end - held.token_begin) // BLOCK_TOKENS)
+        for shard in placement.shards:
+            self._add_shard(record, shard, live.num_blocks(shard.rank) - places.held_at(shard.rank))
         self._directory.record_shards(record, RECORD_LEASE_S)
         loop = asyncio.get_running_loop()
         live.record_timer = loop.call_later(RECORD_LEASE_S / 3, self._record, live)
+
+    def _add_shard(
+        self,
+        record: kv_directory_service_pb2.RequestRecord,
+        part: placement_pb2.HeldTokens | placement_pb2.ShardPlacement,
+        num_blocks: int,
+    ) -> None:
+        record.shards.add(
+            worker_id=f"{self._group.name}/{part.rank}",
+            epoch=self._group.epoch,
+            layer_begin=0,
+            layer_end=self._ranks[part.rank].num_layers,
+            token_begin=part.token_begin,
+            token_end=part.token_end,
+            num_blocks=num_blocks,
+        )
+
+
+def _prefix(request: decode_service_pb2.ReserveKv) -> Prefix:
+    """By what its blocks are compared with those of others.
+
+    Raises:
+        InvalidArgument: it names blocks that it does not have, or no mask.
+    """
+    if len(request.block_hashes) > request.num_prompt_tokens // BLOCK_TOKENS:
+        raise InvalidArgument.of_field("block_hashes", "there is one for each full block of the prompt")
+    if not request.block_hashes:
+        return NO_PREFIX
+    try:
+        attention = unpack_attention(request.attention)
+    except ValueError as error:
+        raise InvalidArgument.of_field("attention", str(error)) from None
+    # Dense KV depends on nothing but the tokens before it; under CSA, on the whole layout.
+    return Prefix(attention if attention.layout else None, tuple(request.block_hashes))
 
 
 def preempted(group: str) -> Unavailable:

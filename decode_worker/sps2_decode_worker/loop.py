@@ -5,7 +5,7 @@ Knows nothing of scheduling. Every rank applies the same plans, so the collectiv
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -76,10 +76,12 @@ class DecodeRole:
     def execute(self, command: engine_pb2.EngineCommand) -> None:
         """See `Role.execute`."""
         plan = command.step_plan
+        receiver, rank = self._loaded_receiver, self._communicator.rank
+        held = [receiver.hold(reserve, rank, self._rows) for reserve in plan.reserve]
         for row_id in plan.release_rows:
             self._release(self._rows[row_id])
-        for reserve in plan.reserve:
-            self._reserve(reserve)
+        for reserve, blocks in zip(plan.reserve, held, strict=True):
+            self._reserve(reserve, blocks)
         if plan.reserve:
             rows = engine_pb2.RowsReserved(rows=[reserve.row for reserve in plan.reserve])
             self._send(rows_reserved=rows)
@@ -87,15 +89,17 @@ class DecodeRole:
             self._admit(self._rows[admit.row], admit.first_token_id)
         if plan.run:
             self._step(plan.sequence)
+        if plan.kv_blocks_used:
+            receiver.check(self._rows.values(), plan.kv_blocks_used[rank])
 
-    def _reserve(self, reserve: engine_pb2.ReserveRow) -> None:
+    def _reserve(self, reserve: engine_pb2.ReserveRow, held: Sequence[int]) -> None:
         epoch = self._epoch
 
         def on_complete() -> None:  # on the receiver's thread
             received = engine_pb2.RowReceived(row=reserve.row)
             self._link.send(engine_pb2.EngineEvent(epoch=epoch, row_received=received))
 
-        rows = self._loaded_receiver.reserve(reserve, self._communicator.rank, on_complete)
+        rows = self._loaded_receiver.reserve(reserve, self._communicator.rank, held, on_complete)
         self._rows.update({row.row_id: row for row in rows})
 
     def _admit(self, row: RowState, first_token_id: int) -> None:

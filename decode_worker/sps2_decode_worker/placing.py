@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sps2.internal.v1 import prefill_service_pb2
+from sps2_decode_worker.sharing import HeldBlocks
 from sps2_engine.attention.decode_plan import choose_holders, place_tokens
 
 TOKENS_AHEAD = 64
@@ -38,19 +39,40 @@ class Places:
 
     home: int
     shards: dict[int, tuple[int, int]]
-    """Tokens [begin, end) of the prompt on each holder."""
+    """Tokens [begin, end) of the prompt that prefill delivers to each rank: those behind what is held."""
     blocks: dict[int, int]
-    """Blocks of one row on each of them, the shared ones included."""
+    """Blocks of one row on each holder, the shared ones included."""
     shared: dict[int, int]
     """Of these the ones that all rows share: those of the prompt into which no row appends."""
     max_new_tokens: int
     """Most tokens of a row after the prompt, the one that prefill samples included."""
     block_tokens: int
+    held: tuple[HeldBlocks, ...] = ()
+    """Leading blocks of the prompt that another attempt has brought, in order; among the shared ones."""
+
+    def __post_init__(self) -> None:
+        if self.home not in self.blocks:
+            raise ValueError(f"home {self.home} is none of the holders {sorted(self.blocks)}")
+
+    @property
+    def holders(self) -> frozenset[int]:
+        """Ranks that hold blocks of it."""
+        return frozenset(self.blocks)
+
+    def held_at(self, rank: int) -> int:
+        """Blocks on a rank that another attempt has brought."""
+        return sum(one.num_blocks for one in self.held if one.rank == rank)
+
+    @property
+    def brought(self) -> list[HeldBlocks]:
+        """Shared blocks that its own KV fills, in the order of the prompt."""
+        ranks = sorted(self.shards, key=lambda rank: self.shards[rank])
+        return [HeldBlocks(rank, self.shared[rank] - self.held_at(rank)) for rank in ranks]
 
     def blocks_at_home(self, num_new_tokens: int) -> int:
         """Blocks of one row at home with so many new tokens behind its part of the prompt."""
-        begin, end = self.shards[self.home]
-        return -(-(end - begin + num_new_tokens) // self.block_tokens)
+        begin, end = self.shards.get(self.home, (0, 0))
+        return self.held_at(self.home) + -(-(end - begin + num_new_tokens) // self.block_tokens)
 
 
 def place(
@@ -60,6 +82,7 @@ def place(
     counts: BlockCounts,
     block_tokens: int,
     min_holder_tokens: int,
+    held: tuple[HeldBlocks, ...] = (),
 ) -> Places | None:
     """Room for a prompt and the beginning of its choices' outputs, spread as wide as the prompt allows.
 
@@ -72,32 +95,59 @@ def place(
         counts: of the group.
         block_tokens: tokens of a block.
         min_holder_tokens: a further holder is taken only while each would hold at least so many.
+        held: leading blocks of the prompt that are in the group and are not counted as room.
 
     Returns:
         None where it does not fit.
     """
-    ranges = place_tokens(num_tokens, block_tokens, len(counts.total), min_holder_tokens)
-    holders = choose_holders(counts.room, len(ranges))
-    shards = dict(zip(holders, ranges, strict=True))
+    num_held = sum(one.num_blocks for one in held) * block_tokens
+    ranges = _ranges(num_held, num_tokens, block_tokens, len(counts.total), min_holder_tokens)
+    takers = choose_holders(counts.room, len(ranges))
+    shards = dict(zip(takers, ranges, strict=True))
+    holders = {*takers, *(one.rank for one in held)}
+    with_held = list(counts.room)
+    for rank, num_blocks in held:
+        with_held[rank] += num_blocks
     for home in sorted(holders, key=lambda rank: (counts.num_at_home[rank], rank)):
         first, last = (
-            _places(home, shards, num_new, max_new_tokens, block_tokens)
+            _places(home, shards, held, num_new, max_new_tokens, block_tokens)
             for num_new in (tokens_ahead(max_new_tokens), max_new_tokens)
         )
-        if _fits(first, num_choices, counts.room) and _fits(last, num_choices, counts.total):
+        if _fits(first, num_choices, with_held) and _fits(last, num_choices, counts.total):
             return first
     return None
 
 
+def _ranges(
+    first: int, num_tokens: int, block_tokens: int, max_holders: int, min_tokens: int
+) -> list[tuple[int, int]]:
+    """What each rank takes of tokens [first, num_tokens); nobody takes what is not there."""
+    if first == num_tokens:
+        return []
+    ranges = place_tokens(num_tokens - first, block_tokens, max_holders, min_tokens)
+    return [(first + begin, first + end) for begin, end in ranges]
+
+
 def _places(
-    home: int, shards: dict[int, tuple[int, int]], num_new: int, max_new_tokens: int, block_tokens: int
+    home: int,
+    shards: dict[int, tuple[int, int]],
+    held: tuple[HeldBlocks, ...],
+    num_new: int,
+    max_new_tokens: int,
+    block_tokens: int,
 ) -> Places:
     """With room for `num_new` tokens."""
-    blocks = {rank: -(-(end - begin) // block_tokens) for rank, (begin, end) in shards.items()}
-    begin, end = shards[home]
-    shared = blocks | {home: (end - begin) // block_tokens}
-    blocks[home] = -(-(end - begin + num_new) // block_tokens)
-    return Places(home, shards, blocks, shared, max_new_tokens, block_tokens)
+    blocks: dict[int, int] = {}
+    for rank, num_blocks in held:
+        blocks[rank] = blocks.get(rank, 0) + num_blocks
+    shared = dict(blocks)
+    for rank, (begin, end) in shards.items():
+        full, all_of_it = (end - begin) // block_tokens, -(-(end - begin) // block_tokens)
+        blocks[rank] = blocks.get(rank, 0) + all_of_it
+        shared[rank] = shared.get(rank, 0) + (full if rank == home else all_of_it)
+    places = Places(home, shards, blocks, shared, max_new_tokens, block_tokens, held)
+    blocks[home] = places.blocks_at_home(num_new)
+    return places
 
 
 def _fits(places: Places, num_choices: int, room: Sequence[int]) -> bool:

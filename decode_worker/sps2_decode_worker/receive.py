@@ -1,10 +1,10 @@
 """Room for rows on this decode rank, and the KV that arrives for it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from sps2.internal.v1 import engine_pb2
 from sps2_decode_worker.placing import max_new_tokens, tokens_ahead
-from sps2_decode_worker.rows import RowState, shard_of
+from sps2_decode_worker.rows import RowState, num_held_blocks, shard_of
 from sps2_engine.kv_pool import BLOCK_TOKENS
 from sps2_engine.kv_transfer.receiver import KvReceiver
 from sps2_engine.runtime.loading import LoadedModel
@@ -30,27 +30,55 @@ class Receiver:
         """Blocks that rows hold."""
         return self._pool.num_used
 
+    def hold(self, reserve: engine_pb2.ReserveRow, rank: int, rows: Mapping[int, RowState]) -> Sequence[int]:
+        """Makes an attempt an owner of the blocks that it takes over on this rank; before any row of its plan leaves.
+
+        Their KV is complete (the leader has seen it), and nobody writes to them any more.
+
+        Args:
+            reserve: the attempt.
+            rank: this rank.
+            rows: all rows here, by number.
+
+        Raises:
+            KeyError: the row that brought them has left.
+            ValueError: it has fewer full blocks of its prompt here.
+        """
+        num_blocks = num_held_blocks(reserve.placement, rank)
+        if not num_blocks:
+            return ()
+        donor = rows[reserve.held_from]
+        if num_blocks > donor.num_prompt_blocks:
+            raise ValueError(
+                f"row {donor.row_id} has no {num_blocks} full blocks of its prompt on rank {rank}"
+            )
+        blocks = donor.blocks[:num_blocks]
+        self._pool.share(blocks)
+        return blocks
+
     def reserve(
-        self, reserve: engine_pb2.ReserveRow, rank: int, on_complete: Callable[[], None]
+        self, reserve: engine_pb2.ReserveRow, rank: int, held: Sequence[int], on_complete: Callable[[], None]
     ) -> list[RowState]:
         """Takes blocks for an attempt's rows (the leader has counted that they are free) and expects its KV.
 
         Args:
             reserve: the attempt; KV goes into the blocks of its first row.
             rank: this rank.
-            on_complete: called once, on the receiver's thread, when the rank's part of the prompt is verified
-                and in its blocks; never where it has no part.
+            held: what `hold` gave for it. No KV goes there.
+            on_complete: called once, on the receiver's thread, when the KV that is sent to this rank is verified
+                and in its blocks; never where none is.
         """
         shard = shard_of(reserve.placement, rank)
-        num_prompt = shard.token_end - shard.token_begin if shard else 0
+        num_sent = shard.token_end - shard.token_begin if shard else 0
         at_home = reserve.home == rank
         num_ahead = tokens_ahead(max_new_tokens(reserve.choice)) if at_home else 0
-        blocks = self._pool.allocate(-(-(num_prompt + num_ahead) // BLOCK_TOKENS))
+        blocks = self._pool.allocate(-(-(num_sent + num_ahead) // BLOCK_TOKENS))
         if shard is not None:
             self._receiver.expect(shard.fence, shard.token_begin, shard.token_end, blocks, on_complete)
-        first = RowState(reserve.row, reserve, rank, 0, blocks, num_prompt)
-        num_shared = num_prompt // BLOCK_TOKENS if at_home else len(blocks)
-        return [first, *self._more_choices(first, blocks[:num_shared])]
+        num_prompt = len(held) * BLOCK_TOKENS + num_sent
+        first = RowState(reserve.row, reserve, rank, 0, [*held, *blocks], num_prompt)
+        num_shared = num_prompt // BLOCK_TOKENS if at_home else len(first.blocks)
+        return [first, *self._more_choices(first, first.blocks[:num_shared])]
 
     def _more_choices(self, first: RowState, shared: list[int]) -> Iterator[RowState]:
         for index, row_id in enumerate(first.reserve.choice_rows, start=1):
@@ -78,3 +106,20 @@ class Receiver:
         if shard is not None:
             self._receiver.forget(shard.fence)  # for all choices: they leave together, or after the commit
         self._pool.free(row.blocks)
+
+    def check(self, rows: Iterable[RowState], num_counted: int) -> None:
+        """Verifies the pool and the leader's count; in debug runs, after each plan.
+
+        A row that has ended before the leader knew of it does without the block that it was counted for.
+
+        Raises:
+            AssertionError: what is wrong.
+        """
+        self._pool.check()
+        here = list(rows)
+        used = {block for row in here for block in row.blocks}
+        if len(used) != self.blocks_used:
+            raise AssertionError(f"rows hold {len(used)} blocks, {self.blocks_used} are used")
+        num_ended = sum(row.finished for row in here)
+        if not 0 <= num_counted - self.blocks_used <= num_ended:
+            raise AssertionError(f"the leader counts {num_counted} blocks, {self.blocks_used} are used")

@@ -15,7 +15,7 @@ from sps2_engine.kv_pool import BLOCK_TOKENS, slot_runs
 
 @dataclass
 class RowState:
-    """One choice's row on one rank. Its local KV is the rank's run of the prompt, then (at home) the new tokens."""
+    """One choice's row on one rank. Its local KV: what the rank has of the prompt, then (at home) the new tokens."""
 
     row_id: int
     reserve: engine_pb2.ReserveRow
@@ -32,6 +32,8 @@ class RowState:
     """The row whose prompt it shares; None for choice 0."""
     num_shared: int = 0
     """Blocks at the front of `blocks` that are also the source's."""
+    num_prompt_blocks: int = field(init=False)
+    """Blocks at the front of `blocks` that the prompt fills: once it is there, nobody writes to them."""
     admitted: bool = False
     finished: bool = False
     """Its last token was sampled here; what later steps compute for it is dropped."""
@@ -45,8 +47,10 @@ class RowState:
     """The row as the step's plan has it."""
 
     def __post_init__(self) -> None:
-        holders = tuple(sorted(shard.rank for shard in self.reserve.placement.shards))
-        self.plan_row = DecodeRow(self.row_id, self.reserve.home, holders)
+        self.num_prompt_blocks = self.num_local // BLOCK_TOKENS
+        placement = self.reserve.placement
+        holders = {part.rank for part in (*placement.held, *placement.shards)}
+        self.plan_row = DecodeRow(self.row_id, self.reserve.home, tuple(sorted(holders)))
 
     @property
     def is_home(self) -> bool:
@@ -96,6 +100,12 @@ class RowState:
 
 def _slots(blocks: list[int], begin: int, end: int) -> list[int]:
     return [slot for run in slot_runs(blocks, end - begin, begin) for slot in range(*run)]
+
+
+def num_held_blocks(placement: placement_pb2.Placement, rank: int) -> int:
+    """Blocks that a rank has of what is held already."""
+    tokens = sum(part.token_end - part.token_begin for part in placement.held if part.rank == rank)
+    return tokens // BLOCK_TOKENS
 
 
 def shard_of(placement: placement_pb2.Placement, rank: int) -> placement_pb2.ShardPlacement | None:

@@ -7,14 +7,18 @@ An attempt gets room for its prompt and the beginning of its output; the rest is
 runs out, the attempt that came last there is preempted: it leaves, and the router brings it back when there is
 room. The one that came first is never preempted and, coming back, takes its room from later ones, so that each
 ends in its turn.
+
+Attempts whose prompts begin alike use the same blocks (`sharing`): what one has brought, later ones take over, and it
+is counted once, until the last of them leaves.
 """
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from sps2_decode_worker.placing import BlockCounts, Places, place
+from sps2_decode_worker.sharing import NO_PREFIX, HeldBlocks, Prefix, PromptBlocks, num_freed, num_used
 
 MAX_STEPS_IN_FLIGHT = 2
 """The step that computes and the one that waits behind it."""
@@ -46,6 +50,9 @@ class Tenant:
 
     turn: Turn
     places: Places
+    prompt: PromptBlocks
+    held_from: int = 0
+    """A row of the attempt that brought `places.held`; 0 where nothing is held. It may have left since."""
     rows: "list[Row]" = field(default_factory=list)
     """Those that have not left, by number."""
 
@@ -54,10 +61,23 @@ class Tenant:
         """Where it stands among all, the last to be preempted first."""
         return self.turn, self.rows[0].row_id
 
+    @property
+    def complete(self) -> bool:
+        """Whether the prompt's KV is there: its full blocks will not change any more."""
+        return any(row.state is RowState.ACTIVE for row in self.rows)
+
+    @property
+    def shares_with_others(self) -> bool:
+        """Whether another attempt uses some of its blocks."""
+        return self.prompt.is_shared
+
     def held(self, rank: int) -> int:
         """Blocks that its rows hold on a rank, shared ones once."""
-        shared = self.places.shared.get(rank, 0)
-        return (shared if self.rows else 0) + sum(row.blocks.get(rank, 0) - shared for row in self.rows)
+        return (self.places.shared.get(rank, 0) if self.rows else 0) + self.own(rank)
+
+    def own(self, rank: int) -> int:
+        """Those of a rank that belong to one row alone."""
+        return sum(row.own(rank) for row in self.rows)
 
 
 @dataclass(eq=False)
@@ -72,6 +92,10 @@ class Row:
     num_planned: int = 1
     """New tokens planned so far; the first is prefill's."""
 
+    def own(self, rank: int) -> int:
+        """Its blocks on a rank that no other row uses."""
+        return self.blocks.get(rank, 0) - self.tenant.places.shared.get(rank, 0)
+
     @property
     def home(self) -> int:
         """Rank that takes its new tokens."""
@@ -79,7 +103,7 @@ class Row:
 
     @property
     def shards(self) -> dict[int, tuple[int, int]]:
-        """Tokens [begin, end) of the prompt on each of its holders."""
+        """Tokens [begin, end) of the prompt that prefill delivers to each rank."""
         return self.tenant.places.shards
 
     @property
@@ -105,6 +129,8 @@ class Plan:
     run: bool
     preempted: tuple[int, ...] = ()
     """Those of `release` that were preempted."""
+    blocks_used: tuple[int, ...] = field(default=(), compare=False)
+    """Blocks of each rank that are taken once it is executed; rows that ended unnoticed may take fewer."""
 
 
 @dataclass
@@ -132,38 +158,47 @@ class DecodeScheduler:
         self.free = list(self.blocks_total)
 
     def reserve(
-        self, num_tokens: int, max_new_tokens: int, num_choices: int = 1, turn: Turn = (0, 0)
+        self,
+        num_tokens: int,
+        max_new_tokens: int,
+        num_choices: int = 1,
+        turn: Turn = (0, 0),
+        prefix: Prefix = NO_PREFIX,
     ) -> list[Row]:
         """Gives an attempt room for its prompt and the beginning of its output: a row for each choice.
 
-        Later ones are preempted for it where that makes room; else it gets no block that a row may need next.
+        It takes over the beginning of its prompt where another attempt has brought it. Later ones are preempted for
+        it where that makes room; else it gets no block that a row may need next.
 
         Args:
-            num_tokens: that prefill delivers.
+            num_tokens: of the prompt and of what was generated before.
             max_new_tokens: most tokens of each choice after these.
             num_choices: rows that share the prompt.
             turn: its own.
+            prefix: names of its full blocks, or of the first of them.
 
         Raises:
             NoRoomError: blocks are taken; later it may fit.
             NeverFitsError: the group is too small for it.
         """
         asked = (num_tokens, max_new_tokens, num_choices)
-        victims, places = self._find_room(asked, turn)
-        if places is None:
+        room = self._find_room(asked, turn, prefix)
+        if room is None:
             if self._place(asked, self.blocks_total) is None:
                 raise NeverFitsError
             raise NoRoomError
-        for victim in victims:
+        for victim in room.victims:
             self._preempt(victim)
-        tenant = Tenant(turn, places)
+        tenant = _enter(turn, room, prefix)
+        for one in room.places.brought:
+            self.free[one.rank] -= one.num_blocks
         for _ in range(num_choices):
-            row = Row(self._next_row, tenant, dict(places.blocks))
+            row = Row(self._next_row, tenant, dict(room.places.blocks))
             self._next_row += 1
             tenant.rows.append(row)
             self.rows[row.row_id] = row
             self._reserve.append(row.row_id)
-        self._change_free(tenant, -1)
+            self._change_free(row, -1)
         return list(tenant.rows)
 
     def admit(self, row_id: int) -> None:
@@ -176,9 +211,11 @@ class DecodeScheduler:
         row = self.rows.pop(row_id, None)
         if row is None:
             return
-        self._change_free(row.tenant, 1)
         row.tenant.rows.remove(row)
-        self._change_free(row.tenant, -1)
+        self._change_free(row, 1)
+        if not row.tenant.rows:
+            for run in row.tenant.prompt.leave():
+                self.free[run.rank] += run.num_blocks
         self._release.append(row_id)
 
     def step_done(self) -> None:
@@ -201,6 +238,7 @@ class DecodeScheduler:
             tuple(self._admit),
             run,
             tuple(self._preempted),
+            tuple(total - free for total, free in zip(self.blocks_total, self.free, strict=True)),
         )
         self._release, self._reserve, self._admit, self._preempted = [], [], [], []
         if run:
@@ -229,42 +267,104 @@ class DecodeScheduler:
         growing = [row for row in self.rows.values() if row.state is RowState.ACTIVE and row.needs_block]
         for row in sorted(growing, key=lambda row: row.tenant.age):
             while row.row_id in self.rows and not self.free[row.home]:
-                self._preempt([tenant for tenant in self._tenants if tenant.held(row.home)][-1])
+                for victim in self._last_to_free(row.home):
+                    self._preempt(victim)
             if row.row_id in self.rows:
                 row.blocks[row.home] += 1
                 self.free[row.home] -= 1
+
+    def _last_to_free(self, rank: int) -> list[Tenant]:
+        """The last attempt whose leaving frees blocks of a rank, with the later ones that must leave for that."""
+        leaving: list[Tenant] = []
+        for tenant in reversed(self._tenants):
+            leaving.append(tenant)
+            if _frees(leaving, rank):
+                break
+        for tenant in list(leaving):
+            without = [one for one in leaving if one is not tenant]
+            if _frees(without, rank):
+                leaving = without
+        return leaving
 
     def _preempt(self, tenant: Tenant) -> None:
         for row in list(tenant.rows):
             self._preempted.append(row.row_id)
             self.release(row.row_id)
 
-    def _change_free(self, tenant: Tenant, sign: int) -> None:
-        for rank in tenant.places.shards:
-            self.free[rank] += sign * tenant.held(rank)
+    def _change_free(self, row: Row, sign: int) -> None:
+        """Counts the blocks that no other row uses."""
+        for rank in row.blocks:
+            self.free[rank] += sign * row.own(rank)
 
-    def _find_room(self, asked: tuple[int, int, int], turn: Turn) -> tuple[list[Tenant], Places | None]:
+    def _find_room(self, asked: tuple[int, int, int], turn: Turn, prefix: Prefix) -> "_Room | None":
         """The fewest later attempts, from the last on, without which it fits, and how it does."""
         tenants = self._tenants
         later = [tenant for tenant in tenants if tenant.turn > turn]
         for num_victims in range(len(later) + 1):
             stay = tenants[: len(tenants) - num_victims]
-            if (places := self._place(asked, self._room_beside(stay))) is not None:
-                return later[len(later) - num_victims :], places
-        return [], None
+            room = self._room_beside(stay)
+            donor, held = self._find_held(stay, prefix)
+            if held and (places := self._place(asked, room, held)) is not None:
+                return _Room(places, later[len(later) - num_victims :], donor)
+            if (places := self._place(asked, room)) is not None:
+                return _Room(places, later[len(later) - num_victims :])
+        return None
 
-    def _room_beside(self, tenants: Iterable[Tenant]) -> list[int]:
-        """Blocks that neither these attempts nor their rows' next tokens take, by rank; may be negative."""
-        room = list(self.blocks_total)
+    def _find_held(
+        self, tenants: Sequence[Tenant], prefix: Prefix
+    ) -> tuple[Tenant | None, tuple[HeldBlocks, ...]]:
+        """Which of these attempts has most of the prompt's blocks, and where they lie.
+
+        In a group of several ranks, a few tokens are not worth that its row is bound to the rank that has them.
+        """
+        least = self.min_holder_tokens if len(self.blocks_total) > 1 else 1
+        donor, most = None, -(-least // self.block_tokens) - 1
         for tenant in tenants:
-            for rank in tenant.places.shards:
-                room[rank] -= tenant.held(rank)
-            room[tenant.places.home] -= sum(row.may_grow for row in tenant.rows)
+            if tenant.complete and (common := tenant.prompt.prefix.num_common(prefix)) > most:
+                donor, most = tenant, common
+        return donor, donor.prompt.where(most) if donor else ()
+
+    def _room_beside(self, tenants: Sequence[Tenant]) -> list[int]:
+        """Blocks that neither these attempts nor their rows' next tokens take, by rank; may be negative."""
+        used = num_used((tenant.prompt for tenant in tenants), len(self.blocks_total))
+        room = [total - taken for total, taken in zip(self.blocks_total, used, strict=True)]
+        for row in (row for tenant in tenants for row in tenant.rows):
+            for rank in row.blocks:
+                room[rank] -= row.own(rank)
+            room[row.home] -= row.may_grow
         return room
 
-    def _place(self, asked: tuple[int, int, int], room: Sequence[int]) -> Places | None:
+    def _place(
+        self, asked: tuple[int, int, int], room: Sequence[int], held: tuple[HeldBlocks, ...] = ()
+    ) -> Places | None:
         homes = [0] * len(self.blocks_total)
         for row in self.rows.values():
             homes[row.home] += 1
         counts = BlockCounts(self.blocks_total, tuple(room), tuple(homes))
-        return place(*asked, counts, self.block_tokens, self.min_holder_tokens)
+        return place(*asked, counts, self.block_tokens, self.min_holder_tokens, held)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Where a new attempt can go."""
+
+    places: Places
+    victims: Sequence[Tenant]
+    """Who has to leave for it."""
+    donor: Tenant | None = None
+    """Whose blocks it takes over; stays."""
+
+
+def _enter(turn: Turn, room: _Room, prefix: Prefix) -> Tenant:
+    """A new attempt there, without its rows."""
+    places, donor = room.places, room.donor
+    if donor is None:
+        return Tenant(turn, places, PromptBlocks.of(prefix, [], places.brought))
+    held = donor.prompt.first(sum(one.num_blocks for one in places.held))
+    return Tenant(turn, places, PromptBlocks.of(prefix, held, places.brought), donor.rows[0].row_id)
+
+
+def _frees(leaving: Sequence[Tenant], rank: int) -> bool:
+    """Whether blocks of a rank are free when these leave together."""
+    own = sum(tenant.own(rank) for tenant in leaving)
+    return own + num_freed([tenant.prompt for tenant in leaving], rank) > 0

@@ -102,7 +102,7 @@ def _finished(one: ChoiceToken, live: LiveAttempt) -> decode_service_pb2.DecodeR
     finished = decode_service_pb2.DecodeFinished(
         reason=one.token.finish_reason,
         q_exchange_bytes=one.token.q_exchange_bytes,
-        num_holders=len(live.row.shards),
+        num_holders=len(live.row.tenant.places.holders),
         choice_index=one.choice_index,
     )
     return decode_service_pb2.DecodeResponse(finished=finished)

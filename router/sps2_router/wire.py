@@ -46,6 +46,7 @@ def pack_reserve(
             prefill_group=pair.prefill.name,
             attention=pack_attention(request.attention),
             admitted_at_us=admitted_at_us,
+            block_hashes=request.block_hashes,
         )
     )
 

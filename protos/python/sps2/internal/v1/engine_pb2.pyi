@@ -323,6 +323,7 @@ class StepPlan(_message.Message):
     ADMIT_FIELD_NUMBER: _builtins.int
     RELEASE_ROWS_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_USED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts plans within the epoch from 1, without gaps."""
     run: _builtins.bool
@@ -339,6 +340,10 @@ class StepPlan(_message.Message):
     def release_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Rows that leave; their blocks are freed."""
 
+    @_builtins.property
+    def kv_blocks_used(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In debug runs: blocks that the leader counts as used on each rank once this plan is executed."""
+
     def __init__(
         self,
         *,
@@ -347,10 +352,11 @@ class StepPlan(_message.Message):
         admit: _abc.Iterable[Global___AdmitRow] | None = ...,
         release_rows: _abc.Iterable[_builtins.int] | None = ...,
         run: _builtins.bool = ...,
+        kv_blocks_used: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "release_rows", b"release_rows", "reserve", b"reserve", "run", b"run", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "kv_blocks_used", b"kv_blocks_used", "release_rows", b"release_rows", "reserve", b"reserve", "run", b"run", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -369,12 +375,17 @@ class ReserveRow(_message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     CHOICE_ROWS_FIELD_NUMBER: _builtins.int
+    HELD_FROM_FIELD_NUMBER: _builtins.int
     row: _builtins.int
     """Number of the row, unique within the epoch."""
     home: _builtins.int
     """Rank that runs the dense layers for it and takes its new tokens."""
     num_prompt_tokens: _builtins.int
     """Tokens that prefill delivers."""
+    held_from: _builtins.int
+    """Row whose first blocks on each rank are what `placement.held` says. It may leave with the same plan: blocks are
+    taken over before any row leaves. 0 where nothing is held.
+    """
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -401,10 +412,11 @@ class ReserveRow(_message.Message):
         num_prompt_tokens: _builtins.int = ...,
         choice: _prefill_service_pb2.TokenChoice | None = ...,
         choice_rows: _abc.Iterable[_builtins.int] | None = ...,
+        held_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "choice_rows", b"choice_rows", "home", b"home", "num_prompt_tokens", b"num_prompt_tokens", "placement", b"placement", "row", b"row"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "choice_rows", b"choice_rows", "held_from", b"held_from", "home", b"home", "num_prompt_tokens", b"num_prompt_tokens", "placement", b"placement", "row", b"row"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

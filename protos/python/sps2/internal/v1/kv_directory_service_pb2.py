@@ -26,15 +26,15 @@ from sps2.internal.v1 import placement_pb2 as sps2_dot_internal_dot_v1_dot_place
 from sps2.v1 import cluster_pb2 as sps2_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sps2/internal/v1/kv_directory_service.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a\x15sps2/v1/cluster.proto\"<\n\x15RegisterWorkerRequest\x12#\n\x06worker\x18\x01 \x01(\x0b\x32\x13.sps2.v1.WorkerInfo\"G\n\x16RegisterWorkerResponse\x12\x13\n\x0blease_ttl_s\x18\x01 \x01(\x01\x12\x18\n\x10renew_interval_s\x18\x02 \x01(\x01\"E\n\x11RenewLeaseRequest\x12\x30\n\x08renewals\x18\x01 \x03(\x0b\x32\x1e.sps2.internal.v1.LeaseRenewal\"\xaf\x01\n\x0cLeaseRenewal\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.sps2.v1.WorkerState\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12!\n\x04load\x18\x05 \x01(\x0b\x32\x13.sps2.v1.WorkerLoad\x12\x18\n\x10transfer_address\x18\x06 \x01(\t\"E\n\x12RenewLeaseResponse\x12/\n\x08statuses\x18\x01 \x03(\x0e\x32\x1d.sps2.internal.v1.LeaseStatus\"I\n\x17\x44\x65registerWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65registerWorkerResponse\"!\n\x10\x44rawEpochRequest\x12\r\n\x05group\x18\x01 \x01(\t\"\"\n\x11\x44rawEpochResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x15\n\x13WatchWorkersRequest\"\xac\x01\n\x14WatchWorkersResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x34\n\x08snapshot\x18\x02 \x01(\x0b\x32 .sps2.internal.v1.WorkerSnapshotH\x00\x12&\n\x07updated\x18\x03 \x01(\x0b\x32\x13.sps2.v1.WorkerInfoH\x00\x12\x1b\n\x11removed_worker_id\x18\x04 \x01(\tH\x00\x42\x07\n\x05\x65vent\"6\n\x0eWorkerSnapshot\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\"\x94\x01\n\x0cRequestShard\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0blayer_begin\x18\x03 \x01(\x05\x12\x11\n\tlayer_end\x18\x04 \x01(\x05\x12\x13\n\x0btoken_begin\x18\x05 \x01(\x05\x12\x11\n\ttoken_end\x18\x06 \x01(\x05\x12\x12\n\nnum_blocks\x18\x07 \x01(\x05\"\xce\x01\n\rRequestRecord\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x15\n\rprefill_group\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65\x63ode_group\x18\x03 \x01(\t\x12.\n\x06shards\x18\x04 \x03(\x0b\x32\x1e.sps2.internal.v1.RequestShard\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\"W\n\x13RecordShardsRequest\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"\x16\n\x14RecordShardsResponse\"*\n\x14LocateRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"H\n\x15LocateRequestResponse\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\"C\n\x15ReleaseRequestRequest\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\"\x18\n\x16ReleaseRequestResponse\"\x18\n\x16GetClusterStateRequest\"\x86\x01\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x14\n\x0cnum_requests\x18\x02 \x01(\x03\x12\x10\n\x08revision\x18\x03 \x01(\x04\x12\x1d\n\x15\x64irectory_incarnation\x18\x04 \x01(\t*\x94\x01\n\x0bLeaseStatus\x12\x1c\n\x18LEASE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14LEASE_STATUS_RENEWED\x10\x01\x12\x1a\n\x16LEASE_STATUS_NOT_FOUND\x10\x02\x12\x16\n\x12LEASE_STATUS_STALE\x10\x03\x12\x19\n\x15LEASE_STATUS_DEGRADED\x10\x04\x32\x82\x07\n\x12KvDirectoryService\x12\x63\n\x0eRegisterWorker\x12\'.sps2.internal.v1.RegisterWorkerRequest\x1a(.sps2.internal.v1.RegisterWorkerResponse\x12W\n\nRenewLease\x12#.sps2.internal.v1.RenewLeaseRequest\x1a$.sps2.internal.v1.RenewLeaseResponse\x12i\n\x10\x44\x65registerWorker\x12).sps2.internal.v1.DeregisterWorkerRequest\x1a*.sps2.internal.v1.DeregisterWorkerResponse\x12T\n\tDrawEpoch\x12\".sps2.internal.v1.DrawEpochRequest\x1a#.sps2.internal.v1.DrawEpochResponse\x12_\n\x0cWatchWorkers\x12%.sps2.internal.v1.WatchWorkersRequest\x1a&.sps2.internal.v1.WatchWorkersResponse0\x01\x12]\n\x0cRecordShards\x12%.sps2.internal.v1.RecordShardsRequest\x1a&.sps2.internal.v1.RecordShardsResponse\x12`\n\rLocateRequest\x12&.sps2.internal.v1.LocateRequestRequest\x1a\'.sps2.internal.v1.LocateRequestResponse\x12\x63\n\x0eReleaseRequest\x12\'.sps2.internal.v1.ReleaseRequestRequest\x1a(.sps2.internal.v1.ReleaseRequestResponse\x12\x66\n\x0fGetClusterState\x12(.sps2.internal.v1.GetClusterStateRequest\x1a).sps2.internal.v1.GetClusterStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sps2/internal/v1/kv_directory_service.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a\x15sps2/v1/cluster.proto\"<\n\x15RegisterWorkerRequest\x12#\n\x06worker\x18\x01 \x01(\x0b\x32\x13.sps2.v1.WorkerInfo\"G\n\x16RegisterWorkerResponse\x12\x13\n\x0blease_ttl_s\x18\x01 \x01(\x01\x12\x18\n\x10renew_interval_s\x18\x02 \x01(\x01\"E\n\x11RenewLeaseRequest\x12\x30\n\x08renewals\x18\x01 \x03(\x0b\x32\x1e.sps2.internal.v1.LeaseRenewal\"\xaf\x01\n\x0cLeaseRenewal\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.sps2.v1.WorkerState\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12!\n\x04load\x18\x05 \x01(\x0b\x32\x13.sps2.v1.WorkerLoad\x12\x18\n\x10transfer_address\x18\x06 \x01(\t\"E\n\x12RenewLeaseResponse\x12/\n\x08statuses\x18\x01 \x03(\x0e\x32\x1d.sps2.internal.v1.LeaseStatus\"I\n\x17\x44\x65registerWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65registerWorkerResponse\"!\n\x10\x44rawEpochRequest\x12\r\n\x05group\x18\x01 \x01(\t\"\"\n\x11\x44rawEpochResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x15\n\x13WatchWorkersRequest\"\xac\x01\n\x14WatchWorkersResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x34\n\x08snapshot\x18\x02 \x01(\x0b\x32 .sps2.internal.v1.WorkerSnapshotH\x00\x12&\n\x07updated\x18\x03 \x01(\x0b\x32\x13.sps2.v1.WorkerInfoH\x00\x12\x1b\n\x11removed_worker_id\x18\x04 \x01(\tH\x00\x42\x07\n\x05\x65vent\"6\n\x0eWorkerSnapshot\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\"\x94\x01\n\x0cRequestShard\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0blayer_begin\x18\x03 \x01(\x05\x12\x11\n\tlayer_end\x18\x04 \x01(\x05\x12\x13\n\x0btoken_begin\x18\x05 \x01(\x05\x12\x11\n\ttoken_end\x18\x06 \x01(\x05\x12\x12\n\nnum_blocks\x18\x07 \x01(\x05\"\xe9\x01\n\rRequestRecord\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x15\n\rprefill_group\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65\x63ode_group\x18\x03 \x01(\t\x12.\n\x06shards\x18\x04 \x03(\x0b\x32\x1e.sps2.internal.v1.RequestShard\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\x12\x19\n\x11num_shared_tokens\x18\x06 \x01(\x05\"W\n\x13RecordShardsRequest\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"\x16\n\x14RecordShardsResponse\"*\n\x14LocateRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"H\n\x15LocateRequestResponse\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\"C\n\x15ReleaseRequestRequest\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\"\x18\n\x16ReleaseRequestResponse\"\x18\n\x16GetClusterStateRequest\"\x86\x01\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x14\n\x0cnum_requests\x18\x02 \x01(\x03\x12\x10\n\x08revision\x18\x03 \x01(\x04\x12\x1d\n\x15\x64irectory_incarnation\x18\x04 \x01(\t*\x94\x01\n\x0bLeaseStatus\x12\x1c\n\x18LEASE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14LEASE_STATUS_RENEWED\x10\x01\x12\x1a\n\x16LEASE_STATUS_NOT_FOUND\x10\x02\x12\x16\n\x12LEASE_STATUS_STALE\x10\x03\x12\x19\n\x15LEASE_STATUS_DEGRADED\x10\x04\x32\x82\x07\n\x12KvDirectoryService\x12\x63\n\x0eRegisterWorker\x12\'.sps2.internal.v1.RegisterWorkerRequest\x1a(.sps2.internal.v1.RegisterWorkerResponse\x12W\n\nRenewLease\x12#.sps2.internal.v1.RenewLeaseRequest\x1a$.sps2.internal.v1.RenewLeaseResponse\x12i\n\x10\x44\x65registerWorker\x12).sps2.internal.v1.DeregisterWorkerRequest\x1a*.sps2.internal.v1.DeregisterWorkerResponse\x12T\n\tDrawEpoch\x12\".sps2.internal.v1.DrawEpochRequest\x1a#.sps2.internal.v1.DrawEpochResponse\x12_\n\x0cWatchWorkers\x12%.sps2.internal.v1.WatchWorkersRequest\x1a&.sps2.internal.v1.WatchWorkersResponse0\x01\x12]\n\x0cRecordShards\x12%.sps2.internal.v1.RecordShardsRequest\x1a&.sps2.internal.v1.RecordShardsResponse\x12`\n\rLocateRequest\x12&.sps2.internal.v1.LocateRequestRequest\x1a\'.sps2.internal.v1.LocateRequestResponse\x12\x63\n\x0eReleaseRequest\x12\'.sps2.internal.v1.ReleaseRequestRequest\x1a(.sps2.internal.v1.ReleaseRequestResponse\x12\x66\n\x0fGetClusterState\x12(.sps2.internal.v1.GetClusterStateRequest\x1a).sps2.internal.v1.GetClusterStateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sps2.internal.v1.kv_directory_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEASESTATUS']._serialized_start=1855
-  _globals['_LEASESTATUS']._serialized_end=2003
+  _globals['_LEASESTATUS']._serialized_start=1882
+  _globals['_LEASESTATUS']._serialized_end=2030
   _globals['_REGISTERWORKERREQUEST']._serialized_start=122
   _globals['_REGISTERWORKERREQUEST']._serialized_end=182
   _globals['_REGISTERWORKERRESPONSE']._serialized_start=184
@@ -62,23 +62,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REQUESTSHARD']._serialized_start=1006
   _globals['_REQUESTSHARD']._serialized_end=1154
   _globals['_REQUESTRECORD']._serialized_start=1157
-  _globals['_REQUESTRECORD']._serialized_end=1363
-  _globals['_RECORDSHARDSREQUEST']._serialized_start=1365
-  _globals['_RECORDSHARDSREQUEST']._serialized_end=1452
-  _globals['_RECORDSHARDSRESPONSE']._serialized_start=1454
-  _globals['_RECORDSHARDSRESPONSE']._serialized_end=1476
-  _globals['_LOCATEREQUESTREQUEST']._serialized_start=1478
-  _globals['_LOCATEREQUESTREQUEST']._serialized_end=1520
-  _globals['_LOCATEREQUESTRESPONSE']._serialized_start=1522
-  _globals['_LOCATEREQUESTRESPONSE']._serialized_end=1594
-  _globals['_RELEASEREQUESTREQUEST']._serialized_start=1596
-  _globals['_RELEASEREQUESTREQUEST']._serialized_end=1663
-  _globals['_RELEASEREQUESTRESPONSE']._serialized_start=1665
-  _globals['_RELEASEREQUESTRESPONSE']._serialized_end=1689
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=1691
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=1715
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=1718
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=1852
-  _globals['_KVDIRECTORYSERVICE']._serialized_start=2006
-  _globals['_KVDIRECTORYSERVICE']._serialized_end=2904
+  _globals['_REQUESTRECORD']._serialized_end=1390
+  _globals['_RECORDSHARDSREQUEST']._serialized_start=1392
+  _globals['_RECORDSHARDSREQUEST']._serialized_end=1479
+  _globals['_RECORDSHARDSRESPONSE']._serialized_start=1481
+  _globals['_RECORDSHARDSRESPONSE']._serialized_end=1503
+  _globals['_LOCATEREQUESTREQUEST']._serialized_start=1505
+  _globals['_LOCATEREQUESTREQUEST']._serialized_end=1547
+  _globals['_LOCATEREQUESTRESPONSE']._serialized_start=1549
+  _globals['_LOCATEREQUESTRESPONSE']._serialized_end=1621
+  _globals['_RELEASEREQUESTREQUEST']._serialized_start=1623
+  _globals['_RELEASEREQUESTREQUEST']._serialized_end=1690
+  _globals['_RELEASEREQUESTRESPONSE']._serialized_start=1692
+  _globals['_RELEASEREQUESTRESPONSE']._serialized_end=1716
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=1718
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=1742
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=1745
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=1879
+  _globals['_KVDIRECTORYSERVICE']._serialized_start=2033
+  _globals['_KVDIRECTORYSERVICE']._serialized_end=2931
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,18 @@
+"""What a placement says of a prompt: which tokens a decode group holds already, which are to come. Pure."""
+
+from sps2.internal.v1 import placement_pb2
+
+
+def num_held(placement: placement_pb2.Placement) -> int:
+    """Tokens from the prompt's first on that the group holds already."""
+    return placement.held[-1].token_end if placement.held else 0
+
+
+def covers(placement: placement_pb2.Placement, num_tokens: int) -> bool:
+    """Whether what is held and the shards behind it take [0, num_tokens), in order and without gaps."""
+    position = 0
+    for part in (*placement.held, *placement.shards):
+        if part.token_begin != position or part.token_end < position:
+            return False
+        position = part.token_end
+    return position == num_tokens
