@@ -48,7 +48,3 @@ class LiveAttempt:
     def choices(self) -> dict[int, int]:
         """Index of the choice by row."""
         return {row.row_id: index for index, row in enumerate(self.rows)}
-
-    def num_blocks(self, rank: int) -> int:
-        """Blocks that all choices together hold on a rank."""
-        return self.row.tenant.held(rank)

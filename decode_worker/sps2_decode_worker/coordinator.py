@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Callable
 
 import structlog
 
-from sps2.internal.v1 import decode_service_pb2, engine_pb2, kv_directory_service_pb2, placement_pb2
+from sps2.internal.v1 import decode_service_pb2, engine_pb2
 from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
+from sps2_decode_worker.messages import BLOCK_TOKENS, FormedGroup, reserve_message, shard_record
 from sps2_decode_worker.placing import max_new_tokens
-from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row, RowState
+from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, RowState
 from sps2_decode_worker.sharing import NO_PREFIX, Prefix
 from sps2_layout.placement import num_held
 from sps2_layout.wire import unpack_attention
@@ -28,7 +29,6 @@ from sps2_service.errors import (
 from sps2_service.ranks.failures import attempt_failure
 from sps2_service.ranks.group import GroupLeader, GroupState
 
-BLOCK_TOKENS = 64
 RESERVE_TIMEOUT_S = 30.0
 """Longest wait for the ranks to take a reservation up (a step may be computing)."""
 RECORD_LEASE_S = 60.0
@@ -73,6 +73,10 @@ class DecodeCoordinator:
     def _group(self) -> GroupLeader:
         assert self._leader is not None, "attach comes first"
         return self._leader
+
+    @property
+    def _formed(self) -> FormedGroup:
+        return FormedGroup(self._group.name, self._group.epoch, self._ranks)
 
     def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
         """Adds what waits for its KV and what decodes."""
@@ -278,7 +282,9 @@ class DecodeCoordinator:
             raise Unavailable(
                 "NO_KV_ROOM", f"decode group {self._group.name} has no KV room now", retry_after=0.5
             ) from None
-        live = LiveAttempt(rows, self._reserve_message(request, rows), request)
+        live = LiveAttempt(rows, reserve_message(self._formed, request, rows), request)
+        if num_shared := num_held(live.reserve.placement):
+            log.info("shares", request_id=request.attempt.request_id, num_tokens=num_shared)
         self._attempts.add(live)
         self._rows.update(dict.fromkeys(live.choices, live))
         self._idle.clear()
@@ -306,38 +312,6 @@ class DecodeCoordinator:
                 "num_prompt_tokens must be at least 1, and max_tokens more than what is generated",
             )
 
-    def _reserve_message(
-        self, request: decode_service_pb2.ReserveKv, rows: list[Row]
-    ) -> engine_pb2.ReserveRow:
-        row, *more = rows
-        placement = placement_pb2.Placement(group=self._group.name)
-        for rank, num_blocks in row.tenant.places.held:
-            begin = num_held(placement)
-            placement.held.add(rank=rank, token_begin=begin, token_end=begin + num_blocks * BLOCK_TOKENS)
-        for rank, (begin, end) in sorted(row.shards.items(), key=lambda item: item[1]):
-            fence = placement_pb2.Fence(
-                process_incarnation=self._ranks[rank].process_incarnation,
-                epoch=self._group.epoch,
-                attempt=request.attempt,
-            )
-            placement.shards.add(
-                rank=rank,
-                token_begin=begin,
-                token_end=end,
-                transfer_address=self._ranks[rank].transfer_address,
-                fence=fence,
-            )
-        return engine_pb2.ReserveRow(
-            row=row.row_id,
-            attempt=request.attempt,
-            placement=placement,
-            home=row.home,
-            num_prompt_tokens=request.num_prompt_tokens,
-            choice=request.choice,
-            choice_rows=[one.row_id for one in more],
-            held_from=row.tenant.held_from,
-        )
-
     async def _wait(
         self, live: LiveAttempt, ready: Callable[[], bool], timeout_s: float, reason: str
     ) -> None:
@@ -359,37 +333,10 @@ class DecodeCoordinator:
 
     def _record(self, live: LiveAttempt) -> None:
         """Tells the directory where the KV lies, in the background, for as long as the row lives."""
-        placement, places = live.reserve.placement, live.row.tenant.places
-        record = kv_directory_service_pb2.RequestRecord(
-            attempt=live.request.attempt,
-            prefill_group=live.request.prefill_group,
-            decode_group=self._group.name,
-            attention=live.request.attention,
-            num_shared_tokens=num_held(placement),
-        )
-        for held in placement.held:
-            self._add_shard(record, held, (held.token_end - held.token_begin) // BLOCK_TOKENS)
-        for shard in placement.shards:
-            self._add_shard(record, shard, live.num_blocks(shard.rank) - places.held_at(shard.rank))
+        record = shard_record(self._formed, live.request, live.reserve.placement, live.row.tenant)
         self._directory.record_shards(record, RECORD_LEASE_S)
         loop = asyncio.get_running_loop()
         live.record_timer = loop.call_later(RECORD_LEASE_S / 3, self._record, live)
-
-    def _add_shard(
-        self,
-        record: kv_directory_service_pb2.RequestRecord,
-        part: placement_pb2.HeldTokens | placement_pb2.ShardPlacement,
-        num_blocks: int,
-    ) -> None:
-        record.shards.add(
-            worker_id=f"{self._group.name}/{part.rank}",
-            epoch=self._group.epoch,
-            layer_begin=0,
-            layer_end=self._ranks[part.rank].num_layers,
-            token_begin=part.token_begin,
-            token_end=part.token_end,
-            num_blocks=num_blocks,
-        )
 
 
 def _prefix(request: decode_service_pb2.ReserveKv) -> Prefix:

@@ -104,11 +104,12 @@ def place(
     ranges = _ranges(num_held, num_tokens, block_tokens, len(counts.total), min_holder_tokens)
     takers = choose_holders(counts.room, len(ranges))
     shards = dict(zip(takers, ranges, strict=True))
-    holders = {*takers, *(one.rank for one in held)}
+    # The home takes a part of what is to come, so that room decides where rows live; else it has some of what is held.
+    homes = takers or {one.rank for one in held}
     with_held = list(counts.room)
     for rank, num_blocks in held:
         with_held[rank] += num_blocks
-    for home in sorted(holders, key=lambda rank: (counts.num_at_home[rank], rank)):
+    for home in sorted(homes, key=lambda rank: (counts.num_at_home[rank], rank)):
         first, last = (
             _places(home, shards, held, num_new, max_new_tokens, block_tokens)
             for num_new in (tokens_ahead(max_new_tokens), max_new_tokens)

@@ -11,6 +11,7 @@ from sps2.internal.v1 import engine_pb2, placement_pb2
 from sps2_engine.attention.decode_plan import DecodeRow
 from sps2_engine.choice import ChoiceState
 from sps2_engine.kv_pool import BLOCK_TOKENS, slot_runs
+from sps2_layout.placement import parts
 
 
 @dataclass
@@ -48,8 +49,7 @@ class RowState:
 
     def __post_init__(self) -> None:
         self.num_prompt_blocks = self.num_local // BLOCK_TOKENS
-        placement = self.reserve.placement
-        holders = {part.rank for part in (*placement.held, *placement.shards)}
+        holders = {part.rank for part in parts(self.reserve.placement)}
         self.plan_row = DecodeRow(self.row_id, self.reserve.home, tuple(sorted(holders)))
 
     @property
