@@ -42,7 +42,7 @@ def rows_of(holder: Receiver, num_tokens: int, home: int) -> list[RowState]:
         placement=Placement(shards=[ShardPlacement(token_end=num_tokens), ShardPlacement(rank=1)]),
         choice=TokenChoice(sampling=SamplingSpec(top_p=1), max_tokens=70, num_choices=3),
     )
-    return holder.reserve(reserve, 0, lambda: None)
+    return holder.reserve(reserve, 0, (), lambda: None)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_used"), [(130, 2 + 3 * 2), (128, 2 + 3 * 1), (10, 3 * 2)])
@@ -114,7 +114,7 @@ def test_a_row_that_comes_back_has_its_place_in_the_text() -> None:
             sampling=SamplingSpec(top_p=1, presence_penalty=1), max_tokens=5, generated_token_ids=[4, 5, 4]
         ),
     )
-    (row,) = holder.reserve(reserve, 0, lambda: None)
+    (row,) = holder.reserve(reserve, 0, (), lambda: None)
     row.admit(6, torch.device("cpu"))
     assert (row.position, row.at_home.num_outputs) == (10, 4)
     assert row.at_home.take(7) == FINISH_REASON_LENGTH
