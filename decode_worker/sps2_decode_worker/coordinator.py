@@ -317,9 +317,7 @@ class DecodeCoordinator:
     ) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                while not ready():
-                    if live.error is not None:
-                        raise live.error
+                while not ready() and live.error is None:
                     live.changed.clear()
                     await live.changed.wait()
         except TimeoutError:
@@ -330,6 +328,8 @@ class DecodeCoordinator:
                 retry_after=1.0,
                 metadata={"component": self._group.name},
             ) from None
+        if live.error is not None:  # it may fail in the moment in which it is ready
+            raise live.error
 
     def _record(self, live: LiveAttempt) -> None:
         """Tells the directory where the KV lies, in the background, for as long as the row lives."""

@@ -1,7 +1,10 @@
 """Any order of events: no rank ever needs more blocks than it has, nothing is left behind, every request ends."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
+from typing import TypeAlias
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +18,22 @@ from sps2_decode_worker.scheduler import (
     NoRoomError,
     Row,
     RowState,
+    Tenant,
 )
+from sps2_decode_worker.sharing import Prefix
 
 BLOCK = 64
+
+
+def alike(family: int, num_tokens: int) -> Prefix:
+    """Prompts of a family begin alike, block for block; those of family 0 have nothing in common with others."""
+    return Prefix(
+        None, tuple(bytes([family, index]) for index in range(num_tokens // BLOCK if family else 0))
+    )
+
+
+Block: TypeAlias = tuple[int, int]
+"""Rank and a number."""
 
 
 @dataclass
@@ -25,8 +41,8 @@ class RankRow:
     """A row as the ranks have it, from the plans alone."""
 
     row: Row
-    prompt: int
-    """Which prompt it shares with others."""
+    prompt: tuple[Block, ...]
+    """Blocks that it shares with other rows, in the order of the prompt."""
     num_at_home: int
     own_blocks: int
     """At home, those of the prompt that it shares left out."""
@@ -39,6 +55,7 @@ class Ranks:
 
     totals: tuple[int, ...]
     rows: dict[int, RankRow] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def execute(self, scheduler: DecodeScheduler, known: dict[int, Row]) -> list[int]:
         """The next plan, in order; the rows that made a token in it, None where there is no plan."""
@@ -46,25 +63,38 @@ class Ranks:
         if plan is None:
             return []
         skipped = set(plan.reserve) & set(plan.release)
+        reserve = [known[row_id] for row_id in plan.reserve if row_id not in skipped]
+        prompts = {id(row.tenant): self._prompt(row.tenant) for row in reserve}
         for row_id in set(plan.release) - skipped:
             del self.rows[row_id]
-        for row_id in set(plan.reserve) - skipped:
-            places = known[row_id].tenant.places
-            begin, end = places.shards[places.home]
-            blocks = -(-(end - begin + tokens_ahead(places.max_new_tokens)) // BLOCK)
-            shared = places.shared[places.home]
-            self.rows[row_id] = RankRow(known[row_id], id(places), end - begin, blocks - shared)
+        for row in reserve:
+            places = row.tenant.places
+            begin, end = places.shards.get(places.home, (0, 0))
+            num_at_home = end - begin + places.held_at(places.home) * BLOCK
+            blocks = -(-(num_at_home + tokens_ahead(places.max_new_tokens)) // BLOCK)
+            own = blocks - places.shared[places.home]
+            self.rows[row.row_id] = RankRow(row, prompts[id(row.tenant)], num_at_home, own)
         for row_id in set(plan.admit) & set(self.rows):
             self.rows[row_id].active = True
         made = []
         if plan.run:
-            for row_id, row in self.rows.items():
-                if row.active:
+            for row_id, rank_row in self.rows.items():
+                if rank_row.active:
                     made.append(row_id)
-                    self._append(row)
+                    self._append(rank_row)
         for rank, total in enumerate(self.totals):
-            assert self.held(rank) <= total
+            assert self.held(rank) == plan.blocks_used[rank] <= total
         return made
+
+    def _prompt(self, tenant: Tenant) -> tuple[Block, ...]:
+        """What a new attempt takes over from one that has not left yet, and its own blocks behind it."""
+        places = tenant.places
+        held: tuple[Block, ...] = ()
+        if places.held:
+            held = self.rows[tenant.held_from].prompt[: sum(one.num_blocks for one in places.held)]
+            assert [rank for rank, _ in held] == [rank for rank, num in places.held for _ in range(num)]
+        new = ((rank, next(self.numbers)) for rank, num in places.brought for _ in range(num))
+        return (*held, *new)
 
     def _append(self, row: RankRow) -> None:
         places = row.row.tenant.places
@@ -74,14 +104,8 @@ class Ranks:
 
     def held(self, rank: int) -> int:
         """Blocks of a rank in use, those that rows share once."""
-        shared = {
-            row.prompt: row.row.tenant.places.shared[rank]
-            for row in self.rows.values()
-            if rank in row.row.shards
-        }
-        return sum(shared.values()) + sum(
-            row.own_blocks for row in self.rows.values() if row.row.home == rank
-        )
+        shared = {block for row in self.rows.values() for block in row.prompt if block[0] == rank}
+        return len(shared) + sum(row.own_blocks for row in self.rows.values() if row.row.home == rank)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -99,10 +123,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         choices=st.integers(1, 3),
         priority=st.integers(0, 1),
         came=st.integers(0, 20),
+        family=st.integers(0, 2),
     )
-    def reserve(self, tokens: int, more: int, choices: int, priority: int, came: int) -> None:
+    def reserve(self, tokens: int, more: int, choices: int, priority: int, came: int, family: int) -> None:
         try:
-            rows = self.scheduler.reserve(tokens, more, choices, (-priority, came))
+            rows = self.scheduler.reserve(tokens, more, choices, (-priority, came), alike(family, tokens))
         except (NoRoomError, NeverFitsError):
             return
         self.known.update({row.row_id: row for row in rows})
@@ -134,8 +159,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def blocks_are_counted(self) -> None:
         tenants = {row.tenant for row in self.scheduler.rows.values()}
+        runs = {run for tenant in tenants for run in tenant.prompt.runs}
         for rank, total in enumerate(self.scheduler.blocks_total):
-            held = sum(tenant.held(rank) for tenant in tenants if rank in tenant.places.shards)
+            held = sum(run.num_blocks for run in runs if run.rank == rank)
+            held += sum(tenant.own(rank) for tenant in tenants)
             assert self.scheduler.free[rank] + held == total
             assert self.scheduler.free[rank] >= 0
         assert 0 <= self.scheduler.steps_in_flight <= MAX_STEPS_IN_FLIGHT
@@ -163,6 +190,8 @@ class Asked:
     came: int
     delay: int
     """Ticks of each prefill."""
+    family: int = 0
+    """See `alike`."""
     num_tokens: int = 0
     row: Row | None = None
     ready_at: int = 0
@@ -173,14 +202,16 @@ class Asked:
         new = self.max_tokens - self.num_tokens
         if self.row is None and tick >= self.came and new:
             try:
-                (self.row,) = scheduler.reserve(self.num_prompt + self.num_tokens, new, 1, (0, self.came))
+                num_tokens, prefix = self.num_prompt + self.num_tokens, alike(self.family, self.num_prompt)
+                (self.row,) = scheduler.reserve(num_tokens, new, 1, (0, self.came), prefix)
             except NoRoomError:
                 return
             self.ready_at = tick + self.delay
 
     def prefilled(self, scheduler: DecodeScheduler, tick: int) -> None:
         """Its KV has come, and a token with it."""
-        if self.row is not None and tick >= self.ready_at and self.row.state is RowState.RESERVED:
+        waits = self.row is not None and self.row.row_id in scheduler.rows and tick >= self.ready_at
+        if self.row is not None and waits and self.row.state is RowState.RESERVED:
             self.num_tokens += 1
             scheduler.admit(self.row.row_id)
 
@@ -188,7 +219,14 @@ class Asked:
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.builds(Asked, st.integers(1, 300), st.integers(2, 250), st.integers(0, 60), st.integers(0, 5)),
+        st.builds(
+            Asked,
+            st.integers(1, 300),
+            st.integers(2, 250),
+            st.integers(0, 60),
+            st.integers(0, 5),
+            family=st.integers(0, 2),
+        ),
         min_size=2,
         max_size=7,
     ),
