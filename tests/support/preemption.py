@@ -1,7 +1,7 @@
 """A pool of KV that is too small for all, and streams that a fault cuts: held against their undisturbed runs."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,12 @@ class Crowd:
 
 
 @contextmanager
-def tight(profile: str, decode: str, kv_tokens: int) -> Iterator[LocalDeployment]:
+def tight(
+    profile: str, decode: str, kv_tokens: int, env: Mapping[str, str] | None = None
+) -> Iterator[LocalDeployment]:
     """A deployment of the demo model whose ranks have KV for so many tokens each."""
     arguments = ["--profile", profile, "--kv-tokens", str(kv_tokens), "--threads", "1"]
-    with deployment(DEMO_MODEL, "1x2", decode, arguments) as running:
+    with deployment(DEMO_MODEL, "1x2", decode, arguments, env=env) as running:
         yield running
 
 

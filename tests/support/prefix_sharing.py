@@ -121,3 +121,8 @@ def check_counts(running: LocalDeployment) -> None:
     """
     wrong = [line for line in running.process.lines if "step_plan failed" in line or "AssertionError" in line]
     assert not wrong, "\n".join(wrong[:5])
+
+
+def num_sharing(running: LocalDeployment) -> int:
+    """Attempts so far that took blocks over, by their leaders' logs."""
+    return sum("shares" in line and "num_tokens" in line for line in running.process.lines)

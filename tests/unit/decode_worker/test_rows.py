@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sps2.internal.v1.engine_pb2 import ReserveRow
-from sps2.internal.v1.placement_pb2 import Placement, ShardPlacement
+from sps2.internal.v1.placement_pb2 import HeldTokens, Placement, ShardPlacement
 from sps2.internal.v1.prefill_service_pb2 import TokenChoice
 from sps2.v1.generation_pb2 import FINISH_REASON_LENGTH, SamplingSpec
 from sps2_decode_worker.receive import Receiver
@@ -123,3 +123,47 @@ def test_a_row_that_comes_back_has_its_place_in_the_text() -> None:
     row.at_home.edits.apply(logits)
     assert logits.tolist() == [0, 0, 0, 0, -1, -1, -1, -1, 0]
     holder.release(row)
+
+
+def sharer(num_held: int, num_tokens: int) -> ReserveRow:
+    """A row at home on rank 0 whose first tokens are row 4's, which has them there."""
+    return ReserveRow(
+        row=9,
+        home=0,
+        num_prompt_tokens=num_tokens,
+        placement=Placement(
+            held=[HeldTokens(token_end=num_held)],
+            shards=[ShardPlacement(token_begin=num_held, token_end=num_tokens)],
+        ),
+        choice=TokenChoice(sampling=SamplingSpec(top_p=1), max_tokens=70),
+        held_from=4,
+    )
+
+
+def test_what_is_taken_over_outlives_who_brought_it() -> None:
+    """130 tokens of which 128 are there: one block for the rest, one for the output. They may leave at once."""
+    holder = receiver()
+    donors = rows_of(holder, 130, home=0)
+    used, reserve = holder.blocks_used, sharer(128, 130)
+    held = holder.hold(reserve, 0, {row.row_id: row for row in donors})
+    for row in donors:
+        holder.release(row)
+    assert holder.blocks_used == 2
+    (row,) = holder.reserve(reserve, 0, held, lambda: None)
+    assert (row.blocks[:2], row.num_local) == (donors[0].blocks[:2], 130)
+    assert holder.blocks_used == 4 <= used
+    row.admit(1, torch.device("cpu"))
+    assert row.append_slot() // BLOCK_TOKENS == row.blocks[2]
+    holder.check([row], 4)
+    with pytest.raises(AssertionError, match="the leader counts 5 blocks, 4 are used"):
+        holder.check([row], 5)
+    holder.release(row)
+    assert holder.blocks_used == 0
+
+
+def test_only_full_blocks_of_the_prompt_are_taken_over() -> None:
+    holder = receiver()
+    donors = {row.row_id: row for row in rows_of(holder, 130, home=0)}
+    with pytest.raises(ValueError, match="row 4 has no 3 full blocks"):
+        holder.hold(sharer(192, 200), 0, donors)
+    assert holder.hold(sharer(128, 130), 1, donors) == ()
