@@ -3,6 +3,7 @@
 import typer
 
 from sps2_bench.accuracy.command import accuracy
+from sps2_bench.decode.command import decode
 from sps2_bench.kernel_rates.command import kernels
 from sps2_bench.prefill.command import prefill
 
@@ -16,6 +17,7 @@ bench = typer.Typer(help="Speed, bytes and memory, side by side with baselines."
 evaluate = typer.Typer(help="What sparse attention costs in accuracy.", no_args_is_help=True)
 
 bench.command()(prefill)
+bench.command()(decode)
 bench.command()(kernels)
 evaluate.command()(accuracy)
 # With a single command typer would drop its name, and `sps2 eval accuracy` must keep it.

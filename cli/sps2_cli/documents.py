@@ -139,5 +139,6 @@ def worker_document(worker: Worker) -> dict[str, Any]:
         "num_requests_waiting": worker.num_requests_waiting,
         "queued_tokens": worker.queued_tokens,
         "steps_done": worker.steps_done,
+        "control_share": worker.control_share,
         "bytes_posted": dict(worker.bytes_posted),
     }

@@ -75,6 +75,9 @@ def generate(
         str,
         typer.Option(help="Attention: exact, paper or default.", show_default="the deployment's"),
     ] = "",
+    priority: Annotated[
+        int, typer.Option(help="Urgency, -10 to 10; each step counts as 10 s of waiting.")
+    ] = 0,
     model: Annotated[str, typer.Option(help="Model name.", show_default="the only one")] = "",
     request_id: Annotated[str | None, typer.Option(help="Name of the request.", show_default="drawn")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for the whole answer.")] = Timeouts().total,
@@ -116,6 +119,7 @@ def generate(
             "stop_token_ids": parse_token_ids(stop_token_ids) if stop_token_ids else [],
             "min_tokens": min_tokens,
             "ignore_eos": ignore_eos,
+            "priority": priority,
             "model": model,
             "attention_profile": profile,
         }

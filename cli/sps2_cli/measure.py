@@ -23,6 +23,7 @@ def bench(context: typer.Context) -> None:
 
     ```
     sps2 bench prefill --lengths 2k,32k --baselines transformers --plots out
+    sps2 bench decode --contexts 2k,16k --batches 1,8 --baselines transformers
     sps2 bench kernels --json
     ```
     """

@@ -68,7 +68,7 @@ def render(document: dict[str, Any]) -> RenderableType:
 def _pool_table(role: str, groups: list[dict[str, Any]]) -> Table:
     title = f"{role}: {sum(group['ready'] for group in groups)} of {len(groups)} groups ready"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for name in ("rank", "state", "loaded", "KV blocks", "run", "wait", "tokens", "device"):
+    for name in ("rank", "state", "loaded", "KV blocks", "run", "wait", "tokens", "control", "device"):
         table.add_column(
             name, justify="left" if name in {"rank", "state", "device"} else "right", no_wrap=True
         )
@@ -89,5 +89,6 @@ def _cells(rank: dict[str, Any]) -> list[str]:
         str(rank["num_requests_running"]),
         str(rank["num_requests_waiting"]),
         f"{rank['queued_tokens']:,}",
+        f"{rank['control_share']:.1%}" if rank["control_share"] else "",
         f"{rank['device']} {rank['dtype']}",
     ]

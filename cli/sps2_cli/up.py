@@ -140,6 +140,9 @@ def up(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of each rank.", show_default="cores / ranks")
     ] = None,
+    debug_invariants: Annotated[
+        bool, typer.Option("--debug-invariants", help="Decode ranks check their KV blocks at every step.")
+    ] = False,
     log_dir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Log files in place of stderr.")
     ] = None,
@@ -188,6 +191,7 @@ def up(
             kv_transport=kv_transport.value,
             kv_tokens=kv_tokens,
             threads=threads or default_threads(cores, prefill, decode),
+            debug_invariants=debug_invariants,
             log_dir=log_dir,
             quiet=quiet,
             restart=restart,

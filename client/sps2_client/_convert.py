@@ -89,6 +89,7 @@ def worker(message: cluster_pb2.WorkerInfo) -> Worker:
         num_requests_waiting=load.num_requests_waiting,
         queued_tokens=load.queued_tokens,
         steps_done=load.steps_done,
+        control_share=load.control_share,
         load_fraction=load.load_fraction,
         bytes_posted=dict(load.bytes_posted),
     )

@@ -53,6 +53,8 @@ class GenerationOptions(TypedDict, total=False):
     """Model name; empty is the only one of the deployment."""
     attention_profile: str
     """How the prompt is attended: "exact", "paper" or "default"; empty is the deployment's own choice."""
+    priority: int
+    """How urgent it is, -10 to 10: each step is as good as having come 10 s earlier; 0 is normal."""
     request_id: str | None
     """Name of the request, 1 to 64 printable ASCII characters; drawn when None."""
 
@@ -105,6 +107,7 @@ def stream_request(
         num_logprobs=options.get("logprobs"),
         num_choices=options.get("n"),
         attention_profile=options.get("attention_profile", ""),
+        priority=options.get("priority", 0),
     )
     if prompt is not None:
         spec.text = prompt

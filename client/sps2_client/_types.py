@@ -200,6 +200,8 @@ class Worker:
     """Prompt tokens waiting or running (prefill)."""
     steps_done: int
     """Steps or slices done in this life."""
+    control_share: float
+    """Seconds that the leader of a decode group spends on control for each second of steps; 0 on other ranks."""
     load_fraction: float
     """Fraction of the weights loaded, 0 to 1."""
     bytes_posted: Mapping[str, int]

@@ -27,8 +27,8 @@ class DecodeWorkerConfig(WorkerConfig):
 
     min_holder_tokens: int = setting(128, minimum=1)
     """A prompt's KV is spread over a further rank only while each would hold at least so many tokens."""
-    check_kv: bool = False
-    """Compares every rank's KV blocks with what its leader counts after each plan; for debug runs."""
+    debug_invariants: bool = False
+    """Check KV blocks after every plan, on every rank, against the leader's count; what is wrong ends the epoch."""
 
 
 def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
@@ -37,7 +37,9 @@ def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> 
 
 def _lead(config: WorkerConfig, directory: DirectoryClient, model_hash: str) -> LeaderService:
     assert isinstance(config, DecodeWorkerConfig)
-    coordinator = DecodeCoordinator(directory, model_hash, config.min_holder_tokens, check_kv=config.check_kv)
+    coordinator = DecodeCoordinator(
+        directory, model_hash, config.min_holder_tokens, debug_invariants=config.debug_invariants
+    )
     service = decode_service_pb2.DESCRIPTOR.services_by_name["DecodeService"]
     return LeaderService(coordinator, DecodeServicer(coordinator), service)
 

@@ -4,6 +4,7 @@ Runs in rank 0's supervisor, on its event loop.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 
 import structlog
@@ -11,9 +12,10 @@ import structlog
 from sps2.internal.v1 import decode_service_pb2, engine_pb2
 from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
+from sps2_decode_worker.control import ControlTime
 from sps2_decode_worker.messages import BLOCK_TOKENS, FormedGroup, reserve_message, shard_record
-from sps2_decode_worker.placing import max_new_tokens
-from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, RowState
+from sps2_decode_worker.placing import Asked, max_new_tokens
+from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row, RowState
 from sps2_decode_worker.sharing import NO_PREFIX, Prefix
 from sps2_layout.placement import num_held
 from sps2_layout.wire import unpack_attention
@@ -28,6 +30,7 @@ from sps2_service.errors import (
 )
 from sps2_service.ranks.failures import attempt_failure
 from sps2_service.ranks.group import GroupLeader, GroupState
+from sps2_service.turns import turn_us
 
 RESERVE_TIMEOUT_S = 30.0
 """Longest wait for the ranks to take a reservation up (a step may be computing)."""
@@ -35,7 +38,8 @@ RECORD_LEASE_S = 60.0
 """How long the directory keeps a record of shards that is not renewed."""
 RECEIVE_TIMEOUT_S = 60.0
 """Longest wait, from the first token on, for the rest of a prompt's KV."""
-
+LINE_LEASE_S = 5.0
+"""How long a request that found no room keeps its place in line without asking again: several of its pauses."""
 PREEMPTED_RETRY_S = 0.25
 """What a preempted request is told to wait: about as long as rows take to end or to be preempted in turn."""
 
@@ -46,13 +50,21 @@ class DecodeCoordinator:
     """Implements `sps2_service.ranks.group.Coordinator` for decode."""
 
     def __init__(
-        self, directory: DirectoryClient, model_hash: str, min_holder_tokens: int, *, check_kv: bool = False
+        self,
+        directory: DirectoryClient,
+        model_hash: str,
+        min_holder_tokens: int,
+        *,
+        debug_invariants: bool = False,
     ) -> None:
-        """With `check_kv` each rank compares its blocks with the leader's count after every plan."""
+        """With `debug_invariants` every plan tells the ranks how many blocks they must have in use after it."""
         self._directory = directory
         self._model_hash = model_hash
         self._min_holder_tokens = min_holder_tokens
-        self._check_kv = check_kv
+        self._debug_invariants = debug_invariants
+        self._control = ControlTime(time.thread_time)
+        self._line_leases: dict[str, asyncio.TimerHandle] = {}
+        """End the places in line of requests that do not come back."""
         self._leader: GroupLeader | None = None
         self._ranks: list[engine_pb2.EngineLoaded] = []
         self._scheduler = DecodeScheduler((), BLOCK_TOKENS, min_holder_tokens)
@@ -82,6 +94,7 @@ class DecodeCoordinator:
         """Adds what waits for its KV and what decodes."""
         load.num_requests_running = self._scheduler.num_rows(RowState.ACTIVE)
         load.num_requests_waiting = self._scheduler.num_rows(RowState.RESERVED)
+        load.control_share = self._control.share
 
     async def drain(self) -> None:
         """Takes no more attempts and waits until the last one ends."""
@@ -177,6 +190,7 @@ class DecodeCoordinator:
         blocks = tuple(loaded.kv_blocks_total for loaded in ranks)
         self._scheduler = DecodeScheduler(blocks, BLOCK_TOKENS, self._min_holder_tokens)
         self._reported.clear()
+        self._control = ControlTime(time.thread_time)
 
     def on_broken(self, error: Unavailable) -> None:
         """See `Coordinator.on_broken`."""
@@ -187,7 +201,11 @@ class DecodeCoordinator:
     def on_event(self, rank: int, event: engine_pb2.EngineEvent) -> None:
         """See `Coordinator.on_event`."""
         if event.HasField("step_result"):
-            self._on_step(event.step_result)
+            with self._control.spent():
+                is_done = self._on_step(event.step_result)
+            if is_done:
+                self._control.step(event.step_result.step_s)
+            self._pump()
         elif event.HasField("rows_reserved"):
             for row_id in event.rows_reserved.rows:
                 self._note(row_id, rank, "reserved")
@@ -210,7 +228,8 @@ class DecodeCoordinator:
         live.tokens.put_nowait(error)
         live.changed.set()
 
-    def _on_step(self, result: engine_pb2.StepResult) -> None:
+    def _on_step(self, result: engine_pb2.StepResult) -> bool:
+        """Takes a rank's report; whether it is the last one of its step."""
         for token in result.tokens:
             live = self._rows.get(token.row)
             if live is None:
@@ -221,16 +240,20 @@ class DecodeCoordinator:
                 self._scheduler.release(token.row)
         reported = self._reported.get(result.sequence, 0) + 1
         self._reported[result.sequence] = reported
-        if reported == self._group.size:
-            del self._reported[result.sequence]
-            self._scheduler.step_done()
-        self._pump()
+        if reported < self._group.size:
+            return False
+        del self._reported[result.sequence]
+        self._scheduler.step_done()
+        return True
 
     def _pump(self) -> None:
         """Sends every plan that is due."""
-        while self._group.state is GroupState.FORMED and (plan := self._scheduler.next_plan()) is not None:
-            self._tell_preempted(plan)
-            self._group.broadcast(engine_pb2.EngineCommand(step_plan=self._message(plan)))
+        with self._control.spent():
+            while (
+                self._group.state is GroupState.FORMED and (plan := self._scheduler.next_plan()) is not None
+            ):
+                self._tell_preempted(plan)
+                self._group.broadcast(engine_pb2.EngineCommand(step_plan=self._message(plan)))
 
     def _tell_preempted(self, plan: Plan) -> None:
         """Their callers learn it; tokens of theirs that are still computed are dropped."""
@@ -257,31 +280,18 @@ class DecodeCoordinator:
             ],
             release_rows=release,
             run=plan.run,
-            kv_blocks_used=plan.blocks_used if self._check_kv else (),
+            blocks_used=plan.blocks_used if self._debug_invariants else (),
         )
 
     def _place(self, request: decode_service_pb2.ReserveKv) -> LiveAttempt:
         self._check(request)
-        num_choices = max(1, request.choice.num_choices)
-        try:
-            rows = self._scheduler.reserve(
-                request.num_prompt_tokens,
-                max_new_tokens(request.choice),
-                num_choices,
-                turn=(-request.priority, request.admitted_at_us),
-                prefix=_prefix(request),
-            )
-        except NeverFitsError:
-            raise FailedPrecondition(
-                "REQUEST_TOO_LARGE",
-                f"{request.num_prompt_tokens} prompt tokens and {num_choices} times "
-                f"{max_new_tokens(request.choice)} more need more KV than "
-                f"decode group {self._group.name} has: raise --kv-tokens or use more ranks",
-            ) from None
-        except NoRoomError:
-            raise Unavailable(
-                "NO_KV_ROOM", f"decode group {self._group.name} has no KV room now", retry_after=0.5
-            ) from None
+        asked = Asked(
+            request.num_prompt_tokens,
+            max_new_tokens(request.choice),
+            max(1, request.choice.num_choices),
+            _prefix(request),
+        )
+        rows = self._give_room(asked, request)
         live = LiveAttempt(rows, reserve_message(self._formed, request, rows), request)
         if num_shared := num_held(live.reserve.placement):
             log.info("shares", request_id=request.attempt.request_id, num_tokens=num_shared)
@@ -290,6 +300,35 @@ class DecodeCoordinator:
         self._idle.clear()
         self._pump()
         return live
+
+    def _give_room(self, asked: Asked, request: decode_service_pb2.ReserveKv) -> list[Row]:
+        """Rows of an attempt, or a place in line, which it keeps as long as it asks again.
+
+        Raises:
+            ServiceError: there is no room now, or never.
+        """
+        name, group = _name_in_line(request), self._group.name
+        if (lease := self._line_leases.pop(name, None)) is not None:
+            lease.cancel()
+        try:
+            return self._scheduler.reserve(asked, turn_us(request.asked_at_us, request.priority), name)
+        except NeverFitsError:
+            raise FailedPrecondition(
+                "REQUEST_TOO_LARGE",
+                f"{asked.num_tokens} prompt tokens and {asked.num_choices} times {asked.max_new_tokens} more "
+                f"need more KV than decode group {group} has: raise --kv-tokens or use more ranks",
+            ) from None
+        except NoRoomError:
+            self._line_leases[name] = asyncio.get_running_loop().call_later(
+                LINE_LEASE_S, self._leave_line, name
+            )
+            raise Unavailable(
+                "NO_KV_ROOM", f"decode group {group} has no KV room now", retry_after=0.5
+            ) from None
+
+    def _leave_line(self, name: str) -> None:
+        del self._line_leases[name]
+        self._scheduler.leave_line(name)
 
     def _check(self, request: decode_service_pb2.ReserveKv) -> None:
         group = self._group
@@ -365,3 +404,8 @@ def preempted(group: str) -> Unavailable:
         retry_after=PREEMPTED_RETRY_S,
         metadata={"component": group},
     )
+
+
+def _name_in_line(request: decode_service_pb2.ReserveKv) -> str:
+    """The same for all attempts at a request, or at one of its choices that goes on by itself."""
+    return f"{request.attempt.request_id}/{request.choice.sampling.first_choice}"

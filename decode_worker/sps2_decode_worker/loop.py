@@ -89,8 +89,8 @@ class DecodeRole:
             self._admit(self._rows[admit.row], admit.first_token_id)
         if plan.run:
             self._step(plan.sequence)
-        if plan.kv_blocks_used:
-            receiver.check(self._rows.values(), plan.kv_blocks_used[rank])
+        if plan.blocks_used:
+            receiver.check(self._rows.values(), plan.blocks_used[rank])
 
     def _reserve(self, reserve: engine_pb2.ReserveRow, held: Sequence[int]) -> None:
         epoch = self._epoch
@@ -149,10 +149,9 @@ class DecodeRole:
             self._row_bytes = {
                 row.row_id: plan.row_bytes_per_layer(row.plan_row) * config.num_layers for row in active
             }
-            self._exchange = QExchange(plan, self._communicator, self._model.scale, self._device)
-        new_slots = [self._append(self._rows[row.row_id]) for row in self._exchange.home_rows]
-        held = [row for row in self._rows.values() if row.admitted and row.num_local]
-        self._exchange.begin_step({row.row_id: row.runs() for row in held}, new_slots)
+            held = {row.row_id: row.runs() for row in active if row.num_local}
+            self._exchange = QExchange(plan, self._communicator, self._model.scale, self._caches[0], held)
+        self._exchange.begin_step([self._append(self._rows[row.row_id]) for row in self._exchange.home_rows])
         return self._exchange
 
     def _append(self, row: RowState) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sps2.internal.v1 import prefill_service_pb2
-from sps2_decode_worker.sharing import HeldBlocks
+from sps2_decode_worker.sharing import NO_PREFIX, HeldBlocks, Prefix
 from sps2_engine.attention.decode_plan import choose_holders, place_tokens
 
 TOKENS_AHEAD = 64
@@ -19,6 +19,20 @@ def max_new_tokens(choice: prefill_service_pb2.TokenChoice) -> int:
 def tokens_ahead(max_new_tokens: int) -> int:
     """New tokens of a choice that has at most so many for which its row is given room at first."""
     return min(TOKENS_AHEAD, max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an attempt asks room for."""
+
+    num_tokens: int
+    """That prefill delivers, >= 1."""
+    max_new_tokens: int
+    """Most tokens of each choice after these, >= 1."""
+    num_choices: int = 1
+    """Rows that share the prompt."""
+    prefix: Prefix = NO_PREFIX
+    """Names of the prompt's full blocks."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +88,13 @@ class Places:
         begin, end = self.shards.get(self.home, (0, 0))
         return self.held_at(self.home) + -(-(end - begin + num_new_tokens) // self.block_tokens)
 
+    def own_at_last(self, rank: int) -> int:
+        """Blocks there that belong to one row alone when its output is as long as it may become."""
+        return self.blocks_at_home(self.max_new_tokens) - self.shared[rank] if rank == self.home else 0
+
 
 def place(
-    num_tokens: int,
-    max_new_tokens: int,
-    num_choices: int,
+    asked: Asked,
     counts: BlockCounts,
     block_tokens: int,
     min_holder_tokens: int,
@@ -89,9 +105,7 @@ def place(
     It is such that all of the output fits as well once the group has nothing else to hold.
 
     Args:
-        num_tokens: that prefill delivers, >= 1.
-        max_new_tokens: most tokens of each choice after these, >= 1.
-        num_choices: rows that share the prompt.
+        asked: its size.
         counts: of the group.
         block_tokens: tokens of a block.
         min_holder_tokens: a further holder is taken only while each would hold at least so many.
@@ -100,8 +114,9 @@ def place(
     Returns:
         None where it does not fit.
     """
+    max_new_tokens = asked.max_new_tokens
     num_held = sum(one.num_blocks for one in held) * block_tokens
-    ranges = _ranges(num_held, num_tokens, block_tokens, len(counts.total), min_holder_tokens)
+    ranges = _ranges(num_held, asked.num_tokens, block_tokens, len(counts.total), min_holder_tokens)
     takers = choose_holders(counts.room, len(ranges))
     shards = dict(zip(takers, ranges, strict=True))
     # The home takes a part of what is to come, so that room decides where rows live; else it has some of what is held.
@@ -114,7 +129,7 @@ def place(
             _places(home, shards, held, num_new, max_new_tokens, block_tokens)
             for num_new in (tokens_ahead(max_new_tokens), max_new_tokens)
         )
-        if _fits(first, num_choices, with_held) and _fits(last, num_choices, counts.total):
+        if _fits(first, asked.num_choices, with_held) and _fits(last, asked.num_choices, counts.total):
             return first
     return None
 

@@ -1,5 +1,6 @@
 """Room for rows on this decode rank, and the KV that arrives for it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from sps2.internal.v1 import engine_pb2
@@ -89,8 +90,11 @@ class Receiver:
             )
 
     def extend(self, row: RowState) -> None:
-        """Takes a block for a row's next token where its blocks are full; the leader has counted that one is free."""
-        if not row.finished and row.num_local == len(row.blocks) * BLOCK_TOKENS:
+        """Takes a block for a row's next token where its blocks are full; the leader has counted that one is free.
+
+        Of a row that has finished as well: until it leaves, the leader counts its blocks as it goes on.
+        """
+        if row.num_local == len(row.blocks) * BLOCK_TOKENS:
             row.blocks.extend(self._pool.allocate(1))
 
     def copy_prompt(self, row: RowState) -> None:
@@ -100,26 +104,23 @@ class Receiver:
             for plane in (self._arena.k, self._arena.v):
                 plane[:, targets] = plane[:, sources]
 
+    def check(self, rows: Iterable[RowState], num_expected: int) -> None:
+        """Verifies the pool, in time proportional to it: what is used is what rows hold, and what the leader counts.
+
+        Raises:
+            AssertionError: with what is wrong.
+        """
+        self._pool.check()
+        owners = Counter(block for row in rows for block in row.blocks)
+        if owners != self._pool.owners:
+            wrong = sorted((owners - self._pool.owners) + (self._pool.owners - owners))
+            raise AssertionError(f"blocks {wrong[:8]} have other owners than the rows that hold them")
+        if self.blocks_used != num_expected:
+            raise AssertionError(f"{self.blocks_used} blocks are used, the leader counts {num_expected}")
+
     def release(self, row: RowState) -> None:
         """Frees a row's blocks, once no byte can be written into them any more."""
         shard = shard_of(row.reserve.placement, row.rank)
         if shard is not None:
             self._receiver.forget(shard.fence)  # for all choices: they leave together, or after the commit
         self._pool.free(row.blocks)
-
-    def check(self, rows: Iterable[RowState], num_counted: int) -> None:
-        """Verifies the pool and the leader's count; in debug runs, after each plan.
-
-        A row that has ended before the leader knew of it does without the block that it was counted for.
-
-        Raises:
-            AssertionError: what is wrong.
-        """
-        self._pool.check()
-        here = list(rows)
-        used = {block for row in here for block in row.blocks}
-        if len(used) != self.blocks_used:
-            raise AssertionError(f"rows hold {len(used)} blocks, {self.blocks_used} are used")
-        num_ended = sum(row.finished for row in here)
-        if not 0 <= num_counted - self.blocks_used <= num_ended:
-            raise AssertionError(f"the leader counts {num_counted} blocks, {self.blocks_used} are used")

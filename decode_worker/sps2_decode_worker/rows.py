@@ -87,9 +87,8 @@ class RowState:
         )
 
     def append_slot(self) -> int:
-        """Takes the next slot for a new token's KV; a finished row writes its last slot again."""
-        if not self.finished:
-            self.num_local += 1
+        """Takes the next slot for a new token's KV; a finished row's is never read."""
+        self.num_local += 1
         ((begin, _end),) = slot_runs(self.blocks, 1, self.num_local - 1)
         return begin
 

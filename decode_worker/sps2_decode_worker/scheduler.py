@@ -10,21 +10,24 @@ ends in its turn.
 
 Attempts whose prompts begin alike use the same blocks (`sharing`): what one has brought, later ones take over, and it
 is counted once, until the last of them leaves.
+
+An attempt that finds no room stands in line. Later ones pass the first in line where it finds its room beside them
+once those that came before it have ended, and a few times where it does not. So a long request waits for earlier ones
+and those few only, whatever stream of short ones comes behind it; and short ones do not wait behind a long one, but
+for the room that it needs. What has passed is not preempted for whom it passed.
 """
 
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from sps2_decode_worker.placing import BlockCounts, Places, place
-from sps2_decode_worker.sharing import NO_PREFIX, HeldBlocks, Prefix, PromptBlocks, num_freed, num_used
+from sps2_decode_worker.placing import Asked, BlockCounts, Places, place
+from sps2_decode_worker.sharing import HeldBlocks, Prefix, PromptBlocks, num_freed, num_used
 
 MAX_STEPS_IN_FLIGHT = 2
 """The step that computes and the one that waits behind it."""
-
-Turn: TypeAlias = tuple[int, int]
-"""(-priority, when the request was first given room): of two attempts the lower one keeps or gets its room."""
+MAX_PASSED = 8
+"""How often the first in line is passed by what takes room that it needs."""
 
 
 class NoRoomError(Exception):
@@ -48,7 +51,10 @@ class RowState(enum.Enum):
 class Tenant:
     """One attempt in the group: its rows come and are preempted together."""
 
-    turn: Turn
+    turn: int
+    """Of two attempts the one with the lower turn keeps or gets its room."""
+    number: int
+    """Counts attempts."""
     places: Places
     prompt: PromptBlocks
     held_from: int = 0
@@ -57,9 +63,9 @@ class Tenant:
     """Those that have not left, by number."""
 
     @property
-    def age(self) -> tuple[Turn, int]:
+    def age(self) -> tuple[int, int]:
         """Where it stands among all, the last to be preempted first."""
-        return self.turn, self.rows[0].row_id
+        return self.turn, self.number
 
     @property
     def complete(self) -> bool:
@@ -78,6 +84,10 @@ class Tenant:
     def own(self, rank: int) -> int:
         """Those of a rank that belong to one row alone."""
         return sum(row.own(rank) for row in self.rows)
+
+    def own_at_last(self, rank: int) -> int:
+        """The same when the output of its rows is as long as it may become."""
+        return len(self.rows) * self.places.own_at_last(rank)
 
 
 @dataclass(eq=False)
@@ -118,6 +128,18 @@ class Row:
         return places.blocks_at_home(places.max_new_tokens) > self.blocks[self.home]
 
 
+@dataclass
+class Waiting:
+    """An attempt that found no room and will ask again."""
+
+    turn: int
+    asked: Asked
+    since: int
+    """Attempts with this number or a higher one have come in since."""
+    num_passed: int = 0
+    """Of them, those that took room which it needs, while it was the first in line."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What every rank does next, in this order: release, reserve, admit, then (if `run`) one step."""
@@ -130,7 +152,7 @@ class Plan:
     preempted: tuple[int, ...] = ()
     """Those of `release` that were preempted."""
     blocks_used: tuple[int, ...] = field(default=(), compare=False)
-    """Blocks of each rank that are taken once it is executed; rows that ended unnoticed may take fewer."""
+    """Of each rank, once the plan is executed; they follow from all plans so far."""
 
 
 @dataclass
@@ -147,6 +169,8 @@ class DecodeScheduler:
     free: list[int] = field(init=False)
     """Blocks of each rank; those of a row that leaves are free for whatever a later command takes."""
     steps_in_flight: int = 0
+    line: dict[str, Waiting] = field(default_factory=dict)
+    """Those that wait for room, by name."""
     _next_row: int = 1
     _sequence: int = 0
     _reserve: list[int] = field(default_factory=list)
@@ -157,49 +181,43 @@ class DecodeScheduler:
     def __post_init__(self) -> None:
         self.free = list(self.blocks_total)
 
-    def reserve(
-        self,
-        num_tokens: int,
-        max_new_tokens: int,
-        num_choices: int = 1,
-        turn: Turn = (0, 0),
-        prefix: Prefix = NO_PREFIX,
-    ) -> list[Row]:
+    def reserve(self, asked: Asked, turn: int = 0, name: str = "") -> list[Row]:
         """Gives an attempt room for its prompt and the beginning of its output: a row for each choice.
 
         It takes over the beginning of its prompt where another attempt has brought it. Later ones are preempted for
         it where that makes room; else it gets no block that a row may need next.
 
         Args:
-            num_tokens: of the prompt and of what was generated before.
-            max_new_tokens: most tokens of each choice after these.
-            num_choices: rows that share the prompt.
-            turn: its own.
-            prefix: names of its full blocks, or of the first of them.
+            asked: its size.
+            turn: its own; the lower, the earlier.
+            name: by which it is known in line when it asks again.
 
         Raises:
-            NoRoomError: blocks are taken; later it may fit.
+            NoRoomError: blocks are taken, or the first in line needs them; it stands in line now.
             NeverFitsError: the group is too small for it.
         """
-        asked = (num_tokens, max_new_tokens, num_choices)
-        room = self._find_room(asked, turn, prefix)
-        if room is None:
-            if self._place(asked, self.blocks_total) is None:
-                raise NeverFitsError
+        room = self._find_room(asked, turn, name)
+        if room is None and self._place(asked, self.blocks_total) is None:
+            raise NeverFitsError
+        if room is None or not self._may_pass(asked, turn, room):
+            self.line.setdefault(name, Waiting(turn, asked, self._next_row))
             raise NoRoomError
+        self.leave_line(name)
         for victim in room.victims:
             self._preempt(victim)
-        tenant = _enter(turn, room, prefix)
+        tenant = _enter(asked, turn, self._next_row, room)
         for one in room.places.brought:
             self.free[one.rank] -= one.num_blocks
-        for _ in range(num_choices):
-            row = Row(self._next_row, tenant, dict(room.places.blocks))
-            self._next_row += 1
-            tenant.rows.append(row)
-            self.rows[row.row_id] = row
-            self._reserve.append(row.row_id)
+        for row in tenant.rows:
             self._change_free(row, -1)
+        self._next_row += asked.num_choices
+        self.rows.update({row.row_id: row for row in tenant.rows})
+        self._reserve.extend(row.row_id for row in tenant.rows)
         return list(tenant.rows)
+
+    def leave_line(self, name: str) -> None:
+        """The attempt of that name will not ask again; one that does not stand in line is no news."""
+        self.line.pop(name, None)
 
     def admit(self, row_id: int) -> None:
         """The row's KV is complete and its first token known: it decodes from the next step on."""
@@ -296,19 +314,42 @@ class DecodeScheduler:
         for rank in row.blocks:
             self.free[rank] += sign * row.own(rank)
 
-    def _find_room(self, asked: tuple[int, int, int], turn: Turn, prefix: Prefix) -> "_Room | None":
+    def _find_room(self, asked: Asked, turn: int, name: str) -> "_Room | None":
         """The fewest later attempts, from the last on, without which it fits, and how it does."""
         tenants = self._tenants
-        later = [tenant for tenant in tenants if tenant.turn > turn]
-        for num_victims in range(len(later) + 1):
-            stay = tenants[: len(tenants) - num_victims]
+        since = self.line[name].since if name in self.line else self._next_row
+        later = [tenant for tenant in tenants if tenant.turn > turn and tenant.number < since]
+        for num_stay in range(len(later), -1, -1):
+            victims = later[num_stay:]
+            stay = [tenant for tenant in tenants if tenant not in victims]
             room = self._room_beside(stay)
-            donor, held = self._find_held(stay, prefix)
+            donor, held = self._find_held(stay, asked.prefix)
             if held and (places := self._place(asked, room, held)) is not None:
-                return _Room(places, later[len(later) - num_victims :], donor)
+                return _Room(places, victims, donor)
             if (places := self._place(asked, room)) is not None:
-                return _Room(places, later[len(later) - num_victims :])
+                return _Room(places, victims)
         return None
+
+    def _may_pass(self, asked: Asked, turn: int, room: "_Room") -> bool:
+        """Whether an attempt may come in before the first in line, where that came before it; counts it if so."""
+        first = min(self.line.values(), key=lambda waiting: waiting.turn, default=None)
+        if first is None or first.turn >= turn:
+            return True
+        later = [one for one in self._tenants if one.turn > first.turn and one not in room.victims]
+        left = list(self.blocks_total)
+        for rank, used in enumerate(num_used((one.prompt for one in later), len(left))):
+            left[rank] -= used + sum(one.own_at_last(rank) for one in later)
+        taken = room.places
+        for rank in taken.holders:
+            left[rank] -= taken.shared[rank] + asked.num_choices * taken.own_at_last(rank)
+            if room.donor in later:
+                left[rank] += taken.held_at(rank)
+        if self._place(first.asked, left) is not None:
+            return True
+        if first.num_passed >= MAX_PASSED:
+            return False
+        first.num_passed += 1
+        return True
 
     def _find_held(
         self, tenants: Sequence[Tenant], prefix: Prefix
@@ -334,14 +375,12 @@ class DecodeScheduler:
             room[row.home] -= row.may_grow
         return room
 
-    def _place(
-        self, asked: tuple[int, int, int], room: Sequence[int], held: tuple[HeldBlocks, ...] = ()
-    ) -> Places | None:
+    def _place(self, asked: Asked, room: Sequence[int], held: tuple[HeldBlocks, ...] = ()) -> Places | None:
         homes = [0] * len(self.blocks_total)
         for row in self.rows.values():
             homes[row.home] += 1
         counts = BlockCounts(self.blocks_total, tuple(room), tuple(homes))
-        return place(*asked, counts, self.block_tokens, self.min_holder_tokens, held)
+        return place(asked, counts, self.block_tokens, self.min_holder_tokens, held)
 
 
 @dataclass(frozen=True)
@@ -355,13 +394,14 @@ class _Room:
     """Whose blocks it takes over; stays."""
 
 
-def _enter(turn: Turn, room: _Room, prefix: Prefix) -> Tenant:
-    """A new attempt there, without its rows."""
+def _enter(asked: Asked, turn: int, number: int, room: _Room) -> Tenant:
+    """A new attempt there; its number is that of its first row."""
     places, donor = room.places, room.donor
-    if donor is None:
-        return Tenant(turn, places, PromptBlocks.of(prefix, [], places.brought))
-    held = donor.prompt.first(sum(one.num_blocks for one in places.held))
-    return Tenant(turn, places, PromptBlocks.of(prefix, held, places.brought), donor.rows[0].row_id)
+    held = donor.prompt.first(sum(one.num_blocks for one in places.held)) if donor else []
+    prompt = PromptBlocks.of(asked.prefix, held, places.brought)
+    tenant = Tenant(turn, number, places, prompt, donor.rows[0].row_id if donor else 0)
+    tenant.rows = [Row(number + index, tenant, dict(places.blocks)) for index in range(asked.num_choices)]
+    return tenant
 
 
 def _frees(leaving: Sequence[Tenant], rank: int) -> bool:

@@ -58,7 +58,13 @@ class Communicator(Protocol):
     bytes_posted: Counter[str]
 
     def all_to_all(
-        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str, lane: int = 0
+        self,
+        send: Tensor,
+        send_bytes: Sequence[int],
+        recv_bytes: Sequence[int],
+        kind: str,
+        lane: int = 0,
+        into: Tensor | None = None,
     ) -> PendingExchange:
         """Posts one uneven all-to-all and returns at once.
 
@@ -70,6 +76,7 @@ class Communicator(Protocol):
             kind: name of the counter that the posted bytes are added to.
             lane: exchanges of one lane complete in the order of their posts; those of another need not wait for
                 them. At most `LANES`.
+            into: uint8 [sum(recv_bytes)], what is received goes there; without it, into a new tensor.
         """
         ...
 
@@ -112,7 +119,13 @@ class SoloCommunicator:
         self.bytes_posted = bytes_posted if bytes_posted is not None else Counter()
 
     def all_to_all(
-        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str, lane: int = 0
+        self,
+        send: Tensor,
+        send_bytes: Sequence[int],
+        recv_bytes: Sequence[int],
+        kind: str,
+        lane: int = 0,
+        into: Tensor | None = None,
     ) -> PendingExchange:
         """A rank alone has no peer; a caller that exchanges has made a wrong plan."""
         raise ValueError("a group of one rank has nobody to exchange with")
@@ -138,11 +151,17 @@ class LeadingRanks:
         self.bytes_posted = group.bytes_posted
 
     def all_to_all(
-        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str, lane: int = 0
+        self,
+        send: Tensor,
+        send_bytes: Sequence[int],
+        recv_bytes: Sequence[int],
+        kind: str,
+        lane: int = 0,
+        into: Tensor | None = None,
     ) -> PendingExchange:
         """See `Communicator.all_to_all`."""
         idle = [0] * (self._group.size - self.size)
-        return self._group.all_to_all(send, [*send_bytes, *idle], [*recv_bytes, *idle], kind, lane)
+        return self._group.all_to_all(send, [*send_bytes, *idle], [*recv_bytes, *idle], kind, lane, into)
 
     def agree(self, flag: bool) -> bool:
         """See `Communicator.agree`: the whole group does."""
@@ -198,10 +217,18 @@ class TorchCommunicator:
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
 
     def all_to_all(
-        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str, lane: int = 0
+        self,
+        send: Tensor,
+        send_bytes: Sequence[int],
+        recv_bytes: Sequence[int],
+        kind: str,
+        lane: int = 0,
+        into: Tensor | None = None,
     ) -> PendingExchange:
         """See `Communicator.all_to_all`."""
-        received = torch.empty(sum(recv_bytes), dtype=torch.uint8, device=self._device)
+        received = (
+            torch.empty(sum(recv_bytes), dtype=torch.uint8, device=self._device) if into is None else into
+        )
         try:
             work = self._lane(lane).alltoall_base(received, send, list(recv_bytes), list(send_bytes))
         except RuntimeError as error:

@@ -5,6 +5,7 @@ knows nothing about requests, the pool nothing about tensors.
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -88,6 +89,11 @@ class BlockPool:
     def num_used(self) -> int:
         """Blocks that are allocated."""
         return len(self._owners)
+
+    @property
+    def owners(self) -> Counter[int]:
+        """How many owners each used block has."""
+        return Counter(self._owners)
 
     def allocate(self, num_blocks: int) -> list[int]:
         """Block ids: one contiguous run if there is one (first fit), else the longest runs first.

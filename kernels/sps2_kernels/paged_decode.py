@@ -3,10 +3,10 @@
 Knows nothing of ranks or requests; a row is a query with a list of runs of cache slots.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,47 +21,110 @@ PAGE_TOKENS = 64
 """Slots of a page of the Triton form's block table: the engine's KV block."""
 
 
-@dataclass(frozen=True)
 class PagedRows:
-    """Where the keys of each row of a batch lie; made once for a step and used by all its layers.
+    """Where the keys of each row of a batch lie; made when the batch changes, grown in place step by step.
 
     The CPU form reads the runs, as views; the Triton form reads `block_table` and `kv_len`, which are made from the
-    runs on first use.
+    runs on first use and kept up to date from then on.
     """
 
-    runs: tuple[SlotRuns, ...]
-    """For each row the runs of slots that it sees; none is legal (kv_len 0)."""
-    device: torch.device
-    """Where the tables go."""
+    def __init__(self, runs: Iterable[SlotRuns], device: torch.device) -> None:
+        """Takes for each row the runs of slots that it sees; none is legal (kv_len 0). Tables go to `device`."""
+        self.device = device
+        self._runs = [list(one) for one in runs]
+        self._lens = [sum(end - begin for begin, end in one) for one in self._runs]
+        self._tables: _Tables | None = None
 
     def __len__(self) -> int:
-        return len(self.runs)
+        return len(self._runs)
 
-    @cached_property
+    @property
+    def runs(self) -> Sequence[SlotRuns]:
+        """For each row the runs of slots that it sees."""
+        return self._runs
+
+    @property
     def max_len(self) -> int:
         """Keys of the longest row."""
-        return max((_num_slots(runs) for runs in self.runs), default=0)
+        return max(self._lens, default=0)
 
-    @cached_property
+    @property
     def kv_len(self) -> Tensor:
-        """Keys of each row, int32 [rows]."""
-        return torch.tensor([_num_slots(runs) for runs in self.runs], dtype=torch.int32).to(self.device)
+        """Keys of each row, int32 [rows]; changed in place as rows grow."""
+        return self._made_tables.kv_len
 
-    @cached_property
+    @property
     def block_table(self) -> Tensor:
-        """Pages of each row in the order of its keys, int32 [rows, max pages]; 0 behind a row's last page.
+        """Pages of each row in the order of its keys, int32 [rows, max pages or more]; changed in place.
+
+        What lies behind a row's last page is 0.
 
         Raises:
             ValueError: a run does not begin on a page, or one but the last does not end on one.
         """
-        pages = [torch.tensor(list(_pages(runs)), dtype=torch.int32) for runs in self.runs]
-        if not pages:
-            return torch.zeros(0, 1, dtype=torch.int32, device=self.device)
-        return torch.nn.utils.rnn.pad_sequence(pages, batch_first=True).to(self.device)
+        return self._made_tables.block_table
+
+    def append(self, slots: Sequence[int]) -> None:
+        """One more key for each row, in the slot given for it; a row whose last key is in that slot stays as it is.
+
+        Raises:
+            ValueError: there is not one slot for each row, or (once tables are made) a row's keys are not whole
+                pages any more.
+        """
+        if len(slots) != len(self):
+            raise ValueError(f"{len(slots)} slots for {len(self)} rows")
+        grown = [row for row, slot in enumerate(slots) if self._grow(self._runs[row], slot)]
+        for row in grown:
+            self._lens[row] += 1
+        if grown and self._tables is not None:
+            self._tables = self._tables.grown(self._runs, self._lens, grown)
+
+    @staticmethod
+    def _grow(runs: list[tuple[int, int]], slot: int) -> bool:
+        begin, end = runs[-1] if runs else (slot, slot)
+        if slot == end - 1:
+            return False
+        if slot == end and runs:
+            runs[-1] = (begin, slot + 1)
+        else:
+            runs.append((slot, slot + 1))
+        return True
+
+    @property
+    def _made_tables(self) -> "_Tables":
+        if self._tables is None:
+            self._tables = _Tables.make(self._runs, self._lens, self.device)
+        return self._tables
 
 
-def _num_slots(runs: SlotRuns) -> int:
-    return sum(end - begin for begin, end in runs)
+@dataclass(frozen=True)
+class _Tables:
+    """What the Triton form reads, on its device."""
+
+    block_table: Tensor
+    kv_len: Tensor
+
+    @classmethod
+    def make(cls, runs: Sequence[SlotRuns], lens: Sequence[int], device: torch.device) -> Self:
+        pages = [list(_pages(one)) for one in runs]
+        # Room for each row to grow by as much again: what is written in place needs no other table for long.
+        table = torch.zeros(len(runs), 2 * max(map(len, pages), default=0) + 1, dtype=torch.int32)
+        for row, numbers in enumerate(pages):
+            table[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
+        return cls(table.to(device), torch.tensor(lens, dtype=torch.int32).to(device))
+
+    def grown(self, runs: Sequence[SlotRuns], lens: Sequence[int], rows: Sequence[int]) -> Self:
+        """The tables once each of `rows` has one more key: these ones, changed, unless there is no room."""
+        for row in rows:
+            begin, end = runs[row][-1]
+            if (end - 1) % PAGE_TOKENS and end - 1 > begin:
+                continue  # the key lies on the page of the one before it
+            pages = list(_pages(runs[row]))
+            if len(pages) > self.block_table.shape[1]:
+                return self.make(runs, lens, self.block_table.device)
+            self.block_table[row, len(pages) - 1] = pages[-1]
+        self.kv_len.copy_(torch.tensor(lens, dtype=torch.int32))
+        return self
 
 
 def _pages(runs: SlotRuns) -> Iterator[int]:

@@ -157,15 +157,26 @@ class PrefillCoordinator:
         if not covers(request.placement, len(request.token_ids)):
             raise InvalidArgument.of_field("placement", "must cover the prompt in order, without gaps")
         assert self._planner is not None, "a group that is formed has told its shape"
-        planned = self._planner.plan(_attention_of(request), len(request.choice.generated_token_ids))
-        slice_tokens = planned.most_kept
+        attention, choice = _attention_of(request), request.choice
+        self._check_room(
+            self._planner, attention, max(len(choice.generated_token_ids), choice.max_tokens - 1)
+        )
+        return self._planner.plan(attention, len(choice.generated_token_ids))
+
+    def _check_room(self, planner: PromptPlanner, attention: Attention, max_generated: int) -> None:
+        """Takes only what has room when it comes back with all that it may have generated: then each resumption does.
+
+        Raises:
+            FailedPrecondition: it has not.
+        """
+        slice_tokens = planner.most_kept(attention, max_generated)
         if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
             raise FailedPrecondition(
                 "PROMPT_TOO_LARGE",
-                f"a slice of {slice_tokens} tokens needs more KV than a rank of {group.name} has "
-                f"({self._kv_blocks * BLOCK_TOKENS} tokens): raise --kv-tokens or use more ranks",
+                f"of {attention.num_tokens} prompt tokens and up to {max_generated} generated ones, which follow "
+                f"them when a stream is resumed, {slice_tokens} lie on one rank of {self._group.name}, which has KV "
+                f"for {self._kv_blocks * BLOCK_TOKENS}: raise --kv-tokens, use more ranks or lower max_tokens",
             )
-        return planned
 
     def _start_next(self) -> None:
         job = self._scheduler.start_next()

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import Self
 
 from sps2.internal.v1 import engine_pb2
-from sps2_engine.attention.cost_model import AttentionShape, Choice, Exchange, choose_schedule, make_plan
+from sps2_engine.attention.cost_model import (
+    PLANS,
+    AttentionShape,
+    Choice,
+    Exchange,
+    choose_schedule,
+    make_plan,
+)
 from sps2_engine.attention.plan import AttentionPlan
 from sps2_engine.attention.rates import Rates, assumed_rates
 from sps2_engine.kv_transfer.rows import tensor_source
@@ -83,10 +90,25 @@ class PromptPlanner:
         Raises:
             ValueError: see `AttentionPlan`.
         """
+        layout, shape = attention.sliced(self.mesh.sp, num_generated), self._share
+        exchange = choose_schedule(layout, attention.num_ranks(self.mesh.sp), shape, self.rates, self.choice)
+        return self._planned(exchange, attention, num_generated)
+
+    def most_kept(self, attention: Attention, max_generated: int) -> int:
+        """Tokens whose KV a rank keeps at most, by any schedule that may be chosen, once so many were generated.
+
+        What was generated lies on the last shard, so a slice may have room for its prompt and not for what follows.
+        """
+        exchanges = PLANS if self.choice == "auto" else (self.choice,)
+        return max(self._planned(one, attention, max_generated).most_kept for one in exchanges)
+
+    @property
+    def _share(self) -> AttentionShape:
+        return self.model.of_share(TensorShare(0, self.mesh.tp))  # all tensor ranks have as much to do
+
+    def _planned(self, exchange: Exchange, attention: Attention, num_generated: int) -> PlannedPrompt:
         num_ranks, layout = attention.num_ranks(self.mesh.sp), attention.sliced(self.mesh.sp, num_generated)
-        shape = self.model.of_share(TensorShare(0, self.mesh.tp))  # all tensor ranks have as much to do
-        exchange = choose_schedule(layout, num_ranks, shape, self.rates, self.choice)
-        plan = make_plan(exchange, layout, num_ranks, shape)
+        plan = make_plan(exchange, layout, num_ranks, self._share)
         num_replicas = tensor_source(self.model.num_kv_heads, 0, self.mesh.tp).num_replicas
         return PlannedPrompt(exchange, plan, self.mesh, num_replicas)
 

@@ -49,18 +49,18 @@ class Attempt:
         prefill_channel: grpc.aio.Channel,
         decode_channel: grpc.aio.Channel,
         scope: CallScope,
-        admitted_at_us: int,
+        asked_at_us: int,
         on_prefill_started: Callable[[], None],
         on_prefill_computed: Callable[[], None],
     ) -> None:
-        """For `admitted_at_us` see ReserveKv.
+        """For `asked_at_us` see ReserveKv.
 
         `on_prefill_started` is called when the prompt leaves the queue (perhaps more than once).
         `on_prefill_computed` is called when the prefill group may compute something else.
         """
         self.handshake = Handshake(request.num_tokens, request.choice.num_choices)
         self.number = number
-        self._admitted_at_us = admitted_at_us
+        self._asked_at_us = asked_at_us
         self._request = request
         self._pair = pair
         self._attempt = placement_pb2.Attempt(request_id=request.request_id, number=number)
@@ -73,6 +73,7 @@ class Attempt:
         # Any: the stubs are typed for synchronous channels.
         stub: Any = decode_service_pb2_grpc.DecodeServiceStub(decode_channel)
         self._decode: Any = stub.Decode(timeout=scope.remaining)
+        self._write_failed = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -92,7 +93,7 @@ class Attempt:
         Raises:
             ServiceError: what failed; nothing was given to the client.
         """
-        await self._write(wire.pack_reserve(self._request, self._attempt, self._pair, self._admitted_at_us))
+        await self._write(wire.pack_reserve(self._request, self._attempt, self._pair, self._asked_at_us))
         self.handshake.on_decode(await self.next_event(), self._now())
         steps = [self._drive_prefill(), self._await_commit(), self._await_answerable()]
         self._tasks = [asyncio.create_task(step) for step in steps]
@@ -125,7 +126,8 @@ class Attempt:
         try:
             response = await self._decode.read()
         except grpc.aio.AioRpcError as error:
-            raise worker_error(error, self._pair.decode_leader) from error
+            leader = self._pair.decode_leader
+            raise worker_error(error, leader, write_failed=self._write_failed) from error
         if not isinstance(response, decode_service_pb2.DecodeResponse):  # the end of the stream
             raise ended_early(self._pair.decode_leader, "`finished`")
         self._scope.touch()
@@ -152,12 +154,14 @@ class Attempt:
                 await self._decode.read()
 
     async def _write(self, message: decode_service_pb2.DecodeRequest) -> None:
+        """A call that has ended takes nothing more; the next read says why."""
         try:
             await self._decode.write(message)
         except grpc.aio.AioRpcError as error:
-            raise worker_error(error, self._pair.decode_leader) from error
+            self._write_failed = True
+            log.debug("the decode call has ended under a write", code=error.code().name)
         except asyncio.InvalidStateError:
-            log.debug("the decode call has ended; the read beside this write says why")
+            log.debug("the decode call has ended before a write")
 
     async def _await_answerable(self) -> None:
         await self._answerable.wait()

@@ -32,16 +32,18 @@ class RouterConfig(ServiceConfig):
     """Requests that are served at once; more are refused."""
     prefills_per_group: int = setting(SchedulerLimits.prefills_per_group, minimum=1)
     """Requests that one prefill group holds at once; the rest waits here, without KV."""
+    max_queue_s: float = setting(RetryLimits.queue_wait_s, minimum=0)
+    """Seconds that a new request waits for its prefill to begin."""
     regroup_wait_s: float = setting(SchedulerLimits.regroup_wait_s, minimum=0)
     """Seconds that a request which lost its group waits for another one."""
     max_attempts: int = setting(RetryLimits.max_attempts, minimum=1)
     """Attempts of a request that may fail before it does, whatever of its answer was sent; preemptions do not count."""
     admission_wait_s: float = setting(RetryLimits.admission_wait_s, minimum=0)
-    """Seconds that a new request waits for room on a decode group."""
+    """Seconds that a new request which a decode group had no room for waits for some."""
     max_request_s: float = setting(TimeLimits.total_s, minimum=1)
     """Longest life of a request, in seconds."""
     max_silence_s: float = setting(TimeLimits.silence_s, minimum=1)
-    """Longest time without any event of a request, in seconds."""
+    """Longest time without any event of a request, in seconds; waiting in the queue is none."""
     tokenizer_threads: int = setting(2, minimum=1, maximum=64)
     """Prompts that are tokenized at once."""
 
@@ -58,7 +60,7 @@ class RouterConfig(ServiceConfig):
     @property
     def retry_limits(self) -> RetryLimits:
         """For Retries."""
-        return RetryLimits(self.max_attempts, self.admission_wait_s)
+        return RetryLimits(self.max_attempts, self.admission_wait_s, self.max_queue_s)
 
     @property
     def time_limits(self) -> TimeLimits:

@@ -23,6 +23,7 @@ from sps2_router.retries import Retries, RetryLimits
 from sps2_router.scheduler import Scheduler, Seat
 from sps2_router.types import GroupPair, Request
 from sps2_service.errors import ServiceError, Unavailable
+from sps2_service.turns import turn_us
 
 log = structlog.get_logger(__name__)
 
@@ -111,12 +112,13 @@ class Dispatcher:
         """
         async with AsyncExitStack() as stack:
             try:
-                taken = await stack.enter_async_context(self._seat(request, retries))
+                with live.scope.waiting():
+                    taken = await stack.enter_async_context(self._seat(request, retries))
             except Unavailable as error:
                 raise retries.no_group(error) from None
-            asked_at_us = retries.admitted_at_us or time.time_ns() // 1000
+            retries.asked_at_us = retries.asked_at_us or _now_us()
             attempt = await stack.enter_async_context(
-                self._attempt(request, live, taken, asked_at_us, on_prefill_started)
+                self._attempt(request, live, taken, retries.asked_at_us, on_prefill_started)
             )
             try:
                 await attempt.commit()
@@ -125,13 +127,19 @@ class Dispatcher:
                 return _Failure(error, attempt.handshake.phase, taken.pair)
             finally:
                 answer.count(attempt)
-                if attempt.handshake.phase is not Phase.RESERVING:
-                    retries.admitted_at_us = asked_at_us
+                retries.had_room |= attempt.handshake.phase is not Phase.RESERVING
         return None
 
     def _seat(self, request: Request, retries: Retries) -> AbstractAsyncContextManager[Seat]:
         # A request that lost its group waits for one; a new one is told at once that there is none.
-        return self._scheduler.seat(request.num_tokens, retries.avoid, patient=bool(retries.avoid))
+        is_new = retries.asked_at_us is None
+        return self._scheduler.seat(
+            request.num_tokens,
+            retries.avoid,
+            turn=turn_us(retries.asked_at_us or _now_us(), request.priority),
+            wait_s=self._limits.queue_wait_s if is_new else None,
+            patient=bool(retries.avoid),
+        )
 
     @asynccontextmanager
     async def _attempt(
@@ -139,7 +147,7 @@ class Dispatcher:
         request: Request,
         live: LiveRequest,
         seat: Seat,
-        admitted_at_us: int,
+        asked_at_us: int,
         on_prefill_started: Callable[[], None],
     ) -> AsyncIterator[Attempt]:
         pair = seat.pair
@@ -153,7 +161,7 @@ class Dispatcher:
                 prefill_channel=prefill_channel,
                 decode_channel=decode_channel,
                 scope=live.scope,
-                admitted_at_us=admitted_at_us,
+                asked_at_us=asked_at_us,
                 on_prefill_started=on_prefill_started,
                 on_prefill_computed=lambda: self._scheduler.leave_prefill(seat),
             ) as attempt,
@@ -168,3 +176,7 @@ class _Failure:
     error: ServiceError
     phase: Phase
     pair: GroupPair
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000

@@ -32,7 +32,7 @@ class TimeLimits:
     total_s: float = 3600.0
     """From arrival to the last event; a client's own shorter deadline counts instead."""
     silence_s: float = 300.0
-    """Without any event, progress of the prefill included."""
+    """Without any event, progress of the prefill included; waiting in the queue is none, it has bounds of its own."""
 
 
 class FrontDoor:

@@ -25,7 +25,9 @@ class RetryLimits:
     max_attempts: int = 3
     """Attempts that may fail before the request does; waiting for room is none."""
     admission_wait_s: float = 60.0
-    """Seconds that a request waits for room on a decode group, unless it was given room before."""
+    """Seconds that a request is told "no room now" by decode groups, unless it was given room before."""
+    queue_wait_s: float = 300.0
+    """Seconds that a request waits for a place on a prefill group, unless it had one before."""
     retry_after_s: float = 1.0
     """What the client is told to wait when the router gives up."""
 
@@ -41,8 +43,10 @@ class Retries:
         self._cause: ServiceError | None = None
         """The first failure that names what died; later ones may be its echoes."""
         self.num_failures = 0
-        self.admitted_at_us: int | None = None
-        """When an attempt was first given room; None before that."""
+        self.asked_at_us: int | None = None
+        """When an attempt first had a place and asked for room; None before that."""
+        self.had_room = False
+        """Whether an attempt was given room."""
 
     def fork(self) -> "Retries":
         """That of one of the request's choices, which goes on by itself."""
@@ -82,7 +86,7 @@ class Retries:
         if error.reason == PREEMPTED:
             return True
         # A leader that has died stays in the directory for the rest of its lease; what is live outwaits that.
-        is_away = self.admitted_at_us is not None and error.reason == WORKER_LOST
+        is_away = self.had_room and error.reason == WORKER_LOST
         return phase is Phase.RESERVING and (error.retry_after is not None or is_away)
 
     def _wait_for_room(self, error: Unavailable, pair: GroupPair, now: float) -> float:
@@ -91,7 +95,7 @@ class Retries:
         waited = now - self._waiting_since
         retry_after = self._limits.retry_after_s if error.retry_after is None else error.retry_after
         delay = min(max(retry_after, MIN_WAIT_S), MAX_WAIT_S)
-        if self.admitted_at_us is None and waited + delay > self._limits.admission_wait_s:
+        if not self.had_room and waited + delay > self._limits.admission_wait_s:
             raise self._given_up(error, f"{error.message} (waited {waited:.1f} s for room)")
         return delay
 

@@ -1,7 +1,8 @@
-"""Gives each attempt its place: first come, first served, on the pair of groups that the policy picks.
+"""Gives each attempt its place: in the order of their turns, on the pair of groups that the policy picks.
 
 A prefill group takes only a few attempts of this router at once (one computes, one waits behind it), so that
-requests queue here, where they hold no KV, and are bound to a group as late as possible.
+requests queue here, where they hold no KV, and are bound to a group as late as possible. One that comes back for
+another attempt has the turn that it had, so it does not queue behind those that came after it.
 Knows groups and counts; nothing about calls. Used on one event loop only.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sps2.v1 import cluster_pb2
+from sps2_router.line import Line, Place
 from sps2_router.policies.base import NO_LOAD, GroupLoad, Policy, match
 from sps2_router.types import Group, GroupPair, group_workers
 from sps2_service.errors import Unavailable
@@ -61,7 +63,7 @@ class Scheduler:
         self._policy = policy
         self._model_hash = model_hash
         self._limits = limits
-        self._turn = asyncio.Lock()  # fair: its waiters are the queue
+        self._line = Line()
         self._changed = asyncio.Event()
         self._seats: set[Seat] = set()
         self._now = asyncio.get_running_loop().time
@@ -95,23 +97,39 @@ class Scheduler:
 
     @asynccontextmanager
     async def seat(
-        self, num_prompt_tokens: int, avoid: frozenset[str] = frozenset(), *, patient: bool = False
+        self,
+        num_prompt_tokens: int,
+        avoid: frozenset[str] = frozenset(),
+        *,
+        turn: int = 0,
+        wait_s: float | None = None,
+        patient: bool = False,
     ) -> AsyncIterator[Seat]:
         """Waits for its turn and for a group with room, and holds the place while the block runs.
 
         Args:
             num_prompt_tokens: Counts as load.
             avoid: Groups that are used only when there is no other.
+            turn: The lower goes first; of equal ones the one that came first.
+            wait_s: Longest wait in seconds; None is without end.
             patient: Wait for a pair of ready groups instead of failing when there is none.
 
         Raises:
-            Unavailable: no ready groups.
+            Unavailable: no ready groups, or the wait was too long.
         """
         if not patient:
             self.check_ready()
-        async with self._turn:
-            seat = Seat(await self._next_pair(avoid, patient=patient), num_prompt_tokens)
-            self._seats.add(seat)
+        try:
+            async with asyncio.timeout(wait_s):
+                with self._line.place(turn) as place:
+                    seat = Seat(await self._next_pair(place, avoid, patient=patient), num_prompt_tokens)
+                    self._seats.add(seat)
+        except TimeoutError:
+            raise Unavailable(
+                "QUEUE_WAIT",
+                f"no prefill group had room for {wait_s:g} s; try again",
+                retry_after=RETRY_AFTER_S,
+            ) from None
         try:
             yield seat
         finally:
@@ -123,9 +141,11 @@ class Scheduler:
         seat.in_prefill = False
         self.wake()
 
-    async def _next_pair(self, avoid: frozenset[str], *, patient: bool) -> GroupPair:
+    async def _next_pair(self, place: Place, avoid: frozenset[str], *, patient: bool) -> GroupPair:
+        await place.first()
         give_up_at = self._now() + (self._limits.regroup_wait_s if patient else 0.0)
         while True:
+            await place.first()  # one that goes before it may have come
             self._changed.clear()
             if (pair := self._pick(avoid)) is not None:
                 return pair

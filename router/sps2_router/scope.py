@@ -6,6 +6,8 @@ cancels the handler's task, and that passes through untouched.
 """
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -33,6 +35,7 @@ class CallScope:
         self._last_event = self._loop.time()
         self._deadline = self._last_event + total_s
         self._timers: list[asyncio.TimerHandle] = []
+        self._num_waiting = 0
 
     @property
     def remaining(self) -> float:
@@ -42,6 +45,16 @@ class CallScope:
     def touch(self) -> None:
         """Something happened: the silence starts anew."""
         self._last_event = self._loop.time()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is waited for inside has its own bound and is no silence; its end is an event."""
+        self._num_waiting += 1
+        try:
+            yield
+        finally:
+            self._num_waiting -= 1
+            self.touch()
 
     def end(self, error: ServiceError) -> None:
         """Ends the block: it is cancelled, and `error` comes out of it. The first error counts.
@@ -83,8 +96,9 @@ class CallScope:
         )
 
     def _on_silence(self) -> None:
-        due = self._last_event + self._silence_s
-        if due > self._loop.time():
+        now = self._loop.time()
+        due = (now if self._num_waiting else self._last_event) + self._silence_s
+        if due > now:
             self._timers[1] = self._loop.call_at(due, self._on_silence)
             return
         self.end(

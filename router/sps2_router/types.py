@@ -82,6 +82,8 @@ class Request:
     """Names of the prompt's full blocks, by which a decode group finds those that it holds already."""
     generated_ids: Sequence[int] = ()
     """Tokens that its only choice has from earlier attempts; an attempt goes on behind them."""
+    priority: int = 0
+    """Steps of 10 s that it goes before others; see `sps2_service.turns`."""
 
     def __post_init__(self) -> None:
         """A request without a prompt cannot be served."""

@@ -12,6 +12,7 @@ from sps2_layout.profiles import NAMED, Ladder
 from sps2_router.choice_validation import check_choice, resolve_choice
 from sps2_router.types import Request, ServedModel
 from sps2_service.errors import FieldViolation, InvalidArgument, NotFound, OutOfRange
+from sps2_service.turns import MAX_PRIORITY
 
 MAX_REQUEST_ID_CHARS = 64
 MAX_NONCE_BYTES = 32
@@ -33,6 +34,10 @@ def check_fields(spec: generation_pb2.GenerationSpec, model: ServedModel) -> Non
         )
     check_model(spec.model, model)
     _check_prompt(spec, model)
+    if abs(spec.priority) > MAX_PRIORITY:
+        raise InvalidArgument.of_field(
+            "spec.priority", f"is {spec.priority}; send {-MAX_PRIORITY} to {MAX_PRIORITY}"
+        )
     check_choice(spec, model)
     check_token_ids(spec.stop.stop_token_ids, "spec.stop.stop_token_ids", model)
     if spec.attention_profile and spec.attention_profile not in NAMED:
@@ -135,7 +140,9 @@ def resolve(
     choice = resolve_choice(spec, model, max_tokens, drawn_seed)
     chosen = NAMED[spec.attention_profile] if spec.attention_profile else ladder
     attention = Attention.admit(chosen, len(prompt_ids))
-    return Request(request_id, prompt_ids, choice, attention, _describe(chosen, attention))
+    return Request(
+        request_id, prompt_ids, choice, attention, _describe(chosen, attention), priority=spec.priority
+    )
 
 
 def _describe(ladder: Ladder, attention: Attention) -> str:

@@ -34,9 +34,9 @@ def pack_choice(request: Request) -> prefill_service_pb2.TokenChoice:
 
 
 def pack_reserve(
-    request: Request, attempt: placement_pb2.Attempt, pair: GroupPair, admitted_at_us: int
+    request: Request, attempt: placement_pb2.Attempt, pair: GroupPair, asked_at_us: int
 ) -> decode_service_pb2.DecodeRequest:
-    """The first message of a decode call; for `admitted_at_us` see ReserveKv."""
+    """The first message of a decode call; for `asked_at_us` see ReserveKv."""
     return decode_service_pb2.DecodeRequest(
         reserve=decode_service_pb2.ReserveKv(
             attempt=attempt,
@@ -45,7 +45,8 @@ def pack_reserve(
             model_hash=pair.prefill_leader.capabilities.model_hash,
             prefill_group=pair.prefill.name,
             attention=pack_attention(request.attention),
-            admitted_at_us=admitted_at_us,
+            asked_at_us=asked_at_us,
+            priority=request.priority,
             block_hashes=request.block_hashes,
         )
     )

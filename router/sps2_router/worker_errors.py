@@ -8,20 +8,26 @@ from sps2_service.status import from_rpc_error
 
 WORKER_LOST = "WORKER_LOST"
 """Reason of a call whose connection is gone or was never made."""
-WRITE_FAILED = "Internal error from Core"
-"""What grpc.aio makes of a call that ended while we wrote to it; how it ended is not told any more."""
 
 
-def worker_error(error: grpc.RpcError, worker: cluster_pb2.WorkerInfo) -> ServiceError:
+def worker_error(
+    error: grpc.RpcError, worker: cluster_pb2.WorkerInfo, *, write_failed: bool = False
+) -> ServiceError:
     """The error to act on when a call to `worker` failed.
 
     The worker's own errors pass through with reason and metadata: it knows best what died. A status that
     gRPC made has no reason of its own; then the connection is gone, and the error names the worker.
+
+    Args:
+        error: What reading from the call raised.
+        worker: The other end.
+        write_failed: Whether a write to the call has failed: it ended under our hands, and grpc.aio may have put an
+            INTERNAL of its own in place of how it ended.
     """
     found = from_rpc_error(error)
     bare = found.reason == found.code.name
     # A call that we did not cancel was cancelled by a server that went away.
-    is_cut = isinstance(found, Unavailable) or found.message == WRITE_FAILED
+    is_cut = isinstance(found, Unavailable) or (write_failed and isinstance(found, Internal))
     if isinstance(found, Cancelled) or (bare and is_cut):
         return worker_lost(worker, found.message)
     if bare and isinstance(found, DeadlineExceeded):

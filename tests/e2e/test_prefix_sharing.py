@@ -7,7 +7,7 @@ import pytest
 from sps2_client import Client
 from support.deployment import DEMO_MODEL, LocalDeployment, deployment
 from support.preemption import write_profile
-from support.prefix_sharing import CHECKED, Sharing, prompts_alike
+from support.prefix_sharing import Sharing, prompts_alike
 from support.streams import Asked
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -20,8 +20,8 @@ SHORTER, LONGER = 60, 100
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalDeployment]:
     profile = write_profile(tmp_path_factory.mktemp("profiles"))
-    arguments = ["--profile", str(profile), "--threads", "1"]
-    with deployment(DEMO_MODEL, arguments=arguments, env=CHECKED) as one:
+    arguments = ["--profile", str(profile), "--threads", "1", "--debug-invariants"]
+    with deployment(DEMO_MODEL, arguments=arguments) as one:
         yield one
 
 

@@ -79,6 +79,26 @@ def test_prefill_in_two_dtypes_with_timelines(tmp_path: Path) -> None:
     assert {event["args"]["layer"] for event in events if event["ph"] == "X"} == {0, 1}
 
 
+def test_decode(tmp_path: Path) -> None:
+    options = ["--contexts", "128,250", "--batches", "1,3", "--steps", "6", "--repeat", "1"]
+    options += ["--move", "q,kv", "--random-model", TINY, "--baselines", "transformers"]
+    found = document("bench", "decode", *options, "--plots", tmp_path)
+    rows = found["rows"]
+    assert len(rows) == 2 * 2 * (2 + 1 + 2)
+    for row in rows:
+        assert row["bytes_per_token"] == row["planned_bytes_per_token"]
+        assert 0 < row["tbt_p50_s"] <= row["tbt_p99_s"]
+        assert row["num_steps"] == 6
+        assert row["same_streams"] == row["batch"], "the tokens are transformers' tokens, whatever travels"
+    moved = {(one["form"], one["ranks"]): one["bytes_per_token_and_context_token"] for one in found["slopes"]}
+    assert moved["q", 1] == moved["q", 2] == 0
+    assert moved["kv", 2] > 100
+    assert {row["bytes_per_token"] for row in rows if (row["form"], row["ranks"]) == ("q", 2)} == {
+        4 * (2 * 4 * 8 + 4) * 2
+    }
+    assert len(found["plots"]) == 3
+
+
 def test_kernels(tmp_path: Path) -> None:
     found = document(
         "bench", "kernels", "--sizes", "64", "--repeat", "1", "--budget", "0", "--plots", tmp_path

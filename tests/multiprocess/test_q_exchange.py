@@ -49,15 +49,14 @@ def test_equals_attention_over_all_keys(num_ranks: int) -> None:
                 counts[row.row_id] = 5 + i
                 cache.k[40 * i : 40 * i + 5 + i] = old[row.row_id, communicator.rank][0]
                 cache.v[40 * i : 40 * i + 5 + i] = old[row.row_id, communicator.rank][1]
-        exchange = QExchange(plan, communicator, SCALE, torch.device("cpu"))
+        runs = {row.row_id: [(40 * i, 40 * i + 5 + i)] for i, row in enumerate(rows) if row.row_id in counts}
+        exchange = QExchange(plan, communicator, SCALE, cache, runs)
         outputs = []
         for step in range(NUM_STEPS):
-            slots = []
+            slots = [40 * rows.index(row) + counts[row.row_id] for row in exchange.home_rows]
             for row in exchange.home_rows:
-                slots.append(40 * rows.index(row) + counts[row.row_id])
                 counts[row.row_id] += 1
-            first = {row.row_id: 40 * i for i, row in enumerate(rows)}
-            exchange.begin_step({id_: [(first[id_], first[id_] + n)] for id_, n in counts.items()}, slots)
+            exchange.begin_step(slots)
             ids = [row.row_id for row in exchange.home_rows]
             empty = torch.empty(0, NUM_KV_HEADS, HEAD_DIM)
             o = exchange.attend(

@@ -19,6 +19,7 @@ from sps2.internal.v1.placement_pb2 import Attempt, Fence
 from sps2.internal.v1.prefill_service_pb2 import TokenChoice
 from sps2.v1.generation_pb2 import SamplingSpec
 from sps2_decode_worker.messages import FormedGroup, reserve_message
+from sps2_decode_worker.placing import Asked
 from sps2_decode_worker.receive import Receiver
 from sps2_decode_worker.rows import RowState
 from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan, Row
@@ -129,7 +130,7 @@ class SharingMachine(RuleBasedStateMachine):
         prompt = [family] * (common * BLOCK_TOKENS) + [(self.num_requests + 3) % 256] * rest or [family]
         prefix = Prefix(None, tuple(block_hashes(prompt, "model", b"")))
         try:
-            rows = self.scheduler.reserve(len(prompt), more, choices, (0, came), prefix)
+            rows = self.scheduler.reserve(Asked(len(prompt), more, choices, prefix), came, str(came))
         except (NoRoomError, NeverFitsError):
             return
         request = ReserveKv(

@@ -47,10 +47,16 @@ class HeldLink:
         self.bytes_posted: Counter[str] = inner.bytes_posted
 
     def all_to_all(
-        self, send: Tensor, send_bytes: Sequence[int], recv_bytes: Sequence[int], kind: str, lane: int = 0
+        self,
+        send: Tensor,
+        send_bytes: Sequence[int],
+        recv_bytes: Sequence[int],
+        kind: str,
+        lane: int = 0,
+        into: Tensor | None = None,
     ) -> PendingExchange:
         """See `Communicator.all_to_all`."""
-        pending = self._inner.all_to_all(send, send_bytes, recv_bytes, kind, lane)
+        pending = self._inner.all_to_all(send, send_bytes, recv_bytes, kind, lane, into)
         took_s = max(sum(send_bytes), sum(recv_bytes)) / self._bytes_per_s
         self._free_at_s = max(self._free_at_s, time.perf_counter()) + took_s
         self.busy_s += took_s

@@ -1,7 +1,7 @@
 """A pool of KV that is too small for all, and streams that a fault cuts: held against their undisturbed runs."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from support.deployment import DEMO_MODEL, LocalDeployment, deployment
 from support.faults import SEEN_BEFORE, Target, Victim, read_tokens
 from support.identity import GENERATE_TIMEOUT_S, Tally
 from support.oracle import compare
-from support.streams import Answered, Asked, ask_together, wait_for_free_kv
+from support.streams import Answered, Asked, ask_together, epochs, wait_for_free_kv
 
 SMALL_PROFILE = {
     "min_shard_tokens": 64,
@@ -38,12 +38,10 @@ class Crowd:
 
 
 @contextmanager
-def tight(
-    profile: str, decode: str, kv_tokens: int, env: Mapping[str, str] | None = None
-) -> Iterator[LocalDeployment]:
-    """A deployment of the demo model whose ranks have KV for so many tokens each."""
-    arguments = ["--profile", profile, "--kv-tokens", str(kv_tokens), "--threads", "1"]
-    with deployment(DEMO_MODEL, "1x2", decode, arguments, env=env) as running:
+def tight(profile: str, decode: str, kv_tokens: int) -> Iterator[LocalDeployment]:
+    """A deployment of the demo model whose ranks have KV for so many tokens each, and check it at every step."""
+    arguments = ["--profile", profile, "--kv-tokens", str(kv_tokens), "--threads", "1", "--debug-invariants"]
+    with deployment(DEMO_MODEL, "1x2", decode, arguments) as running:
         yield running
 
 
@@ -51,10 +49,10 @@ def crowd(running: LocalDeployment, client: Client, ladder: Ladder, requests: Se
     """Asks for all at once; each stream must be that of one process without blocks, or of its run alone.
 
     Raises:
-        AssertionError: tokens differ, not first at a near-tie; or KV is left behind.
+        AssertionError: tokens differ, not first at a near-tie; KV is left behind, or an epoch has ended.
     """
     alone = [_alone(client, ladder, one) for one in requests]
-    before = num_preempted(running)
+    before, in_epochs = num_preempted(running), epochs(client)
     together = ask_together(client, requests)
     tally = Tally()
     for asked, (tokens, gaps), answered in zip(requests, alone, together, strict=True):
@@ -64,6 +62,7 @@ def crowd(running: LocalDeployment, client: Client, ladder: Ladder, requests: Se
             error.add_note(f"prompt of {len(asked.prompt)} tokens, {asked.num_tokens} new, seed {asked.seed}")
             raise
     wait_for_free_kv(client)
+    assert epochs(client) == in_epochs, "a rank's KV blocks were not as they must be: see its log"
     return Crowd(tally, num_preempted(running) - before)
 
 

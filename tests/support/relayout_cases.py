@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sps2.internal.v1.placement_pb2 import HeldTokens, Placement, ShardPlacement
@@ -16,6 +17,10 @@ from sps2_engine.kv_transfer.rows import cut_rows, num_before, row_of, tensor_so
 from sps2_layout.layout import Span
 
 MAX_RANKS = 8
+NUM_CASES = 10_000
+"""At full size."""
+MAX_RATIO = 1.05
+"""Bytes sent over the least that must be."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,20 @@ def check(case: Case) -> float:
         assert counts.sum() == counts[:, held.slice].size
     assert num_bytes >= least > 0
     return num_bytes / least
+
+
+def check_many(num_cases: int) -> list[float]:
+    """Bytes sent over the minimum, of so many cases; each is checked."""
+    ratios: list[float] = []
+
+    @settings(max_examples=num_cases, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(case=cases())
+    def every_case(case: Case) -> None:
+        ratios.append(check(case))
+
+    every_case()
+    assert len(ratios) >= num_cases
+    return ratios
 
 
 def check_rank_has(case: Case, heads: Span, tensor_rank: int) -> None:

@@ -110,6 +110,11 @@ def check_same(
     return tally
 
 
+def epochs(client: Client) -> dict[str, int]:
+    """The epoch of each rank. Where it stays the same with --debug-invariants, no rank has found anything wrong."""
+    return {worker.worker_id: worker.epoch for worker in client.cluster_state().workers}
+
+
 def wait_for_free_kv(client: Client) -> None:
     """Waits until no rank holds a KV block any more, nor the router a request."""
 

@@ -9,7 +9,8 @@ import typer
 
 from sps2_bench.csa import SHARD_TOKENS, Choice
 from sps2_bench.machine import describe_machine
-from sps2_bench.options import DTYPES, parse_counts, parse_names, parse_settings
+from sps2_bench.model_choice import chosen_config
+from sps2_bench.options import DTYPES, parse_counts, parse_names
 from sps2_bench.output import Json, Plots, print_json, print_table, say
 from sps2_bench.prefill.cases import (
     BASELINES,
@@ -23,11 +24,11 @@ from sps2_bench.prefill.cases import (
     list_cases,
 )
 from sps2_bench.prefill.plots import write_plots
-from sps2_bench.prefill.random_model import DEFAULT_SHAPE, model_config, write_random_model
+from sps2_bench.prefill.random_model import write_random_model
 from sps2_bench.prefill.run import run_cases
 from sps2_bench.prefill.timelines import write_timeline
 from sps2_bench.processes import WorkerError, available_cpus
-from sps2_engine.models import CheckpointError, ModelConfig, read_model_config
+from sps2_engine.models import ModelConfig
 
 LONG = 64 * 1024
 """From this length on one run is enough: it takes minutes."""
@@ -76,7 +77,7 @@ def prefill(
             _exchange(exchange),
         )
     )
-    config = _config(model, random_model)
+    config = chosen_config(model, random_model)
     _refuse_impossible(cases, config, shard_tokens)
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -117,16 +118,6 @@ def _exchange(text: str) -> Choice:
         if name == text:
             return name
     raise typer.BadParameter(f"{text!r} is none of {', '.join(EXCHANGES)}")
-
-
-def _config(model: Path | None, random_model: str) -> ModelConfig:
-    try:
-        if model:
-            return read_model_config(model)
-        shape = parse_settings(random_model, DEFAULT_SHAPE) if random_model else DEFAULT_SHAPE
-        return model_config(shape)
-    except (CheckpointError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _refuse_impossible(cases: list[Case], config: ModelConfig, shard_tokens: int) -> None:

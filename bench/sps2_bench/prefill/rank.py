@@ -5,7 +5,6 @@ Computes what a prefill worker computes, KV into its arena included, without the
 
 import time
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,23 +15,12 @@ from sps2_bench.options import DTYPES
 from sps2_bench.prefill.memory import forget_peak, peak_rss, rss
 from sps2_bench.prefill.rates import measure_rates
 from sps2_bench.processes import Message, serve
+from sps2_bench.team import CPU, join_team
 from sps2_engine.attention.trace import Event, Trace
-from sps2_engine.collectives import (
-    Communicator,
-    SoloCommunicator,
-    TorchCommunicator,
-    connect_store,
-    form_groups,
-)
 from sps2_engine.kv_pool import BLOCK_TOKENS, KvArena
 from sps2_engine.models import load_decoder
 from sps2_engine.runtime.device import use_compile_cache
 from sps2_kernels.segment_attention import warm_up_attention
-
-HOST = "127.0.0.1"
-CPU = torch.device("cpu")
-GROUP_TIMEOUT = timedelta(hours=1)
-"""A rank waits this long for a peer: a long prompt on a slow core takes minutes."""
 
 
 def prompt_tokens(num_tokens: int, vocab_size: int) -> Tensor:
@@ -53,7 +41,7 @@ class PrefillRank:
         warm_up_attention(self._dtype, CPU)
         self._shard_tokens: int = settings["shard_tokens"]
         self._decoder = load_decoder(Path(settings["folder"]), self._dtype, CPU)
-        self._communicator = _join(settings)
+        self._communicator = join_team(settings)
 
     def __call__(self, message: Message) -> Message:
         """Runs one prefill, or measures the rates."""
@@ -111,14 +99,6 @@ class PrefillRank:
             "peak_rss": peak_rss(),
             "events": [asdict(event) for event in trace.events] if message["timeline"] else [],
         }
-
-
-def _join(settings: Message) -> Communicator:
-    if settings["size"] == 1:
-        return SoloCommunicator()
-    store = connect_store(settings["store"], GROUP_TIMEOUT)
-    lanes = form_groups(store, 1, settings["rank"], settings["size"], CPU, HOST, GROUP_TIMEOUT)
-    return TorchCommunicator(lanes, CPU)
 
 
 if __name__ == "__main__":

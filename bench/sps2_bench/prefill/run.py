@@ -4,88 +4,59 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from sps2_bench.prefill.cases import SPS2, Case, Engine, Rates, Sample
-from sps2_bench.prefill.rank import GROUP_TIMEOUT, HOST
-from sps2_bench.processes import Message, Worker
+from sps2_bench.processes import Message
+from sps2_bench.team import Team
 from sps2_engine.attention.trace import Event, Trace
-from sps2_engine.collectives import open_store
 
-CASE_TIMEOUT_S = GROUP_TIMEOUT.total_seconds()
 Progress = Callable[[Case, Sample], None]
 
 
-class Team:
-    """The processes of one engine, the cores dealt evenly among them."""
+def make_team(engine: Engine, folder: Path, cpus: Sequence[int], shard_tokens: int) -> Team:
+    """Starts the processes of an engine.
 
-    def __init__(self, engine: Engine, folder: Path, cpus: Sequence[int], shard_tokens: int) -> None:
-        """Starts them.
+    Raises:
+        ValueError: there are more ranks than cores.
+    """
+    module = "sps2_bench.prefill." + ("rank" if engine.program == "sps2" else "transformers_peer")
+    settings = {"folder": str(folder), "dtype": engine.dtype, "shard_tokens": shard_tokens}
+    return Team(module, settings, engine.ranks, cpus)
 
-        Raises:
-            ValueError: there are more ranks than cores.
-        """
-        self._program = engine.program
-        self.threads = len(cpus) // engine.ranks
-        if not self.threads:
-            raise ValueError(f"{engine.ranks} ranks want {engine.ranks} cores, and there are {len(cpus)}")
-        module = "sps2_bench.prefill." + ("rank" if engine.program == "sps2" else "transformers_peer")
-        settings = {"folder": str(folder), "dtype": engine.dtype, "size": engine.ranks}
-        settings["shard_tokens"] = shard_tokens
-        if engine.ranks > 1:
-            self._store, settings["store"] = open_store(HOST, GROUP_TIMEOUT)
-        with ExitStack() as stack:
-            self._workers = []
-            for rank in range(engine.ranks):
-                share = cpus[rank * self.threads : (rank + 1) * self.threads]
-                self._workers.append(stack.enter_context(Worker(module, {**settings, "rank": rank}, share)))
-            self._stack = stack.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
+def run_case(team: Team, case: Case) -> Sample:
+    """One prefill.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.close()
+    Raises:
+        WorkerError: a rank ended or fell silent.
+    """
+    return merge(team.run(_prompt(case, timeline=False)))
 
-    def run(self, case: Case) -> Sample:
-        """One prefill.
 
-        Raises:
-            WorkerError: a rank ended or fell silent.
-        """
-        return merge(self._ask(_prompt(case, timeline=False)))
+def run_timeline(team: Team, case: Case) -> list[Trace]:
+    """One more prefill, what each rank did when.
 
-    def timeline(self, case: Case) -> list[Trace]:
-        """One more prefill, what each rank did when.
+    Raises:
+        WorkerError: a rank ended or fell silent.
+    """
+    answers = team.run(_prompt(case, timeline=True))
+    return [
+        Trace(rank, [Event(**event) for event in answer["events"]]) for rank, answer in enumerate(answers)
+    ]
 
-        Raises:
-            WorkerError: a rank ended or fell silent.
-        """
-        answers = self._ask(_prompt(case, timeline=True))
-        return [
-            Trace(rank, [Event(**event) for event in answer["events"]]) for rank, answer in enumerate(answers)
-        ]
 
-    def rates(self) -> Rates | None:
-        """What the ranks compute together, measured now; None of a program that does not tell.
+def measure_team(team: Team, engine: Engine) -> Rates | None:
+    """What the ranks compute together, measured now; None of a program that does not tell.
 
-        Raises:
-            WorkerError: a rank ended or fell silent.
-        """
-        if self._program != SPS2:
-            return None
-        rates = [Rates(**answer) for answer in self._ask({})]
-        return Rates(
-            sum(one.attention_flops_per_s for one in rates), sum(one.linear_flops_per_s for one in rates)
-        )
-
-    def _ask(self, message: Message) -> list[Message]:
-        for worker in self._workers:
-            worker.ask(message)
-        return [worker.answer(CASE_TIMEOUT_S) for worker in self._workers]
+    Raises:
+        WorkerError: a rank ended or fell silent.
+    """
+    if engine.program != SPS2:
+        return None
+    rates = [Rates(**answer) for answer in team.run({})]
+    return Rates(
+        sum(one.attention_flops_per_s for one in rates), sum(one.linear_flops_per_s for one in rates)
+    )
 
 
 def _prompt(case: Case, *, timeline: bool) -> Message:
@@ -149,19 +120,19 @@ def run_cases(
     samples: dict[Case, list[Sample]] = {case: [] for case in cases}
     with ExitStack() as stack:
         teams = {
-            engine: stack.enter_context(Team(engine, folder, cpus, shard_tokens))
+            engine: stack.enter_context(make_team(engine, folder, cpus, shard_tokens))
             for engine in dict.fromkeys(case.engine for case in cases)
         }
         shortest = min(case.length for case in cases)
         for case in cases:
             if case.length == shortest:
-                teams[case.engine].run(case)  # first runs pay for what initialises itself lazily
-        rates = {engine: team.rates() for engine, team in teams.items()}
+                run_case(teams[case.engine], case)  # first runs pay for what initialises itself lazily
+        rates = {engine: measure_team(team, engine) for engine, team in teams.items()}
         for round_ in range(max(repeats(case.length) for case in cases)):
             for case in cases:
                 if round_ < repeats(case.length):
-                    sample = teams[case.engine].run(case)
+                    sample = run_case(teams[case.engine], case)
                     samples[case].append(sample)
                     progress(case, sample)
-        traces = {case: teams[case.engine].timeline(case) for case in cases if traced(case)}
+        traces = {case: run_timeline(teams[case.engine], case) for case in cases if traced(case)}
         return Measured(samples, {engine: team.threads for engine, team in teams.items()}, rates, traces)

@@ -79,6 +79,8 @@ class UpOptions:
     """Tokens of KV that each rank can hold."""
     threads: int = 1
     """CPU threads of each rank."""
+    debug_invariants: bool = False
+    """Decode ranks check their KV blocks after every plan."""
     log_dir: Path | None = None
     """Where each process's log goes; None: stderr."""
     quiet: bool = False
@@ -240,6 +242,8 @@ def _worker_spec(
     if leader is not None:
         flags["--leader"] = leader
     arguments = [str(part) for pair in flags.items() for part in pair]
+    if role == "decode" and options.debug_invariants:
+        arguments.append("--debug-invariants")
     return ProcessSpec(
         name=f"{role}-{group}/{rank}", kind="worker", command=(*program, *arguments), listen=ANY_PORT
     )

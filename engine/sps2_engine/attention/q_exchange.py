@@ -3,15 +3,16 @@
 Knows nothing of models, sampling or requests: rows, and the cache slots in which this rank holds their keys.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from sps2_engine.attention.decode_plan import DecodePlan, DecodeRow
+from sps2_engine.attention.decode_plan import DecodePlan
 from sps2_engine.collectives import Communicator
-from sps2_kernels.merge_states import merge_pair
+from sps2_kernels.merge_states import merge_into, merge_pair
 from sps2_kernels.paged_decode import PagedRows, SlotRuns, paged_decode_partial
 
 KIND = "q_exchange"
@@ -27,41 +28,61 @@ class LayerCache:
 
 
 class QExchange:
-    """Attention of a fixed set of rows on one rank; made when the set changes, used step after step."""
+    """Attention of a fixed set of rows on one rank; made when the set changes, used step after step.
+
+    A step allocates nothing for the exchange: its buffers and what they are read as are made here.
+    """
 
     def __init__(
-        self, plan: DecodePlan, communicator: Communicator, scale: float, device: torch.device
+        self,
+        plan: DecodePlan,
+        communicator: Communicator,
+        scale: float,
+        cache: LayerCache,
+        runs: Mapping[int, SlotRuns],
     ) -> None:
-        """`device` is that of the cache."""
+        """Plans the exchange.
+
+        Args:
+            plan: of the step.
+            communicator: of the group.
+            scale: factor on the scores.
+            cache: any layer of the arena, whose dtype (also that of q) and device are those of all.
+            runs: for each row of which this rank holds KV the slots of its keys so far.
+        """
         self._plan = plan
-        self._device = device
         self._communicator = communicator
         self._scale = scale
         rank, ranks = communicator.rank, range(plan.num_ranks)
+        device = cache.k.device
         self.home_rows = plan.at_home(rank)
         """Rows whose q, k, v `attend` is given, in this order."""
         place = {row.row_id: index for index, row in enumerate(self.home_rows)}
-        self._sent = [self._index([place[row.row_id] for row in plan.guests(rank, peer)]) for peer in ranks]
-        self._send_order = torch.cat(self._sent)
-        self._guests: tuple[tuple[DecodeRow, ...], ...] = tuple(plan.guests(peer, rank) for peer in ranks)
+        sent = [[place[row.row_id] for row in plan.guests(rank, peer)] for peer in ranks]
+        guests = [plan.guests(peer, rank) for peer in ranks]
         self._q_sent = [plan.q_bytes(rank, peer) for peer in ranks]
         self._q_received = [plan.q_bytes(peer, rank) for peer in ranks]
         self._out_sent = [plan.out_bytes(rank, peer) for peer in ranks]
         self._out_received = [plan.out_bytes(peer, rank) for peer in ranks]
-        self._home_kv = PagedRows((), device)
-        self._guest_kv: list[PagedRows] = []
-        self._new_slots = self._index([])
+        self._home_kv = PagedRows([runs[row.row_id] for row in self.home_rows], device)
+        self._guest_kv = PagedRows([runs[row.row_id] for rows in guests for row in rows], device)
+        self._new_slots = torch.zeros(len(self.home_rows), dtype=torch.int64, device=device)
+        order = [index for part in sent for index in part]
+        self._send_order = torch.tensor(order, dtype=torch.int64, device=device)
+        heads = (plan.num_q_heads, plan.head_dim)
+        self._q_out = torch.empty(len(self._send_order), *heads, dtype=cache.k.dtype, device=device)
+        self._q_in = torch.empty(len(self._guest_kv), *heads, dtype=cache.k.dtype, device=device)
+        self._out = _OutPlanes(plan, [len(rows) for rows in guests], cache.k)
+        self._back = _OutPlanes(plan, [len(part) for part in sent], cache.k)
+        self._back_rows = [_as_index(part, device) for part in sent]
 
-    def begin_step(self, runs: Mapping[int, SlotRuns], new_slots: list[int]) -> None:
-        """Takes what changes from step to step.
+    def begin_step(self, new_slots: Sequence[int]) -> None:
+        """Takes for each home row the slot that its new key and value go to.
 
-        Args:
-            runs: for each row of which this rank holds KV (at home: the new token's slot included) its slots.
-            new_slots: for each home row the slot that its new key and value go to.
+        A row whose last slot it is already (it has ended) writes it again and does not grow.
         """
-        self._home_kv = self._paged(self.home_rows, runs)
-        self._guest_kv = [self._paged(rows, runs) for rows in self._guests]
-        self._new_slots = self._index(new_slots)
+        self._home_kv.append(new_slots)
+        self._new_slots.copy_(torch.tensor(new_slots, dtype=torch.int64))
 
     def attend(self, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One layer: appends k and v, then attends over all that the group holds of each home row.
@@ -82,48 +103,72 @@ class QExchange:
             cache.v.index_copy_(0, self._new_slots, v)
         if not self._plan.exchanges:
             return paged_decode_partial(q, cache.k, cache.v, self._home_kv, self._scale)[0]
-        outgoing = q.index_select(0, self._send_order).view(-1).view(torch.uint8)
-        pending = self._communicator.all_to_all(outgoing, self._q_sent, self._q_received, KIND)
+        torch.index_select(q, 0, self._send_order, out=self._q_out)
+        pending = self._communicator.all_to_all(
+            _raw(self._q_out), self._q_sent, self._q_received, KIND, into=_raw(self._q_in)
+        )
         o, lse = paged_decode_partial(q, cache.k, cache.v, self._home_kv, self._scale)
-        packed = self._serve_guests(cache, pending.wait().view(q.dtype))
-        returned = self._communicator.all_to_all(packed, self._out_sent, self._out_received, KIND).wait()
-        return self._merge_returned(o, lse, returned)
-
-    def _serve_guests(self, cache: LayerCache, received: Tensor) -> Tensor:
-        """Partial attention of the other ranks' rows over the keys held here -> packed [O | LSE] by home."""
-        plan = self._plan
-        packed = torch.empty(sum(self._out_sent), dtype=torch.uint8, device=received.device)
-        elements = plan.num_q_heads * plan.head_dim
-        taken, offset = 0, 0
-        for rows in self._guest_kv:
-            if not len(rows):
-                continue
-            q = received[taken : taken + len(rows) * elements]
-            q = q.view(len(rows), plan.num_q_heads, plan.head_dim)
-            taken += q.numel()
-            o, lse = paged_decode_partial(q, cache.k, cache.v, rows, self._scale)
-            for plane in (o, lse):
-                raw = plane.view(-1).view(torch.uint8)
-                packed[offset : offset + raw.numel()] = raw
-                offset += raw.numel()
-        return packed
-
-    def _merge_returned(self, o: Tensor, lse: Tensor, returned: Tensor) -> Tensor:
-        """Merges each holder's partial states into those of the rows at home, in fp32."""
-        plan = self._plan
-        offset = 0
-        for rows in self._sent:
-            if not len(rows):
-                continue
-            o_end = offset + len(rows) * plan.q_row_bytes
-            part_o = returned[offset:o_end].view(o.dtype).view(len(rows), plan.num_q_heads, plan.head_dim)
-            offset = o_end + len(rows) * plan.num_q_heads * 4
-            part_lse = returned[o_end:offset].view(torch.float32).view(len(rows), plan.num_q_heads)
-            o[rows], lse[rows] = merge_pair(o[rows], lse[rows], part_o, part_lse)
+        pending.wait()
+        guest_o, guest_lse = paged_decode_partial(self._q_in, cache.k, cache.v, self._guest_kv, self._scale)
+        self._out.pack(guest_o, guest_lse)
+        self._communicator.all_to_all(
+            self._out.raw, self._out_sent, self._out_received, KIND, into=self._back.raw
+        ).wait()
+        for rows, (part_o, part_lse) in zip(self._back_rows, self._back.planes, strict=True):
+            _merge_rows(o, lse, rows, part_o, part_lse)
         return o
 
-    def _paged(self, rows: tuple[DecodeRow, ...], runs: Mapping[int, SlotRuns]) -> PagedRows:
-        return PagedRows(tuple(runs[row.row_id] for row in rows), self._device)
 
-    def _index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+class _OutPlanes:
+    """A buffer of [O | LSE fp32] planes, one pair for each rank, read and written through views."""
+
+    def __init__(self, plan: DecodePlan, num_rows: Sequence[int], like: Tensor) -> None:
+        """`num_rows` of each rank; o in the dtype and on the device of `like`."""
+        self._num_rows = num_rows
+        size = sum(num_rows) * plan.out_row_bytes
+        self.raw = torch.empty(size, dtype=torch.uint8, device=like.device)
+        """uint8 [bytes]: what travels."""
+        self.planes: list[tuple[Tensor, Tensor]] = []
+        """For each rank o [rows, q_heads, head_dim] and lse [rows, q_heads] fp32."""
+        offset = 0
+        for rows in num_rows:
+            middle, end = offset + rows * plan.q_row_bytes, offset + rows * plan.out_row_bytes
+            o = self.raw[offset:middle].view(like.dtype).view(rows, plan.num_q_heads, plan.head_dim)
+            lse = self.raw[middle:end].view(torch.float32).view(rows, plan.num_q_heads)
+            self.planes.append((o, lse))
+            offset = end
+
+    def pack(self, o: Tensor, lse: Tensor) -> None:
+        """Writes the states of all ranks' rows, one rank's after the other's."""
+        first = 0
+        for rows, (o_plane, lse_plane) in zip(self._num_rows, self.planes, strict=True):
+            if rows:
+                o_plane.copy_(o[first : first + rows])
+                lse_plane.copy_(lse[first : first + rows])
+                first += rows
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+RowIndex: TypeAlias = slice | Tensor
+
+
+def _as_index(rows: Sequence[int], device: torch.device) -> RowIndex:
+    """The rows as a slice where they follow on each other, so that they are a view."""
+    if not rows:
+        return slice(0, 0)
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
+
+
+def _merge_rows(o: Tensor, lse: Tensor, rows: RowIndex, part_o: Tensor, part_lse: Tensor) -> None:
+    """Merges a holder's partial states into those of the rows at home, in fp32."""
+    if not len(part_o):
+        return
+    if isinstance(rows, slice):
+        merge_into(o[rows], lse[rows], part_o, part_lse)
+    else:
+        o[rows], lse[rows] = merge_pair(o[rows], lse[rows], part_o, part_lse)

@@ -8,7 +8,7 @@ from sps2_layout.profile_file import load_profile
 from support.deployment import DEMO_MODEL, deployment
 from support.must_show import MustShow
 from support.preemption import crowd, tight, write_profile
-from support.prefix_sharing import CHECKED, Sharing, check_counts, num_sharing, prompts_alike
+from support.prefix_sharing import Sharing, num_sharing, prompts_alike
 from support.streams import Asked
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
@@ -33,9 +33,9 @@ def test_two_requests_with_the_same_beginning(profile: Path, decode: str, must_s
         Asked(long, SECOND_TOKENS, 3),
         Asked(longer, 300, None),
     )
-    arguments = ["--profile", str(profile), "--threads", "1"]
+    arguments = ["--profile", str(profile), "--threads", "1", "--debug-invariants"]
     with (
-        deployment(DEMO_MODEL, "1x2", decode, arguments, env=CHECKED) as running,
+        deployment(DEMO_MODEL, "1x2", decode, arguments) as running,
         running.client() as client,
     ):
         exact, sparse = Sharing(running, client, "exact"), Sharing(running, client, "")
@@ -63,9 +63,8 @@ def test_a_pool_too_small_for_prompts_alike(
         Asked(prompt, 200 + 10 * index, index if index % 2 else None) for index, prompt in enumerate(prompts)
     ]
     with must_show(f"6 {CROWD} streams that begin alike, decode {decode}, {Path(name).stem}") as figures:
-        with tight(name, decode, kv_tokens, env=CHECKED) as running, running.client() as client:
+        with tight(name, decode, kv_tokens) as running, running.client() as client:
             outcome = crowd(running, client, load_profile(name), requests)
-            check_counts(running)
             shared = num_sharing(running)
         figures += [f"{outcome.num_preemptions} preemptions, {shared} attempts shared", str(outcome.tally)]
         outcome.tally.check()

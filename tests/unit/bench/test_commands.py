@@ -15,6 +15,10 @@ from sps2_bench.app import app
         ("bench", "prefill", "--dtypes", "fp8"),
         ("bench", "prefill", "--random-model", "hidden=64,depth=3"),
         ("bench", "prefill", "--random-model", "heads=3,kv_heads=2"),
+        ("bench", "decode", "--contexts", "no"),
+        ("bench", "decode", "--ranks", "4096"),
+        ("bench", "decode", "--move", "weights"),
+        ("bench", "decode", "--random-model", "hidden=64,depth=3"),
         ("bench", "kernels", "--dtype", "fp8"),
         ("bench", "nothing"),
         ("eval", "accuracy", "--model", "/nowhere"),
@@ -28,7 +32,9 @@ def test_usage_errors(arguments: tuple[str, ...]) -> None:
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("command", [("bench", "prefill"), ("bench", "kernels"), ("eval", "accuracy")])
+@pytest.mark.parametrize(
+    "command", [("bench", "prefill"), ("bench", "decode"), ("bench", "kernels"), ("eval", "accuracy")]
+)
 def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0

@@ -24,6 +24,7 @@ def test_only_what_was_given_is_set() -> None:
     assert list(spec.stop.stop_token_ids) == [2]
     assert spec.attention_profile == ""
     assert stream_request("hi", attention_profile="paper").spec.attention_profile == "paper"
+    assert stream_request("hi", priority=-3).spec.priority == -3
 
 
 def test_empty_prompts_reach_the_service_which_refuses_them() -> None:

@@ -155,7 +155,7 @@ def test_what_is_taken_over_outlives_who_brought_it() -> None:
     row.admit(1, torch.device("cpu"))
     assert row.append_slot() // BLOCK_TOKENS == row.blocks[2]
     holder.check([row], 4)
-    with pytest.raises(AssertionError, match="the leader counts 5 blocks, 4 are used"):
+    with pytest.raises(AssertionError, match="4 blocks are used, the leader counts 5"):
         holder.check([row], 5)
     holder.release(row)
     assert holder.blocks_used == 0

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sps2_decode_worker.placing import Asked
 from sps2_decode_worker.scheduler import (
     MAX_STEPS_IN_FLIGHT,
     DecodeScheduler,
@@ -27,7 +28,7 @@ def drain(scheduler: DecodeScheduler) -> list[Plan]:
 
 def test_a_row_is_reserved_admitted_and_stepped_one_step_ahead() -> None:
     scheduler = make(10, 10)
-    (row,) = scheduler.reserve(500, 8)
+    (row,) = scheduler.reserve(Asked(500, 8))
     assert drain(scheduler) == [Plan(1, (), (row.row_id,), (), run=False)]
     scheduler.admit(row.row_id)
     assert drain(scheduler) == [Plan(2, (), (), (row.row_id,), run=True), Plan(3, (), (), (), run=True)]
@@ -39,7 +40,7 @@ def test_a_row_is_reserved_admitted_and_stepped_one_step_ahead() -> None:
 def test_the_last_token_by_length_needs_no_step_beyond() -> None:
     """max_tokens 3: the first token is prefill's, two steps make the rest, the release follows by itself."""
     scheduler = make(10)
-    (row,) = scheduler.reserve(10, 3)
+    (row,) = scheduler.reserve(Asked(10, 3))
     drain(scheduler)
     scheduler.admit(row.row_id)
     plans = drain(scheduler)
@@ -50,7 +51,7 @@ def test_the_last_token_by_length_needs_no_step_beyond() -> None:
 
 def test_a_prompt_is_spread_over_the_ranks_with_most_room() -> None:
     scheduler = make(10, 20, 20)
-    (row,) = scheduler.reserve(300, 64)
+    (row,) = scheduler.reserve(Asked(300, 64))
     assert row.shards == {1: (0, 128), 2: (128, 300)}
     assert row.home == 1
     assert row.blocks == {1: 3, 2: 3}
@@ -59,12 +60,12 @@ def test_a_prompt_is_spread_over_the_ranks_with_most_room() -> None:
 
 def test_homes_are_spread() -> None:
     scheduler = make(100, 100)
-    assert [scheduler.reserve(1000, 1)[0].home for _ in range(4)] == [0, 1, 0, 1]
+    assert [scheduler.reserve(Asked(1000, 1))[0].home for _ in range(4)] == [0, 1, 0, 1]
 
 
 def test_a_row_released_before_its_plan_went_out_costs_nothing() -> None:
     scheduler = make(10)
-    (row,) = scheduler.reserve(100, 1)
+    (row,) = scheduler.reserve(Asked(100, 1))
     scheduler.release(row.row_id)
     (plan,) = drain(scheduler)
     assert plan.release == plan.reserve == (row.row_id,)
@@ -73,17 +74,17 @@ def test_a_row_released_before_its_plan_went_out_costs_nothing() -> None:
 
 def test_no_room_now_is_told_from_never() -> None:
     scheduler = make(4)
-    scheduler.reserve(100, 60)
+    scheduler.reserve(Asked(100, 60))
     with pytest.raises(NoRoomError):
-        scheduler.reserve(100, 60)
+        scheduler.reserve(Asked(100, 60))
     with pytest.raises(NeverFitsError):
-        scheduler.reserve(1000, 1)
+        scheduler.reserve(Asked(1000, 1))
 
 
 def test_choices_share_what_they_do_not_write() -> None:
     """130 tokens are 2 full blocks and 2 tokens: each choice has a copy of the third, and 1 for its output."""
     scheduler = make(20)
-    rows = scheduler.reserve(130, 64, 3)
+    rows = scheduler.reserve(Asked(130, 64, 3))
     assert scheduler.free == [20 - 2 - 3 * 2]
     (plan,) = drain(scheduler)
     assert plan.reserve == tuple(row.row_id for row in rows)
@@ -98,7 +99,7 @@ def test_choices_share_what_they_do_not_write() -> None:
 
 def test_choices_share_all_blocks_of_other_holders() -> None:
     scheduler = make(10, 10)
-    rows = scheduler.reserve(256, 1, 4)
+    rows = scheduler.reserve(Asked(256, 1, 4))
     assert rows[0].shards == {0: (0, 128), 1: (128, 256)}
     assert scheduler.free == [10 - 2 - 4, 10 - 2]
 
@@ -106,15 +107,15 @@ def test_choices_share_all_blocks_of_other_holders() -> None:
 def test_room_is_found_for_all_choices_or_none() -> None:
     scheduler = make(4)
     with pytest.raises(NeverFitsError):
-        scheduler.reserve(10, 10, 5)
+        scheduler.reserve(Asked(10, 10, 5))
     assert scheduler.free == [4]
-    scheduler.reserve(10, 10, 4)
+    scheduler.reserve(Asked(10, 10, 4))
     assert scheduler.free == [0]
 
 
 def start(scheduler: DecodeScheduler, num_tokens: int, max_new: int, came: int = 0) -> Row:
     """A row that decodes from the next plan on."""
-    (row,) = scheduler.reserve(num_tokens, max_new, turn=(0, came))
+    (row,) = scheduler.reserve(Asked(num_tokens, max_new), came)
     scheduler.admit(row.row_id)
     return row
 
@@ -158,7 +159,7 @@ def test_the_last_to_come_is_preempted() -> None:
 def test_who_waits_for_kv_is_preempted_as_well() -> None:
     scheduler = make(5)
     first = start(scheduler, 64, 200, 1)
-    (second,) = scheduler.reserve(60, 4, turn=(0, 2))
+    (second,) = scheduler.reserve(Asked(60, 4), 2)
     while not (plan := step(scheduler)).preempted:
         assert scheduler.rows
     assert plan.preempted == (second.row_id,)
@@ -168,47 +169,47 @@ def test_who_waits_for_kv_is_preempted_as_well() -> None:
 def test_who_comes_back_takes_its_room_from_later_ones() -> None:
     scheduler = make(6)
     later = [start(scheduler, 64, 64, came) for came in (5, 6)]
-    scheduler.reserve(100, 28, turn=(0, 4))
+    scheduler.reserve(Asked(100, 28), 4)
     step(scheduler)
-    (row,) = scheduler.reserve(100, 28, turn=(0, 3))
+    (row,) = scheduler.reserve(Asked(100, 28), 3)
     plan = step(scheduler)
     assert plan.preempted == plan.release == (later[1].row_id,)
     assert plan.reserve == (row.row_id,)
     with pytest.raises(NoRoomError):
-        scheduler.reserve(64, 64, turn=(0, 6))
+        scheduler.reserve(Asked(64, 64), 6)
 
 
 def test_who_is_more_urgent_comes_first() -> None:
     scheduler = make(2)
-    (usual,) = scheduler.reserve(64, 64, turn=(0, 1))
+    (usual,) = scheduler.reserve(Asked(64, 64), 1)
     with pytest.raises(NoRoomError):
-        scheduler.reserve(64, 64, turn=(0, 2))
-    scheduler.reserve(64, 64, turn=(-1, 2))
+        scheduler.reserve(Asked(64, 64), 2)
+    scheduler.reserve(Asked(64, 64), -1)
     assert usual.row_id not in scheduler.rows
 
 
 def test_a_new_one_leaves_each_row_its_next_block() -> None:
     scheduler = make(5)
     start(scheduler, 64, 200, 1)
-    scheduler.reserve(64, 64, turn=(0, 2))
+    scheduler.reserve(Asked(64, 64), 2)
     with pytest.raises(NoRoomError):
-        scheduler.reserve(1, 1, turn=(0, 3))
+        scheduler.reserve(Asked(1, 1), 3)
     assert scheduler.free == [1]
 
 
 def test_no_place_is_taken_in_which_the_output_could_never_end() -> None:
     scheduler = make(4, 9)
-    (row,) = scheduler.reserve(64, 500, turn=(0, 1))
+    (row,) = scheduler.reserve(Asked(64, 500), 1)
     assert row.home == 1
-    scheduler.reserve(64, 192, turn=(0, 2))
+    scheduler.reserve(Asked(64, 192), 2)
     with pytest.raises(NoRoomError):
-        scheduler.reserve(64, 500, turn=(0, 4))
+        scheduler.reserve(Asked(64, 500), 4)
 
 
 def test_choices_are_preempted_together() -> None:
     scheduler = make(8)
     first = start(scheduler, 64, 300, 1)
-    rows = scheduler.reserve(100, 64, 2, turn=(0, 2))
+    rows = scheduler.reserve(Asked(100, 64, 2), 2)
     assert scheduler.free == [8 - 2 - 1 - 2 * 2]
     while not (plan := step(scheduler)).preempted:
         assert first.row_id in scheduler.rows

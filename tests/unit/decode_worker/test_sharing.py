@@ -2,6 +2,7 @@
 
 import pytest
 
+from sps2_decode_worker.placing import Asked
 from sps2_decode_worker.scheduler import DecodeScheduler, NoRoomError, Row
 from sps2_decode_worker.sharing import NO_PREFIX, HeldBlocks, Prefix, PromptBlocks, num_freed, num_used
 from sps2_layout.attention import Attention
@@ -26,7 +27,7 @@ def start(
     scheduler: DecodeScheduler, num_tokens: int, prompt: Prefix, came: int = 0, max_new: int = 64
 ) -> Row:
     """A row that decodes: its prompt is there."""
-    (row,) = scheduler.reserve(num_tokens, max_new, turn=(0, came), prefix=prompt)
+    (row,) = scheduler.reserve(Asked(num_tokens, max_new, prefix=prompt), came)
     scheduler.admit(row.row_id)
     return row
 
@@ -99,8 +100,8 @@ def test_all_of_a_prompt_may_be_there() -> None:
 
 def test_what_is_still_arriving_is_not_taken_over() -> None:
     scheduler = make(40)
-    (first,) = scheduler.reserve(5 * BLOCK, 64, prefix=ALIKE)
-    (second,) = scheduler.reserve(5 * BLOCK, 64, prefix=ALIKE)
+    (first,) = scheduler.reserve(Asked(5 * BLOCK, 64, prefix=ALIKE))
+    (second,) = scheduler.reserve(Asked(5 * BLOCK, 64, prefix=ALIKE))
     assert second.tenant.places.held == ()
     scheduler.admit(first.row_id)
     assert start(scheduler, 5 * BLOCK, ALIKE).tenant.held_from == first.row_id
@@ -135,11 +136,11 @@ def test_where_shared_blocks_leave_no_room_it_brings_its_own() -> None:
     start(scheduler, 128, prefix(1, 2))
     others = []
     while scheduler.free[0]:
-        others += scheduler.reserve(1, 1)
+        others += scheduler.reserve(Asked(1, 1))
     for row in others:
         if row.home == 1:
             scheduler.release(row.row_id)
-    (row,) = scheduler.reserve(128, 64, prefix=prefix(1, 2))
+    (row,) = scheduler.reserve(Asked(128, 64, prefix=prefix(1, 2)))
     assert (row.tenant.places.held, row.home) == ((), 1)
 
 
@@ -149,10 +150,10 @@ def test_who_stays_for_it_is_not_preempted_for_it() -> None:
     donor = start(scheduler, 5 * BLOCK, ALIKE, came=9)
     other = start(scheduler, 3 * BLOCK, prefix(8, 8, 8), came=8)
     assert scheduler.free == [2]
-    (row,) = scheduler.reserve(5 * BLOCK, 64, turn=(0, 1), prefix=ALIKE)
+    (row,) = scheduler.reserve(Asked(5 * BLOCK, 64, prefix=ALIKE), 1)
     assert row.tenant.held_from == donor.row_id
     assert scheduler.free == [1]
-    scheduler.reserve(4 * BLOCK, 64, turn=(0, 1), prefix=prefix(6, 6, 6, 6))
+    scheduler.reserve(Asked(4 * BLOCK, 64, prefix=prefix(6, 6, 6, 6)), 1)
     assert donor.row_id not in scheduler.rows
     assert row.row_id in scheduler.rows
     assert other.row_id not in scheduler.rows
@@ -163,12 +164,12 @@ def test_who_frees_nothing_is_not_preempted() -> None:
     """On the rank that runs out the last attempt has only blocks that another one uses as well."""
     scheduler = make(9, 9)
     donor = start(scheduler, 128, prefix(1, 2))
-    scheduler.reserve(200, 1)
+    scheduler.reserve(Asked(200, 1))
     growing = start(scheduler, 64, NO_PREFIX, came=1, max_new=500)
-    (sharing,) = scheduler.reserve(130, 4, turn=(0, 2), prefix=prefix(1, 2))
-    scheduler.reserve(1, 1)
-    (victim,) = scheduler.reserve(1, 1, turn=(0, 3))
-    (last,) = scheduler.reserve(130, 4, turn=(0, 4), prefix=prefix(1, 2))
+    (sharing,) = scheduler.reserve(Asked(130, 4, prefix=prefix(1, 2)), 2)
+    scheduler.reserve(Asked(1, 1))
+    (victim,) = scheduler.reserve(Asked(1, 1), 3)
+    (last,) = scheduler.reserve(Asked(130, 4, prefix=prefix(1, 2)), 4)
     assert [row.home for row in (growing, sharing, victim, last)] == [0, 1, 0, 1]
     assert [row.tenant.held(0) for row in (sharing, last)] == [2, 2]
     scheduler.release(donor.row_id)
@@ -186,4 +187,4 @@ def test_nobody_fits_where_even_shared_blocks_leave_no_room() -> None:
     scheduler = make(6)
     start(scheduler, 5 * BLOCK, ALIKE)
     with pytest.raises(NoRoomError):
-        scheduler.reserve(5 * BLOCK, 64, turn=(0, 1), prefix=ALIKE)
+        scheduler.reserve(Asked(5 * BLOCK, 64, prefix=ALIKE), 1)

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from sps2_engine.kv_pool import BLOCK_TOKENS
+from sps2_engine.kv_pool import BLOCK_TOKENS, slot_runs
 from sps2_kernels import reference
 from sps2_kernels.paged_decode import (
     PAGE_TOKENS,
@@ -111,7 +113,8 @@ def test_slots_beyond_two_to_the_31() -> None:
 def test_block_table_and_lengths() -> None:
     rows = PagedRows(PAGED, CPU)
     assert rows.kv_len.tolist() == [1, 0, 223, 256]
-    assert rows.block_table.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [2, 3, 0, 5], [8, 9, 10, 11]]
+    assert rows.block_table[:, :4].tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [2, 3, 0, 5], [8, 9, 10, 11]]
+    assert not rows.block_table[:, 4:].any()
     assert (rows.kv_len.dtype, rows.block_table.dtype, rows.max_len) == (torch.int32, torch.int32, 256)
 
 
@@ -137,3 +140,27 @@ def test_splits_fill_the_device(num_rows: int, num_kv_heads: int, max_len: int, 
 
 def test_a_page_is_the_engines_block() -> None:
     assert PAGE_TOKENS == BLOCK_TOKENS
+
+
+@given(st.data())
+def test_tables_grown_in_place_are_those_of_a_rebuild(data: st.DataObject) -> None:
+    pages = data.draw(st.permutations(range(12)))
+    lens = data.draw(st.lists(st.integers(0, 3 * PAGE_TOKENS), min_size=1, max_size=4))
+    runs = [slot_runs(pages[3 * row : 3 * row + 3], count) for row, count in enumerate(lens)]
+    rows = PagedRows(runs, CPU)
+    if data.draw(st.booleans()):
+        _ = rows.block_table  # made before the first step, or after some
+    for _step in range(data.draw(st.integers(1, 70))):
+        ended = data.draw(st.integers(0, len(lens)))  # the first rows stay as they are
+        for row in range(ended, len(lens)):
+            lens[row] = min(lens[row] + 1, 3 * PAGE_TOKENS)
+        if not all(lens):
+            lens = [max(1, count) for count in lens]  # a row that takes a slot has a key
+        rows.append([pages[3 * row + (n - 1) // 64] * 64 + (n - 1) % 64 for row, n in enumerate(lens)])
+    rebuilt = PagedRows([slot_runs(pages[3 * row : 3 * row + 3], n) for row, n in enumerate(lens)], CPU)
+    width = min(rows.block_table.shape[1], rebuilt.block_table.shape[1])
+    assert [list(one) for one in rows.runs] == [list(one) for one in rebuilt.runs]
+    assert rows.kv_len.tolist() == rebuilt.kv_len.tolist() == lens
+    assert rows.max_len == rebuilt.max_len
+    assert torch.equal(rows.block_table[:, :width], rebuilt.block_table[:, :width])
+    assert not rows.block_table[:, width:].any()

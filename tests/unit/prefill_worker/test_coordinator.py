@@ -9,7 +9,7 @@ import pytest
 from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2_engine.attention.cost_model import Choice
 from sps2_layout.attention import Attention
-from sps2_layout.profiles import EXACT
+from sps2_layout.profiles import EXACT, Ladder, Profile
 from sps2_layout.wire import pack_attention
 from sps2_prefill_worker.coordinator import BLOCK_TOKENS, PrefillCoordinator
 from sps2_service.errors import FailedPrecondition, InvalidArgument
@@ -101,6 +101,43 @@ def test_a_prompt_that_no_rank_has_room_for_is_refused(choice: Choice) -> None:
         await anext(coordinator.prefill(request()))
 
     with pytest.raises(FailedPrecondition, match="raise --kv-tokens"):
+        asyncio.run(ask())
+
+
+SPARSE = Ladder("sparse", (Profile(4, ((1, 1), (4, 4)), tail=16),), 1)
+
+
+@pytest.mark.parametrize(("kv_blocks", "max_tokens"), [(5, 1), (6, 65), (6, 2)])
+@pytest.mark.parametrize("choice", ["auto", "heads", "kv"])
+def test_what_is_taken_has_room_whenever_it_comes_back(
+    choice: Choice, kv_blocks: int, max_tokens: int
+) -> None:
+    """Ten blocks of prompt on two ranks; under a sparse mask all that is generated lies behind the last shard."""
+    attention = Attention.admit(SPARSE, NUM_TOKENS)
+    for num_generated in {0, max_tokens // 2, max_tokens - 1}:
+        coordinator, group = make(choice, 2, kv_blocks)
+        asked = request()
+        asked.attention.CopyFrom(pack_attention(attention))
+        asked.choice.max_tokens = max_tokens
+        asked.choice.generated_token_ids.extend(range(num_generated))
+        asked.token_ids.extend(range(num_generated))
+        asked.placement.shards[0].token_end += num_generated
+        sent = asyncio.run(first_commands(coordinator, group, asked))
+        most = max(len(commands[0].run_prefill.token_ids) for commands in sent.values())
+        assert most <= kv_blocks * BLOCK_TOKENS
+
+
+@pytest.mark.parametrize(("kv_blocks", "max_tokens"), [(5, 2), (6, 66)])
+def test_what_could_not_come_back_is_refused_at_once(kv_blocks: int, max_tokens: int) -> None:
+    coordinator, _ = make("auto", 2, kv_blocks)
+    asked = request()
+    asked.attention.CopyFrom(pack_attention(Attention.admit(SPARSE, NUM_TOKENS)))
+    asked.choice.max_tokens = max_tokens
+
+    async def ask() -> None:
+        await anext(coordinator.prefill(asked))
+
+    with pytest.raises(FailedPrecondition, match="lower max_tokens"):
         asyncio.run(ask())
 
 

@@ -131,3 +131,30 @@ async def test_the_last_view_is_trusted_for_a_while() -> None:
     assert caught.value.reason == "DIRECTORY_AWAY"
     view.connected = True
     seats.check_ready()
+
+
+async def test_turns_not_arrival_say_who_is_next() -> None:
+    """Also before one that has come to the front and waits there."""
+    seats, _ = scheduler(worker("prefill-0/0"), worker("decode-0/0"), prefills_per_group=1)
+    order: list[int] = []
+
+    async def take(turn: int) -> None:
+        async with seats.seat(1, turn=turn):
+            order.append(turn)
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks, seats.seat(1):
+        for turn in (7, 9, 8, 3, 5):
+            tasks.create_task(take(turn))
+            await asyncio.sleep(0)
+    assert order == [3, 5, 7, 8, 9]
+
+
+async def test_the_wait_for_a_place_ends() -> None:
+    seats, _ = scheduler(worker("prefill-0/0"), worker("decode-0/0"), prefills_per_group=1)
+    async with seats.seat(1):
+        for place in ("first", "second"):
+            with pytest.raises(Unavailable, match=r"0\.01 s") as caught:
+                async with seats.seat(1, wait_s=0.01):
+                    raise AssertionError(f"{place} had none")
+            assert (caught.value.reason, caught.value.retry_after) == ("QUEUE_WAIT", 1.0)
+    await asyncio.wait_for(enter_and_leave(seats), 1)

@@ -72,3 +72,16 @@ async def test_other_errors_pass_through_and_an_ended_scope_is_inert() -> None:
         raise ValueError("mine")
     scope.end(ERROR)
     await asyncio.sleep(0)
+
+
+async def wait_then_be_silent(silence_s: float) -> None:
+    with CallScope(total_s=5, silence_s=0.05) as scope:
+        with scope.waiting():
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(silence_s)
+
+
+async def test_waiting_is_no_silence() -> None:
+    await wait_then_be_silent(0.01)
+    with pytest.raises(DeadlineExceeded, match="nothing happened"):
+        await wait_then_be_silent(2)

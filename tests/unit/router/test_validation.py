@@ -127,6 +127,8 @@ NAN, INF = float("nan"), float("inf")
             Spec(text="x", sampling=Sampling(logit_bias=dict.fromkeys(range(1025), 0.0))),
         ),
         ("spec.sampling.first_choice", "0 or more", Spec(text="x", sampling=Sampling(first_choice=-1))),
+        ("spec.priority", "-10 to 10", Spec(text="x", priority=11)),
+        ("spec.priority", "-10 to 10", Spec(text="x", priority=-11)),
         ("spec.stop.min_tokens", "0 or more", Spec(text="x", stop=Stop(min_tokens=-1))),
         ("spec.stop.stop_strings", "at most 16", Spec(text="x", stop=Stop(stop_strings=["x"] * 17))),
         ("spec.stop.stop_strings[1]", "1 to 256", Spec(text="x", stop=Stop(stop_strings=["x", ""]))),

@@ -212,6 +212,7 @@ class WorkerLoad(_message.Message):
     LOAD_FRACTION_FIELD_NUMBER: _builtins.int
     QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
     BYTES_POSTED_FIELD_NUMBER: _builtins.int
+    CONTROL_SHARE_FIELD_NUMBER: _builtins.int
     num_requests_running: _builtins.int
     """Requests being computed."""
     num_requests_waiting: _builtins.int
@@ -224,6 +225,10 @@ class WorkerLoad(_message.Message):
     """Fraction of the weights loaded, 0 to 1."""
     queued_tokens: _builtins.int
     """Prompt tokens waiting or running (prefill)."""
+    control_share: _builtins.float
+    """Seconds that the leader of a decode group spent on control (plans, their broadcast, reports of ranks) for each
+    second that the last steps took; 0 on other ranks and before the first step.
+    """
     @_builtins.property
     def bytes_posted(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Bytes that the rank has really posted since it started, by kind:
@@ -240,10 +245,11 @@ class WorkerLoad(_message.Message):
         load_fraction: _builtins.float = ...,
         queued_tokens: _builtins.int = ...,
         bytes_posted: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        control_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_posted", b"bytes_posted", "kv_blocks_used", b"kv_blocks_used", "load_fraction", b"load_fraction", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "queued_tokens", b"queued_tokens", "steps_done", b"steps_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_posted", b"bytes_posted", "control_share", b"control_share", "kv_blocks_used", b"kv_blocks_used", "load_fraction", b"load_fraction", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "queued_tokens", b"queued_tokens", "steps_done", b"steps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

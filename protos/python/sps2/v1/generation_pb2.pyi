@@ -59,6 +59,7 @@ class GenerationSpec(_message.Message):
     ATTENTION_PROFILE_FIELD_NUMBER: _builtins.int
     NUM_LOGPROBS_FIELD_NUMBER: _builtins.int
     NUM_CHOICES_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request, 1 to 64 printable ASCII characters. Empty: the router draws one.
     While a request lives a second one with the same id is ALREADY_EXISTS, unless `nonce` matches.
@@ -79,6 +80,10 @@ class GenerationSpec(_message.Message):
     """
     num_choices: _builtins.int
     """Answers to draw, 1 (default) to 32; they share the prompt's KV. Each has a choice_index, from 0."""
+    priority: _builtins.int
+    """How urgent it is, -10 to 10; default 0. Requests wait, get KV room and keep it in the order in which they came;
+    one of priority p goes as if it had come 10 p seconds earlier, so none waits for ever behind more urgent ones.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are; each in [0, vocabulary size)."""
@@ -104,10 +109,11 @@ class GenerationSpec(_message.Message):
         attention_profile: _builtins.str = ...,
         num_logprobs: _builtins.int | None = ...,
         num_choices: _builtins.int | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_logprobs", b"_num_logprobs", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_logprobs", b"_num_logprobs", "attention_profile", b"attention_profile", "model", b"model", "nonce", b"nonce", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_logprobs", b"_num_logprobs", "attention_profile", b"attention_profile", "model", b"model", "nonce", b"nonce", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_choices: _TypeAlias = _typing.Literal["num_choices"]  # noqa: Y015
     _WhichOneofArgType__num_choices: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices"]  # noqa: Y015

@@ -71,7 +71,7 @@ class ReserveKv(_message.Message):
     MODEL_HASH_FIELD_NUMBER: _builtins.int
     PREFILL_GROUP_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
-    ADMITTED_AT_US_FIELD_NUMBER: _builtins.int
+    ASKED_AT_US_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
@@ -80,12 +80,13 @@ class ReserveKv(_message.Message):
     """Model hash of the prefill side."""
     prefill_group: _builtins.str
     """Prefill group, for the directory's record."""
-    admitted_at_us: _builtins.int
-    """When the request was first given room, in microseconds of the router's clock since 1970; now, where it never
-    was. When blocks run out, what came last is preempted (UNAVAILABLE, reason PREEMPTED), whatever its attempt.
+    asked_at_us: _builtins.int
+    """When the request first asked for room, in microseconds of the router's clock since 1970. What came first keeps
+    and gets its room first, whatever its attempt: when blocks run out, what came last is preempted (UNAVAILABLE,
+    reason PREEMPTED), and what finds no room (reason NO_KV_ROOM) keeps its place in line while it asks again.
     """
     priority: _builtins.int
-    """Of more urgent requests, which keep or get their room before less urgent ones; 0 is normal."""
+    """See GenerationSpec.priority."""
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -114,13 +115,13 @@ class ReserveKv(_message.Message):
         model_hash: _builtins.str = ...,
         prefill_group: _builtins.str = ...,
         attention: _placement_pb2.AttentionLayout | None = ...,
-        admitted_at_us: _builtins.int = ...,
+        asked_at_us: _builtins.int = ...,
         priority: _builtins.int = ...,
         block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_at_us", b"admitted_at_us", "attempt", b"attempt", "attention", b"attention", "block_hashes", b"block_hashes", "choice", b"choice", "model_hash", b"model_hash", "num_prompt_tokens", b"num_prompt_tokens", "prefill_group", b"prefill_group", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at_us", b"asked_at_us", "attempt", b"attempt", "attention", b"attention", "block_hashes", b"block_hashes", "choice", b"choice", "model_hash", b"model_hash", "num_prompt_tokens", b"num_prompt_tokens", "prefill_group", b"prefill_group", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -323,7 +323,7 @@ class StepPlan(_message.Message):
     ADMIT_FIELD_NUMBER: _builtins.int
     RELEASE_ROWS_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
-    KV_BLOCKS_USED_FIELD_NUMBER: _builtins.int
+    BLOCKS_USED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts plans within the epoch from 1, without gaps."""
     run: _builtins.bool
@@ -341,8 +341,10 @@ class StepPlan(_message.Message):
         """Rows that leave; their blocks are freed."""
 
     @_builtins.property
-    def kv_blocks_used(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """In debug runs: blocks that the leader counts as used on each rank once this plan is executed."""
+    def blocks_used(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """KV blocks in use on each rank once all this is done, by the leader's count; only with --debug-invariants: the
+        rank whose pool has another number fails.
+        """
 
     def __init__(
         self,
@@ -352,11 +354,11 @@ class StepPlan(_message.Message):
         admit: _abc.Iterable[Global___AdmitRow] | None = ...,
         release_rows: _abc.Iterable[_builtins.int] | None = ...,
         run: _builtins.bool = ...,
-        kv_blocks_used: _abc.Iterable[_builtins.int] | None = ...,
+        blocks_used: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "kv_blocks_used", b"kv_blocks_used", "release_rows", b"release_rows", "reserve", b"reserve", "run", b"run", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit", b"admit", "blocks_used", b"blocks_used", "release_rows", b"release_rows", "reserve", b"reserve", "run", b"run", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,15 @@
+"""Must show 5: KV moves from any prefill mesh to any decode mesh within 1.05 x the minimal bytes."""
+
+import pytest
+
+from support.must_show import MustShow
+from support.relayout_cases import MAX_RATIO, NUM_CASES, check_many
+
+pytestmark = pytest.mark.acceptance
+
+
+def test_any_mesh_to_any_mesh(must_show: MustShow) -> None:
+    with must_show("5 relayout, R and D in 1..8, any tensor degrees") as figures:
+        ratios = check_many(NUM_CASES)
+        figures.append(f"{len(ratios):,} cases, bytes at most {max(ratios):.4f} x the minimum")
+        assert max(ratios) <= MAX_RATIO

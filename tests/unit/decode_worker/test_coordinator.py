@@ -1,0 +1,163 @@
+"""The leader of a decode group over ranks that do all at once: what it tells them, what it refuses, what it costs."""
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import pytest
+
+from sps2.internal.v1 import decode_service_pb2, engine_pb2
+from sps2.v1 import cluster_pb2
+from sps2.v1.generation_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_UNSPECIFIED
+from sps2_decode_worker import coordinator as module
+from sps2_decode_worker.attempts import LiveAttempt
+from sps2_decode_worker.coordinator import DecodeCoordinator
+from sps2_decode_worker.scheduler import MAX_PASSED
+from sps2_service.errors import Unavailable
+from sps2_service.ranks.group import GroupState
+
+NUM_RANKS = 2
+STEP_S = 0.02
+"""Less than a step over 64 rows of the demo model takes on a CPU."""
+
+
+class NoDirectory:
+    """In place of a DirectoryClient."""
+
+    def record_shards(self, *_: object) -> None:
+        """Nobody asks."""
+
+    def release(self, _: object) -> None:
+        """Nothing was recorded."""
+
+
+@dataclass
+class InstantRanks:
+    """A formed group whose ranks take up, receive and compute whatever a plan says before the next one."""
+
+    coordinator: DecodeCoordinator
+    size: int = NUM_RANKS
+    name: str = "decode-0"
+    state: GroupState = GroupState.FORMED
+    missing: str = ""
+    epoch: int = 1
+    plans: list[engine_pb2.StepPlan] = field(default_factory=list)
+    homes: dict[int, int] = field(default_factory=dict)
+    max_tokens: dict[int, int] = field(default_factory=dict)
+    num_tokens: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    """Of each row that decodes."""
+
+    def broadcast(self, command: engine_pb2.EngineCommand) -> None:
+        """As to every rank: what it answers comes back over the wire, later."""
+        sent = command.SerializeToString()
+        asyncio.get_running_loop().call_soon(self._execute, engine_pb2.EngineCommand.FromString(sent))
+
+    def _execute(self, command: engine_pb2.EngineCommand) -> None:
+        plan = command.step_plan
+        self.plans.append(plan)
+        for row in plan.release_rows:
+            self.num_tokens.pop(row, None)
+        self.homes |= {reserve.row: reserve.home for reserve in plan.reserve}
+        self.max_tokens |= {reserve.row: reserve.choice.max_tokens for reserve in plan.reserve}
+        self.num_tokens |= {admit.row: 1 for admit in plan.admit}
+        for rank in range(self.size):
+            for reserve in plan.reserve:
+                self._say(rank, rows_reserved=engine_pb2.RowsReserved(rows=[reserve.row]))
+                self._say(rank, row_received=engine_pb2.RowReceived(row=reserve.row))
+        for rank in range(self.size) if plan.run else ():
+            made = [row for row in self.num_tokens if self.homes[row] == rank]
+            tokens = [self._token(row) for row in made]
+            self._say(
+                rank,
+                step_result=engine_pb2.StepResult(sequence=plan.sequence, tokens=tokens, step_s=STEP_S),
+            )
+
+    def _token(self, row: int) -> engine_pb2.RowToken:
+        index = self.num_tokens[row]
+        self.num_tokens[row] += 1
+        reason = FINISH_REASON_LENGTH if index + 1 == self.max_tokens[row] else FINISH_REASON_UNSPECIFIED
+        return engine_pb2.RowToken(row=row, index=index, token_id=7, finish_reason=reason)
+
+    def _say(self, rank: int, **event: object) -> None:
+        sent = engine_pb2.EngineEvent(**event).SerializeToString()  # type: ignore[arg-type]
+        self.coordinator.on_event(rank, engine_pb2.EngineEvent.FromString(sent))
+
+
+def make(kv_blocks: int, *, debug: bool = False) -> tuple[DecodeCoordinator, InstantRanks]:
+    coordinator = DecodeCoordinator(NoDirectory(), "hash", 128, debug_invariants=debug)  # type: ignore[arg-type]
+    ranks = InstantRanks(coordinator)
+    coordinator.attach(ranks)  # type: ignore[arg-type]
+    loaded = engine_pb2.EngineLoaded(kv_blocks_total=kv_blocks, num_layers=2)
+    coordinator.on_formed(1, [loaded] * NUM_RANKS)
+    return coordinator, ranks
+
+
+def reserve(
+    name: str, asked_at_us: int, num_tokens: int, max_tokens: int = 64
+) -> decode_service_pb2.ReserveKv:
+    made = decode_service_pb2.ReserveKv(
+        num_prompt_tokens=num_tokens, model_hash="hash", asked_at_us=asked_at_us
+    )
+    made.attempt.request_id = name
+    made.choice.max_tokens = max_tokens
+    return made
+
+
+async def start(coordinator: DecodeCoordinator, request: decode_service_pb2.ReserveKv) -> LiveAttempt:
+    live = await coordinator.reserve(request)
+    await coordinator.commit(live, decode_service_pb2.StartDecode(first_token_id=1))
+    return live
+
+
+async def test_control_of_64_rows_is_a_small_part_of_a_step() -> None:
+    coordinator, ranks = make(kv_blocks=2_000)
+    lives = [await start(coordinator, reserve(f"r{index}", index, 300, 200)) for index in range(64)]
+    async with asyncio.timeout(50):
+        for live in lives:
+            assert [one.token.index async for one in coordinator.tokens(live)] == list(range(1, 200))
+            coordinator.release(live)
+    load = cluster_pb2.WorkerLoad()
+    coordinator.fill_load(load)
+    assert 0 < load.control_share < 0.05
+    assert not any(plan.blocks_used for plan in ranks.plans)
+
+
+async def test_ranks_are_told_how_many_blocks_they_use_when_asked_to_check() -> None:
+    coordinator, ranks = make(kv_blocks=20, debug=True)
+    live = await start(coordinator, reserve("r", 1, 256, 100))
+    assert list(ranks.plans[0].blocks_used) == [3, 2]
+    async with asyncio.timeout(20):
+        assert len([one async for one in coordinator.tokens(live)]) == 99
+    coordinator.release(live)
+    await asyncio.sleep(0)
+    assert list(ranks.plans[-1].blocks_used) == [0, 0]
+    assert max(plan.blocks_used[0] for plan in ranks.plans) == 4
+
+
+async def test_who_found_no_room_keeps_its_place_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 blocks on each rank: 10 are held, 18 are waited for, and 9 come later again and again."""
+    monkeypatch.setattr(module, "LINE_LEASE_S", 0.05)
+    coordinator, _ = make(kv_blocks=20)
+    await coordinator.reserve(reserve("first", 1, 16 * 64, 64))
+    long = reserve("long", 2, 34 * 64, 64)
+    with pytest.raises(Unavailable, match="no KV room"):
+        await coordinator.reserve(long)
+    for index in range(MAX_PASSED):
+        coordinator.release(await coordinator.reserve(reserve(f"s{index}", 3 + index, 16 * 64)))
+    with pytest.raises(Unavailable, match="no KV room"):
+        await coordinator.reserve(reserve("one too many", 50, 16 * 64))
+    await asyncio.sleep(0.1)  # the lease on its place
+    coordinator.release(await coordinator.reserve(reserve("later", 99, 16 * 64, 64)))
+
+
+async def test_who_is_more_urgent_takes_the_room_of_one_that_is_not() -> None:
+    coordinator, _ = make(kv_blocks=5)
+    usual = await coordinator.reserve(reserve("usual", 1_000, 8 * 64, 64))
+    late = reserve("late", 2_000, 8 * 64, 64)
+    with pytest.raises(Unavailable, match="no KV room"):
+        await coordinator.reserve(late)
+    late.priority = 1
+    late.attempt.request_id = "urgent"
+    await coordinator.reserve(late)
+    assert usual.error is not None
+    assert usual.error.reason == "PREEMPTED"
