@@ -13,6 +13,7 @@ from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.attention.cost_model import Choice
 from sps2_layout.attention import Attention
+from sps2_layout.placement import covers
 from sps2_layout.wire import unpack_attention
 from sps2_prefill_worker.planning import PlannedPrompt, PromptPlanner
 from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler
@@ -154,10 +155,8 @@ class PrefillCoordinator:
             raise Unavailable("QUEUE_FULL", f"prefill group {group.name} has a full queue", retry_after=1.0)
         if not request.token_ids:
             raise InvalidArgument.of_field("token_ids", "a prompt has at least one token")
-        edges = [0, *(shard.token_end for shard in request.placement.shards)]
-        begins = [shard.token_begin for shard in request.placement.shards]
-        if begins != edges[:-1] or edges[-1] != len(request.token_ids):
-            raise InvalidArgument.of_field("placement", "shards must cover the prompt in order, without gaps")
+        if not covers(request.placement, len(request.token_ids)):
+            raise InvalidArgument.of_field("placement", "must cover the prompt in order, without gaps")
         assert self._planner is not None, "a group that is formed has told its shape"
         attention, choice = _attention_of(request), request.choice
         self._check_room(

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from sps2.internal.v1.placement_pb2 import Placement, ShardPlacement
 from sps2_layout.layout import Span
+from sps2_layout.placement import num_held
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def shares(placement: Placement, spans: Sequence[Span], heads: Span, num_kv_head
 
     Args:
         placement: Of the whole prompt.
-        spans: Tokens of the source, in order and disjoint.
+        spans: Tokens of the source, in order and disjoint, none of which the targets hold already.
         heads: Of the source.
         num_kv_heads: Of the model; what a shard holds that names no heads.
 
@@ -90,16 +91,17 @@ def shares(placement: Placement, spans: Sequence[Span], heads: Span, num_kv_head
 def lanes(placement: Placement, num_kv_heads: int) -> list[Lane]:
     """A placement by ranges of heads.
 
-    A lane ends where the next shard holds other heads, or begins at token 0 again.
+    A lane ends where the next shard holds other heads, or begins where all lanes begin: behind what is held already.
 
     Raises:
         ValueError: a lane leaves a gap or overlaps itself, or holds heads that the model does not have.
     """
     found: list[Lane] = []
+    first = num_held(placement)
     for index, shard in enumerate(placement.shards):
         heads, tokens = shard_heads(shard, num_kv_heads), Span(shard.token_begin, shard.token_end)
         last = found[-1] if found else None
-        if last is None or last.heads != heads or tokens.begin == 0 < last.tokens[-1].end:
+        if last is None or last.heads != heads or tokens.begin == first < last.tokens[-1].end:
             found.append(Lane(heads, index, [tokens]))
         elif tokens.begin != last.tokens[-1].end:
             raise ValueError(f"shard {index} begins at token {tokens.begin}, the one before ends elsewhere")
