@@ -1,16 +1,18 @@
 """Requests whose prompts begin alike, one coming while the other decodes: held against the same ones alone."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Event, Thread
 
 from sps2_client import Client, Generation, Stream
-from support.csa_oracle import long_prompts
-from support.deployment import LocalDeployment
-from support.faults import SEEN_BEFORE, read_tokens
-from support.identity import GENERATE_TIMEOUT_S, Prompt, book_ids
+from sps2_layout.profiles import EXACT, Ladder
+from support.csa_oracle import csa_tokens, long_prompts
+from support.deployment import DEMO_MODEL, LocalDeployment
+from support.faults import SEEN_BEFORE, Target, Victim, read_tokens
+from support.identity import GENERATE_TIMEOUT_S, Prompt, Tally, book_ids
+from support.oracle import compare
 from support.streams import Asked, epochs, wait_for_free_kv
 
 BLOCK_TOKENS = 64
@@ -26,12 +28,14 @@ def prompts_alike(num_common: int, num_others: Sequence[int]) -> list[Prompt]:
 
 @dataclass
 class Sharing:
-    """Asks a deployment for pairs of requests."""
+    """Asks a deployment for requests that begin alike."""
 
     running: LocalDeployment
     client: Client
-    profile: str
-    """Attention of the requests."""
+    ladder: Ladder
+    """Attention of the requests: that of the deployment, or EXACT."""
+    tally: Tally = field(default_factory=Tally)
+    """Tokens compared."""
     alone: dict[Asked, tuple[Generation, int]] = field(default_factory=dict)
     """Each request by itself, and the most blocks that were used then."""
 
@@ -44,14 +48,16 @@ class Sharing:
             self.alone[asked] = answer, max(blocks, default=0)
         return self.alone[asked]
 
-    def check(self, first: Asked, second: Asked, num_shared: int, *, abort_first: bool = False) -> str:
-        """Asks for the second while the first decodes, which then ends or is aborted; the second goes on.
+    def check(
+        self, first: Asked, others: Sequence[Asked], num_shared: int, *, abort_first: bool = False
+    ) -> str:
+        """Asks for the others while the first decodes, which then ends or is aborted; the others go on.
 
         Args:
-            first: ends before the second does.
-            second: the one that may find its prompt's beginning in the group.
-            num_shared: tokens of it that it must find there: their KV is not sent.
-            abort_first: the first is given up once both decode.
+            first: ends before the others do.
+            others: those that may find their prompts' beginning in the group.
+            num_shared: tokens that each of them must find there: their KV is not sent.
+            abort_first: the first is given up once all decode.
 
         Returns:
             The blocks that were used, alone and together.
@@ -60,31 +66,65 @@ class Sharing:
             AssertionError: tokens differ from those of the requests alone, or blocks are left behind.
         """
         in_epochs = epochs(self.client)
-        (one, one_used), (other, other_used) = self.ask_alone(first), self.ask_alone(second)
-        with self._blocks_seen() as blocks, self._stream(first) as earlier:
+        used_alone = [self.ask_alone(one)[1] for one in (first, *others)]
+        with self._blocks_seen() as blocks, ExitStack() as open_streams:
+            earlier = open_streams.enter_context(self._stream(first))
             read_tokens(earlier, SEEN_BEFORE)
-            with self._stream(second) as later:
-                read_tokens(later, SEEN_BEFORE)
-                if abort_first:
-                    earlier.close()
-                else:
-                    assert earlier.final().token_ids == one.token_ids
-                answer = later.final()
-        assert answer.token_ids == other.token_ids
-        sent, sent_alone = (each.usage.bytes_moved.kv_transfer for each in (answer, other))
-        num_tokens = len(second.prompt)
+            later = [open_streams.enter_context(self._stream(one)) for one in others]
+            for stream in later:
+                read_tokens(stream, SEEN_BEFORE)
+            if abort_first:
+                earlier.close()
+            else:
+                self._compare(first, earlier.final())
+            for asked, stream in zip(others, later, strict=True):
+                answer = stream.final()
+                self._compare(asked, answer)
+                self._check_sent(asked, answer, num_shared)
+        most = max(blocks, default=0)
+        allowed = sum(_most_blocks(one) for one in (first, *others))
+        assert 0 < most <= allowed - len(others) * num_shared // BLOCK_TOKENS
+        wait_for_free_kv(self.client)
+        assert epochs(self.client) == in_epochs, "a rank's KV blocks were not as they must be: see its log"
+        return f"{' + '.join(map(str, used_alone))} blocks used alone, {most} together"
+
+    def survive(self, first: Asked, second: Asked, victim: Victim) -> None:
+        """A decode rank dies while it holds blocks of both; both streams go on where they stopped.
+
+        Raises:
+            AssertionError: tokens differ from those of the requests alone, or nothing was shared.
+        """
+        for one in (first, second):
+            self.ask_alone(one)
+        before = num_sharing(self.running)
+        with self._stream(first) as earlier, self._stream(second) as later:
+            for stream in (earlier, later):
+                read_tokens(stream, SEEN_BEFORE)
+            Target(self.running).send(victim)
+            assert self.client.cluster_state().num_requests_live == 2, "a stream is too short for the fault"
+            self._compare(second, later.final())
+            self._compare(first, earlier.final())
+        assert num_sharing(self.running) > before
+
+    def _compare(self, asked: Asked, answer: Generation) -> None:
+        """A greedy stream may differ at a near-tie, which the batch that it is in may round the other way."""
+        for one, other in zip(self.ask_alone(asked)[0].choices, answer.choices, strict=True):
+            gaps: Sequence[float] = [float("inf")] * asked.num_tokens
+            if one.token_ids != other.token_ids and asked.seed is None:
+                gaps = csa_tokens(DEMO_MODEL, self.ladder, asked.prompt, asked.num_tokens)[1]
+            self.tally.add(compare(other.token_ids, one.token_ids, gaps))
+
+    def _check_sent(self, asked: Asked, answer: Generation, num_shared: int) -> None:
+        """The KV of what is shared is not sent."""
+        sent, sent_alone = (one.usage.bytes_moved.kv_transfer for one in (answer, self.ask_alone(asked)[0]))
+        num_tokens = len(asked.prompt)
         assert sent * num_tokens == sent_alone * (num_tokens - num_shared), (
             f"{sent} of {sent_alone} bytes sent"
         )
-        most = max(blocks, default=0)
-        assert most <= _most_blocks(first) + _most_blocks(second) - num_shared // BLOCK_TOKENS
-        wait_for_free_kv(self.client)
-        assert epochs(self.client) == in_epochs, "a rank's KV blocks were not as they must be: see its log"
-        return f"{one_used} and {other_used} blocks used alone, {most} together"
 
     def _stream(self, asked: Asked) -> Stream:
         options = asked.options
-        options["attention_profile"] = self.profile
+        options["attention_profile"] = "exact" if self.ladder is EXACT else ""
         return self.client.stream(timeout=GENERATE_TIMEOUT_S, **options)
 
     @contextmanager
@@ -110,8 +150,10 @@ class Sharing:
 
 @cache
 def _most_blocks(asked: Asked) -> int:
-    """Blocks of a request at its end: a rank may leave its last one half empty."""
-    return -(-len(asked.prompt) // BLOCK_TOKENS) + -(-asked.num_tokens // BLOCK_TOKENS) + 1
+    """Blocks of a request at its end; a choice that ends early may have one more than its tokens need."""
+    num_shared = len(asked.prompt) // BLOCK_TOKENS
+    num_own = len(asked.prompt) % BLOCK_TOKENS + asked.num_tokens
+    return num_shared + asked.num_choices * (-(-num_own // BLOCK_TOKENS) + 1)
 
 
 def num_sharing(running: LocalDeployment) -> int:

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from sps2_layout.profile_file import load_profile
+from sps2_layout.profiles import EXACT
 from support.deployment import DEMO_MODEL, deployment
+from support.faults import Target, Victim
 from support.must_show import MustShow
 from support.preemption import crowd, tight, write_profile
 from support.prefix_sharing import Sharing, num_sharing, prompts_alike
@@ -16,6 +18,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
 COMMON = 6_016
 """A whole number of blocks."""
 FIRST_TOKENS, SECOND_TOKENS = 150, 300
+RECOVERED_S = 60.0
 CROWD = 12
 CROWD_COMMON = 640
 
@@ -38,17 +41,27 @@ def test_two_requests_with_the_same_beginning(profile: Path, decode: str, must_s
         deployment(DEMO_MODEL, "1x2", decode, arguments) as running,
         running.client() as client,
     ):
-        exact, sparse = Sharing(running, client, "exact"), Sharing(running, client, "")
+        exact, sparse = Sharing(running, client, EXACT), Sharing(running, client, load_profile(str(profile)))
         with must_show(f"6 decode {decode}: {COMMON:,} tokens in common, exact") as figures:
-            figures.append(exact.check(one, other, COMMON))
-            figures.append("the first is aborted: " + exact.check(one, other, COMMON, abort_first=True))
+            figures.append(exact.check(one, [other], COMMON))
+            figures.append("the first is aborted: " + exact.check(one, [other], COMMON, abort_first=True))
+        with must_show(f"6 decode {decode}: three at once, and one of three choices") as figures:
+            figures.append(exact.check(one, [other, third], COMMON))
+            choices = Asked(long, SECOND_TOKENS, 8, num_choices=3)
+            figures.append("choices: " + exact.check(one, [choices], COMMON))
         with must_show(f"6 decode {decode}: the same prompt, of whole blocks alone") as figures:
             whole = short[:COMMON]
-            figures.append(exact.check(Asked(whole, FIRST_TOKENS, None), Asked(whole, 300, 5), COMMON))
+            figures.append(exact.check(Asked(whole, FIRST_TOKENS, None), [Asked(whole, 300, 5)], COMMON))
         with must_show(f"6 decode {decode}: CSA, masks equal") as figures:
-            figures.append(sparse.check(Asked(long, FIRST_TOKENS, 3), third, COMMON))
+            figures.append(sparse.check(Asked(long, FIRST_TOKENS, 3), [third], COMMON))
         with must_show(f"6 decode {decode}: CSA, masks differ: nothing shared") as figures:
-            figures.append(sparse.check(one, third, 0))
+            figures.append(sparse.check(one, [third], 0))
+        with must_show(f"6 decode {decode}: a rank dies that holds shared blocks") as figures:
+            exact.survive(one, other, Victim("decode-0/0", "engine"))
+            figures.append(f"both streams went on; in all {exact.tally}; CSA {sparse.tally}")
+            exact.tally.check()
+            sparse.tally.check()
+            Target(running).settled(RECOVERED_S)
 
 
 @pytest.mark.parametrize(("decode", "kv_tokens"), [("1x1", 3_072), ("1x2", 1_536)])
