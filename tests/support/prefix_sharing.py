@@ -97,9 +97,11 @@ class Sharing:
         for one in (first, second):
             self.ask_alone(one)
         before = num_sharing(self.running)
-        with self._stream(first) as earlier, self._stream(second) as later:
-            for stream in (earlier, later):
-                read_tokens(stream, SEEN_BEFORE)
+        with ExitStack() as open_streams:
+            earlier = open_streams.enter_context(self._stream(first))
+            read_tokens(earlier, SEEN_BEFORE)
+            later = open_streams.enter_context(self._stream(second))
+            read_tokens(later, SEEN_BEFORE)
             Target(self.running).send(victim)
             assert self.client.cluster_state().num_requests_live == 2, "a stream is too short for the fault"
             self._compare(second, later.final())
