@@ -86,10 +86,12 @@ class DecodeRole:
     def execute(self, command: engine_pb2.EngineCommand) -> None:
         """See `Role.execute`."""
         plan = command.step_plan
+        receiver, rank = self._loaded_receiver, self._groups.sequence.rank
+        held = [receiver.hold(reserve, rank, self._rows) for reserve in plan.reserve]
         for row_id in plan.release_rows:
             self._release(self._rows[row_id])
-        for reserve in plan.reserve:
-            self._reserve(reserve)
+        for reserve, blocks in zip(plan.reserve, held, strict=True):
+            self._reserve(reserve, blocks)
         if plan.reserve:
             self._answer_reservations(plan.reserve)
         for admit in plan.admit:
@@ -97,7 +99,7 @@ class DecodeRole:
         if plan.run:
             self._step(plan)
         if plan.blocks_used:
-            self._loaded_receiver.check(self._rows.values(), plan.blocks_used[self._groups.sequence.rank])
+            receiver.check(self._rows.values(), plan.blocks_used[rank])
             self._check_drawn()
 
     def _check_drawn(self) -> None:
@@ -117,7 +119,7 @@ class DecodeRole:
             if not torch.equal(together, drawn * ranks.size):
                 raise AssertionError(f"tensor ranks have drawn other tokens than {last}")
 
-    def _reserve(self, reserve: engine_pb2.ReserveRow) -> None:
+    def _reserve(self, reserve: engine_pb2.ReserveRow, held: Sequence[int]) -> None:
         epoch = self._epoch
 
         def on_complete() -> None:  # on the receiver's thread
@@ -125,7 +127,7 @@ class DecodeRole:
             self._link.send(engine_pb2.EngineEvent(epoch=epoch, row_received=received))
 
         own = own_lane(reserve, self._options.share)
-        rows = self._loaded_receiver.reserve(own, self._groups.sequence.rank, on_complete)
+        rows = self._loaded_receiver.reserve(own, self._groups.sequence.rank, held, on_complete)
         self._rows.update({row.row_id: row for row in rows})
 
     def _answer_reservations(self, reserved: Sequence[engine_pb2.ReserveRow]) -> None:

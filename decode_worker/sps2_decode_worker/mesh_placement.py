@@ -17,7 +17,7 @@ def mesh_shards(
     """The shards of a placement: those of all sequence indices by tokens, for one tensor index after the other.
 
     Args:
-        tokens: [begin, end) by sequence index; together all of the prompt.
+        tokens: [begin, end) by sequence index; together all of the prompt that the group does not hold already.
         mesh: of the group.
         num_kv_heads: of the model; where tensor ranks outnumber them, several hold the same.
     """

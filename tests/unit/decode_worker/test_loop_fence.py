@@ -28,6 +28,9 @@ class Receiver:
 
     num_reserved = 0
 
+    def hold(self, *_: object) -> list[int]:
+        return []
+
     def reserve(self, *_: object) -> list[object]:
         self.num_reserved += 1
         return []

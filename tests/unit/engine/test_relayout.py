@@ -91,7 +91,7 @@ def test_a_placement_covers_every_head_of_every_token() -> None:
         check_covers(halves, 200, 5)
     with pytest.raises(ValueError, match="must cover the prompt"):
         check_covers(halves, 201, 4)
-    with pytest.raises(ValueError, match="no shard holds"):
+    with pytest.raises(ValueError, match="must cover the prompt"):
         check_covers(Placement(), 200, 4)
 
 

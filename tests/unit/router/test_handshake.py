@@ -123,6 +123,16 @@ def test_a_placement_covers_the_prompt_once_for_each_range_of_heads() -> None:
     assert steps == feed(PLACED, STARTED)[1]
 
 
+def test_a_placement_may_begin_with_what_is_held() -> None:
+    placed = placement((64, 100))
+    placed.placement.held.add(token_end=64)
+    handshake, steps = feed(placed)
+    assert (handshake.placement, steps) == (placed.placement, [Step.PREFILL])
+    placed.placement.held[0].token_end = 63
+    with pytest.raises(Internal, match="BAD_PLACEMENT"):
+        feed(placed)
+
+
 def test_timings_are_differences_of_the_milestones() -> None:
     handshake, _ = feed(PLACED, STARTED, PROGRESS, FIRST, DELIVERED, COMMITTED)
     found = timings(Milestones(arrived_at=-2, first_sent_at=6, last_sent_at=10), handshake, num_tokens=5)

@@ -26,15 +26,15 @@ from sps2.internal.v1 import placement_pb2 as sps2_dot_internal_dot_v1_dot_place
 from sps2.v1 import cluster_pb2 as sps2_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sps2/internal/v1/kv_directory_service.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a\x15sps2/v1/cluster.proto\"<\n\x15RegisterWorkerRequest\x12#\n\x06worker\x18\x01 \x01(\x0b\x32\x13.sps2.v1.WorkerInfo\"G\n\x16RegisterWorkerResponse\x12\x13\n\x0blease_ttl_s\x18\x01 \x01(\x01\x12\x18\n\x10renew_interval_s\x18\x02 \x01(\x01\"E\n\x11RenewLeaseRequest\x12\x30\n\x08renewals\x18\x01 \x03(\x0b\x32\x1e.sps2.internal.v1.LeaseRenewal\"\xaf\x01\n\x0cLeaseRenewal\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.sps2.v1.WorkerState\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12!\n\x04load\x18\x05 \x01(\x0b\x32\x13.sps2.v1.WorkerLoad\x12\x18\n\x10transfer_address\x18\x06 \x01(\t\"E\n\x12RenewLeaseResponse\x12/\n\x08statuses\x18\x01 \x03(\x0e\x32\x1d.sps2.internal.v1.LeaseStatus\"I\n\x17\x44\x65registerWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65registerWorkerResponse\"3\n\x10\x44rawEpochRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12\x10\n\x08previous\x18\x02 \x01(\x04\"\"\n\x11\x44rawEpochResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x15\n\x13WatchWorkersRequest\"\xac\x01\n\x14WatchWorkersResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x34\n\x08snapshot\x18\x02 \x01(\x0b\x32 .sps2.internal.v1.WorkerSnapshotH\x00\x12&\n\x07updated\x18\x03 \x01(\x0b\x32\x13.sps2.v1.WorkerInfoH\x00\x12\x1b\n\x11removed_worker_id\x18\x04 \x01(\tH\x00\x42\x07\n\x05\x65vent\"J\n\x0eWorkerSnapshot\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x12\n\nrecovering\x18\x02 \x01(\x08\"\x94\x01\n\x0cRequestShard\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0blayer_begin\x18\x03 \x01(\x05\x12\x11\n\tlayer_end\x18\x04 \x01(\x05\x12\x13\n\x0btoken_begin\x18\x05 \x01(\x05\x12\x11\n\ttoken_end\x18\x06 \x01(\x05\x12\x12\n\nnum_blocks\x18\x07 \x01(\x05\"\xce\x01\n\rRequestRecord\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x15\n\rprefill_group\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65\x63ode_group\x18\x03 \x01(\t\x12.\n\x06shards\x18\x04 \x03(\x0b\x32\x1e.sps2.internal.v1.RequestShard\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\"W\n\x13RecordShardsRequest\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"\x16\n\x14RecordShardsResponse\"*\n\x14LocateRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"H\n\x15LocateRequestResponse\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\"C\n\x15ReleaseRequestRequest\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\"\x18\n\x16ReleaseRequestResponse\"\x83\x01\n\x0cPrefixHolder\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x34\n\tattention\x18\x04 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\"S\n\x13RecordPrefixRequest\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\"\x16\n\x14RecordPrefixResponse\"!\n\x11\x46indPrefixRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"D\n\x12\x46indPrefixResponse\x12.\n\x07matches\x18\x01 \x03(\x0b\x32\x1d.sps2.internal.v1.PrefixMatch\"O\n\x0bPrefixMatch\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x10\n\x08num_keys\x18\x02 \x01(\x05\"R\n\x12\x45victPrefixRequest\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\"\x15\n\x13\x45victPrefixResponse\"\x18\n\x16GetClusterStateRequest\"\xb3\x01\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x14\n\x0cnum_requests\x18\x02 \x01(\x03\x12\x10\n\x08revision\x18\x03 \x01(\x04\x12\x1d\n\x15\x64irectory_incarnation\x18\x04 \x01(\t\x12\x12\n\nrecovering\x18\x05 \x01(\x08\x12\x17\n\x0fnum_prefix_keys\x18\x06 \x01(\x03*\x94\x01\n\x0bLeaseStatus\x12\x1c\n\x18LEASE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14LEASE_STATUS_RENEWED\x10\x01\x12\x1a\n\x16LEASE_STATUS_NOT_FOUND\x10\x02\x12\x16\n\x12LEASE_STATUS_STALE\x10\x03\x12\x19\n\x15LEASE_STATUS_DEGRADED\x10\x04\x32\x96\t\n\x12KvDirectoryService\x12\x63\n\x0eRegisterWorker\x12\'.sps2.internal.v1.RegisterWorkerRequest\x1a(.sps2.internal.v1.RegisterWorkerResponse\x12W\n\nRenewLease\x12#.sps2.internal.v1.RenewLeaseRequest\x1a$.sps2.internal.v1.RenewLeaseResponse\x12i\n\x10\x44\x65registerWorker\x12).sps2.internal.v1.DeregisterWorkerRequest\x1a*.sps2.internal.v1.DeregisterWorkerResponse\x12T\n\tDrawEpoch\x12\".sps2.internal.v1.DrawEpochRequest\x1a#.sps2.internal.v1.DrawEpochResponse\x12_\n\x0cWatchWorkers\x12%.sps2.internal.v1.WatchWorkersRequest\x1a&.sps2.internal.v1.WatchWorkersResponse0\x01\x12]\n\x0cRecordShards\x12%.sps2.internal.v1.RecordShardsRequest\x1a&.sps2.internal.v1.RecordShardsResponse\x12`\n\rLocateRequest\x12&.sps2.internal.v1.LocateRequestRequest\x1a\'.sps2.internal.v1.LocateRequestResponse\x12\x63\n\x0eReleaseRequest\x12\'.sps2.internal.v1.ReleaseRequestRequest\x1a(.sps2.internal.v1.ReleaseRequestResponse\x12]\n\x0cRecordPrefix\x12%.sps2.internal.v1.RecordPrefixRequest\x1a&.sps2.internal.v1.RecordPrefixResponse\x12W\n\nFindPrefix\x12#.sps2.internal.v1.FindPrefixRequest\x1a$.sps2.internal.v1.FindPrefixResponse\x12Z\n\x0b\x45victPrefix\x12$.sps2.internal.v1.EvictPrefixRequest\x1a%.sps2.internal.v1.EvictPrefixResponse\x12\x66\n\x0fGetClusterState\x12(.sps2.internal.v1.GetClusterStateRequest\x1a).sps2.internal.v1.GetClusterStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sps2/internal/v1/kv_directory_service.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a\x15sps2/v1/cluster.proto\"<\n\x15RegisterWorkerRequest\x12#\n\x06worker\x18\x01 \x01(\x0b\x32\x13.sps2.v1.WorkerInfo\"G\n\x16RegisterWorkerResponse\x12\x13\n\x0blease_ttl_s\x18\x01 \x01(\x01\x12\x18\n\x10renew_interval_s\x18\x02 \x01(\x01\"E\n\x11RenewLeaseRequest\x12\x30\n\x08renewals\x18\x01 \x03(\x0b\x32\x1e.sps2.internal.v1.LeaseRenewal\"\xaf\x01\n\x0cLeaseRenewal\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.sps2.v1.WorkerState\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12!\n\x04load\x18\x05 \x01(\x0b\x32\x13.sps2.v1.WorkerLoad\x12\x18\n\x10transfer_address\x18\x06 \x01(\t\"E\n\x12RenewLeaseResponse\x12/\n\x08statuses\x18\x01 \x03(\x0e\x32\x1d.sps2.internal.v1.LeaseStatus\"I\n\x17\x44\x65registerWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65registerWorkerResponse\"3\n\x10\x44rawEpochRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12\x10\n\x08previous\x18\x02 \x01(\x04\"\"\n\x11\x44rawEpochResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x15\n\x13WatchWorkersRequest\"\xac\x01\n\x14WatchWorkersResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x34\n\x08snapshot\x18\x02 \x01(\x0b\x32 .sps2.internal.v1.WorkerSnapshotH\x00\x12&\n\x07updated\x18\x03 \x01(\x0b\x32\x13.sps2.v1.WorkerInfoH\x00\x12\x1b\n\x11removed_worker_id\x18\x04 \x01(\tH\x00\x42\x07\n\x05\x65vent\"J\n\x0eWorkerSnapshot\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x12\n\nrecovering\x18\x02 \x01(\x08\"\x94\x01\n\x0cRequestShard\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0blayer_begin\x18\x03 \x01(\x05\x12\x11\n\tlayer_end\x18\x04 \x01(\x05\x12\x13\n\x0btoken_begin\x18\x05 \x01(\x05\x12\x11\n\ttoken_end\x18\x06 \x01(\x05\x12\x12\n\nnum_blocks\x18\x07 \x01(\x05\"\xe9\x01\n\rRequestRecord\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x15\n\rprefill_group\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65\x63ode_group\x18\x03 \x01(\t\x12.\n\x06shards\x18\x04 \x03(\x0b\x32\x1e.sps2.internal.v1.RequestShard\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\x12\x19\n\x11num_shared_tokens\x18\x06 \x01(\x05\"W\n\x13RecordShardsRequest\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"\x16\n\x14RecordShardsResponse\"*\n\x14LocateRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"H\n\x15LocateRequestResponse\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\"C\n\x15ReleaseRequestRequest\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\"\x18\n\x16ReleaseRequestResponse\"\x83\x01\n\x0cPrefixHolder\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x34\n\tattention\x18\x04 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\"S\n\x13RecordPrefixRequest\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\"\x16\n\x14RecordPrefixResponse\"!\n\x11\x46indPrefixRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"D\n\x12\x46indPrefixResponse\x12.\n\x07matches\x18\x01 \x03(\x0b\x32\x1d.sps2.internal.v1.PrefixMatch\"O\n\x0bPrefixMatch\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x10\n\x08num_keys\x18\x02 \x01(\x05\"R\n\x12\x45victPrefixRequest\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\"\x15\n\x13\x45victPrefixResponse\"\x18\n\x16GetClusterStateRequest\"\xb3\x01\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x14\n\x0cnum_requests\x18\x02 \x01(\x03\x12\x10\n\x08revision\x18\x03 \x01(\x04\x12\x1d\n\x15\x64irectory_incarnation\x18\x04 \x01(\t\x12\x12\n\nrecovering\x18\x05 \x01(\x08\x12\x17\n\x0fnum_prefix_keys\x18\x06 \x01(\x03*\x94\x01\n\x0bLeaseStatus\x12\x1c\n\x18LEASE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14LEASE_STATUS_RENEWED\x10\x01\x12\x1a\n\x16LEASE_STATUS_NOT_FOUND\x10\x02\x12\x16\n\x12LEASE_STATUS_STALE\x10\x03\x12\x19\n\x15LEASE_STATUS_DEGRADED\x10\x04\x32\x96\t\n\x12KvDirectoryService\x12\x63\n\x0eRegisterWorker\x12\'.sps2.internal.v1.RegisterWorkerRequest\x1a(.sps2.internal.v1.RegisterWorkerResponse\x12W\n\nRenewLease\x12#.sps2.internal.v1.RenewLeaseRequest\x1a$.sps2.internal.v1.RenewLeaseResponse\x12i\n\x10\x44\x65registerWorker\x12).sps2.internal.v1.DeregisterWorkerRequest\x1a*.sps2.internal.v1.DeregisterWorkerResponse\x12T\n\tDrawEpoch\x12\".sps2.internal.v1.DrawEpochRequest\x1a#.sps2.internal.v1.DrawEpochResponse\x12_\n\x0cWatchWorkers\x12%.sps2.internal.v1.WatchWorkersRequest\x1a&.sps2.internal.v1.WatchWorkersResponse0\x01\x12]\n\x0cRecordShards\x12%.sps2.internal.v1.RecordShardsRequest\x1a&.sps2.internal.v1.RecordShardsResponse\x12`\n\rLocateRequest\x12&.sps2.internal.v1.LocateRequestRequest\x1a\'.sps2.internal.v1.LocateRequestResponse\x12\x63\n\x0eReleaseRequest\x12\'.sps2.internal.v1.ReleaseRequestRequest\x1a(.sps2.internal.v1.ReleaseRequestResponse\x12]\n\x0cRecordPrefix\x12%.sps2.internal.v1.RecordPrefixRequest\x1a&.sps2.internal.v1.RecordPrefixResponse\x12W\n\nFindPrefix\x12#.sps2.internal.v1.FindPrefixRequest\x1a$.sps2.internal.v1.FindPrefixResponse\x12Z\n\x0b\x45victPrefix\x12$.sps2.internal.v1.EvictPrefixRequest\x1a%.sps2.internal.v1.EvictPrefixResponse\x12\x66\n\x0fGetClusterState\x12(.sps2.internal.v1.GetClusterStateRequest\x1a).sps2.internal.v1.GetClusterStateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sps2.internal.v1.kv_directory_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEASESTATUS']._serialized_start=2474
-  _globals['_LEASESTATUS']._serialized_end=2622
+  _globals['_LEASESTATUS']._serialized_start=2501
+  _globals['_LEASESTATUS']._serialized_end=2649
   _globals['_REGISTERWORKERREQUEST']._serialized_start=122
   _globals['_REGISTERWORKERREQUEST']._serialized_end=182
   _globals['_REGISTERWORKERRESPONSE']._serialized_start=184
@@ -62,39 +62,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REQUESTSHARD']._serialized_start=1044
   _globals['_REQUESTSHARD']._serialized_end=1192
   _globals['_REQUESTRECORD']._serialized_start=1195
-  _globals['_REQUESTRECORD']._serialized_end=1401
-  _globals['_RECORDSHARDSREQUEST']._serialized_start=1403
-  _globals['_RECORDSHARDSREQUEST']._serialized_end=1490
-  _globals['_RECORDSHARDSRESPONSE']._serialized_start=1492
-  _globals['_RECORDSHARDSRESPONSE']._serialized_end=1514
-  _globals['_LOCATEREQUESTREQUEST']._serialized_start=1516
-  _globals['_LOCATEREQUESTREQUEST']._serialized_end=1558
-  _globals['_LOCATEREQUESTRESPONSE']._serialized_start=1560
-  _globals['_LOCATEREQUESTRESPONSE']._serialized_end=1632
-  _globals['_RELEASEREQUESTREQUEST']._serialized_start=1634
-  _globals['_RELEASEREQUESTREQUEST']._serialized_end=1701
-  _globals['_RELEASEREQUESTRESPONSE']._serialized_start=1703
-  _globals['_RELEASEREQUESTRESPONSE']._serialized_end=1727
-  _globals['_PREFIXHOLDER']._serialized_start=1730
-  _globals['_PREFIXHOLDER']._serialized_end=1861
-  _globals['_RECORDPREFIXREQUEST']._serialized_start=1863
-  _globals['_RECORDPREFIXREQUEST']._serialized_end=1946
-  _globals['_RECORDPREFIXRESPONSE']._serialized_start=1948
-  _globals['_RECORDPREFIXRESPONSE']._serialized_end=1970
-  _globals['_FINDPREFIXREQUEST']._serialized_start=1972
-  _globals['_FINDPREFIXREQUEST']._serialized_end=2005
-  _globals['_FINDPREFIXRESPONSE']._serialized_start=2007
-  _globals['_FINDPREFIXRESPONSE']._serialized_end=2075
-  _globals['_PREFIXMATCH']._serialized_start=2077
-  _globals['_PREFIXMATCH']._serialized_end=2156
-  _globals['_EVICTPREFIXREQUEST']._serialized_start=2158
-  _globals['_EVICTPREFIXREQUEST']._serialized_end=2240
-  _globals['_EVICTPREFIXRESPONSE']._serialized_start=2242
-  _globals['_EVICTPREFIXRESPONSE']._serialized_end=2263
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=2265
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=2289
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=2292
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=2471
-  _globals['_KVDIRECTORYSERVICE']._serialized_start=2625
-  _globals['_KVDIRECTORYSERVICE']._serialized_end=3799
+  _globals['_REQUESTRECORD']._serialized_end=1428
+  _globals['_RECORDSHARDSREQUEST']._serialized_start=1430
+  _globals['_RECORDSHARDSREQUEST']._serialized_end=1517
+  _globals['_RECORDSHARDSRESPONSE']._serialized_start=1519
+  _globals['_RECORDSHARDSRESPONSE']._serialized_end=1541
+  _globals['_LOCATEREQUESTREQUEST']._serialized_start=1543
+  _globals['_LOCATEREQUESTREQUEST']._serialized_end=1585
+  _globals['_LOCATEREQUESTRESPONSE']._serialized_start=1587
+  _globals['_LOCATEREQUESTRESPONSE']._serialized_end=1659
+  _globals['_RELEASEREQUESTREQUEST']._serialized_start=1661
+  _globals['_RELEASEREQUESTREQUEST']._serialized_end=1728
+  _globals['_RELEASEREQUESTRESPONSE']._serialized_start=1730
+  _globals['_RELEASEREQUESTRESPONSE']._serialized_end=1754
+  _globals['_PREFIXHOLDER']._serialized_start=1757
+  _globals['_PREFIXHOLDER']._serialized_end=1888
+  _globals['_RECORDPREFIXREQUEST']._serialized_start=1890
+  _globals['_RECORDPREFIXREQUEST']._serialized_end=1973
+  _globals['_RECORDPREFIXRESPONSE']._serialized_start=1975
+  _globals['_RECORDPREFIXRESPONSE']._serialized_end=1997
+  _globals['_FINDPREFIXREQUEST']._serialized_start=1999
+  _globals['_FINDPREFIXREQUEST']._serialized_end=2032
+  _globals['_FINDPREFIXRESPONSE']._serialized_start=2034
+  _globals['_FINDPREFIXRESPONSE']._serialized_end=2102
+  _globals['_PREFIXMATCH']._serialized_start=2104
+  _globals['_PREFIXMATCH']._serialized_end=2183
+  _globals['_EVICTPREFIXREQUEST']._serialized_start=2185
+  _globals['_EVICTPREFIXREQUEST']._serialized_end=2267
+  _globals['_EVICTPREFIXRESPONSE']._serialized_start=2269
+  _globals['_EVICTPREFIXRESPONSE']._serialized_end=2290
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=2292
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=2316
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=2319
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=2498
+  _globals['_KVDIRECTORYSERVICE']._serialized_start=2652
+  _globals['_KVDIRECTORYSERVICE']._serialized_end=3826
 # @@protoc_insertion_point(module_scope)
