@@ -4,6 +4,7 @@ A communicator hides the backend (Gloo on CPUs, NCCL on GPUs) and owns its proce
 never a global. It knows nothing of attention: callers say how many bytes go to and come from each rank.
 """
 
+import os
 import socket
 import time
 from collections import Counter
@@ -23,6 +24,8 @@ MEET_POLL_S = 0.005
 
 CONNECT_TIMEOUT = timedelta(seconds=5)
 """For ranks that are all there to connect to each other; it takes milliseconds."""
+AWAKE_S = 0.001
+"""How long a rank looks again and again whether an exchange on CPUs is complete, before it sleeps."""
 LANES = 2
 """What goes in and what goes out of a layer's attention overlap, so neither may queue behind the other."""
 
@@ -182,7 +185,7 @@ class _TorchExchange:
 
     def wait(self) -> Tensor:
         try:
-            self.work.wait()
+            _wait(self.work, self.received)
         except RuntimeError as error:
             raise GroupError(f"exchange failed: {error}") from error
         return self.received
@@ -239,7 +242,7 @@ class TorchCommunicator:
     def all_reduce(self, tensor: Tensor, kind: str) -> None:
         """See `SummingCommunicator.all_reduce`: both backends add up each element on one rank and pass it on."""
         try:
-            self._lane(0).allreduce([tensor]).wait()
+            _wait(self._lane(0).allreduce([tensor]), tensor)
         except RuntimeError as error:
             raise GroupError(f"sum failed: {error}") from error
         self.bytes_posted[kind] += 2 * tensor.nbytes * (self.size - 1) // self.size
@@ -270,6 +273,19 @@ class TorchCommunicator:
     def _lane(self, lane: int) -> dist.ProcessGroup:
         lanes = self._open_groups[:-1]
         return lanes[lane % len(lanes)]
+
+
+def _wait(work: dist.Work, result: Tensor) -> None:
+    """Waits for work of this rank's host, after a while asleep.
+
+    The exchanges of a decode step take tens of microseconds, and to wake a thread takes longer than that.
+    """
+    if result.device.type == "cpu":
+        asleep_at = time.perf_counter() + AWAKE_S
+        while not work.is_completed() and time.perf_counter() < asleep_at:
+            time.sleep(0)  # other threads of this process get the interpreter,
+            os.sched_yield()  # and other processes the core
+    work.wait()
 
 
 def open_store(host: str, timeout: timedelta) -> tuple[TCPStore, str]:
