@@ -3,9 +3,11 @@
 import typer
 
 from sps2_cli.demo import demo
+from sps2_cli.drain import drain
 from sps2_cli.generate import generate
 from sps2_cli.measure import bench, evaluate
 from sps2_cli.resize import resize
+from sps2_cli.scale import scale
 from sps2_cli.status import status
 from sps2_cli.up import up
 
@@ -33,6 +35,8 @@ app = typer.Typer(
 app.command()(up)
 app.command()(generate)
 app.command()(status)
+app.command()(scale)
+app.command()(drain)
 app.command()(resize)
 app.command()(demo)
 # Their options are those of another program, which explains them itself.
