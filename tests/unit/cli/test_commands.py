@@ -264,3 +264,35 @@ def test_the_demo_cuts_its_text_at_a_word_and_repeats_what_is_too_short() -> Non
         text = excerpt(client, "seven words make up this short text ", 300)
     assert 300 <= len(text) <= 364
     assert text.split(" ")[-1] in {"seven", "words", "make", "up", "this", "short", "text"}
+
+
+def test_drain_says_how_long_it_may_take() -> None:
+    with FakeRouter() as router:
+        done = run("drain", "decode-0", "--server", router.address)
+        unknown = run("drain", "decode-9", "--server", router.address)
+    assert (done.exit_code, done.stdout) == (0, "decode-0 is draining; its requests have 7 s to finish\n")
+    assert (unknown.exit_code, "decode-9" in unknown.stderr) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["prefil=2"], "is not POOL=GROUPS"),
+        (["prefill"], "is not POOL=GROUPS"),
+        (["decode=0"], "1 to 256 groups"),
+        (["decode=two"], "1 to 256 groups"),
+        (["decode=1", "decode=2"], "given twice"),
+        (["decode=1", "--server", "nowhere"], "is not HOST:PORT"),
+    ],
+)
+def test_scale_refuses_what_it_cannot_mean(words: list[str], says: str) -> None:
+    result = run("scale", *words)
+    assert (result.exit_code, says in result.stderr) == (2, True), result.stderr
+
+
+def test_scale_without_a_deployment_cannot_connect() -> None:
+    port = free_port()
+    result = run("scale", "decode=2", "--server", f"127.0.0.1:{port}", "--json")
+    assert result.exit_code == 4
+    (event,) = documents(result)
+    assert f"serves port {port}" in event["message"]

@@ -68,6 +68,7 @@ def test_every_rank_is_started_once_with_its_leader() -> None:
         "--kv-tokens": "65536",
         "--threads": "4",
         "--kv-transport": "auto",
+        "--drain-s": "30",
         "--leader": "at-decode-0/0",
     }
     assert "--leader" not in leaders[0].command
