@@ -9,6 +9,7 @@ from sps2_cli.measure import bench, evaluate
 from sps2_cli.resize import resize
 from sps2_cli.scale import scale
 from sps2_cli.status import status
+from sps2_cli.top import top
 from sps2_cli.up import up
 
 HELP = """LLM serving with sequence-parallel prefill and decode.
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command()(up)
 app.command()(generate)
 app.command()(status)
+app.command()(top)
 app.command()(scale)
 app.command()(drain)
 app.command()(resize)

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from sps2_client import Client, SPS2Error
 from support.deployment import SPS2, LocalDeployment
+from support.faults import command_of, members
 from support.identity import Tally, reference
 from support.oracle import compare
 from support.streams import Answered, Asked, ask
@@ -134,7 +135,8 @@ def uses(router_log: Path) -> list[Use]:
 
 def attempts_after_draining(router_log: Path) -> list[str]:
     """Groups that were given an attempt while the router knew that they drain; should be none."""
-    draining, wrong = set(), []
+    draining: set[str] = set()
+    wrong: list[str] = []
     for event in _events(router_log):
         if event["event"] == "group":
             (draining.add if event["state"] == "draining" else draining.discard)(event["group"])
@@ -173,3 +175,17 @@ def same_tokens(model: Path, asked: Asked, tokens: Sequence[int], expected: Sequ
     tally = Tally()
     tally.add(compare(tokens, expected, gaps))
     return tally
+
+
+def rank_pid(running: LocalDeployment, group: str, rank: int) -> int:
+    """The supervisor of one rank, also of a group that was not there at the start."""
+    for pid in members(running.process.pid):
+        if f" --group {group} --rank {rank} " in command_of(pid):
+            return pid
+    raise AssertionError(f"{group}/{rank} does not run")
+
+
+def exits(running: LocalDeployment, group: str) -> list[bool]:
+    """Whether a group ended cleanly, each time that it has left, as `sps2 up` has it."""
+    events = [json.loads(line) for line in running.process.lines if line.startswith('{"event": "left"')]
+    return [event["clean"] for event in events if event["group"] == group]

@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 from sps2.v1 import generation_pb2
 from sps2_cli.demo import excerpt
 from sps2_cli.main import app
+from sps2_cli.rates import with_rates
+from sps2_cli.status import pool_line
 from sps2_client import Client
 from support.fake_router import (
     FakeRouter,
@@ -296,3 +298,44 @@ def test_scale_without_a_deployment_cannot_connect() -> None:
     assert result.exit_code == 4
     (event,) = documents(result)
     assert f"serves port {port}" in event["message"]
+
+
+def test_top_shows_the_rates_between_two_looks() -> None:
+    with FakeRouter() as router:
+        shown = run("top", "--once", "--interval", "0.1", "--server", router.address)
+        result = run("top", "--once", "--json", "--interval", "0.1", "--server", router.address)
+    assert (shown.exit_code, result.exit_code) == (0, 0)
+    assert "decode: 1 of 1 groups ready; 1 requests" in shown.stdout
+    (document,) = documents(result)
+    (group,) = document["pools"]["decode"]
+    assert (group["state"], [one["steps_per_s"] for one in group["ranks"]]) == ("ready", [0.0, 0.0])
+
+
+def looked(steps: int, sent: int) -> dict[str, Any]:
+    rank = {
+        "worker_id": "decode-0/0",
+        "steps_done": steps,
+        "bytes_posted": {"q_exchange": sent, "kv_move": 1},
+    }
+    return {"pools": {"decode": [{"group": "decode-0", "ranks": [rank]}]}}
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        (looked(10, 300), (5.0, 50.0)),
+        (None, (0.0, 0.0)),
+        # It has been started anew.
+        (looked(30, 300), (0.0, 0.0)),
+        ({"pools": {}}, (0.0, 0.0)),
+    ],
+)
+def test_rates_are_what_counters_gain(before: dict[str, Any] | None, expected: tuple[float, float]) -> None:
+    rated = with_rates(before, looked(20, 400), 2.0)
+    (rank,) = rated["pools"]["decode"][0]["ranks"]
+    assert (rank["steps_per_s"], rank["posted_bytes_per_s"]) == expected
+
+
+def test_a_pool_says_which_groups_come_and_go() -> None:
+    states = ["ready", "draining", "starting", "ready"]
+    assert pool_line([{"state": one} for one in states]) == "2 of 4 groups ready, 1 starting, 1 draining"
