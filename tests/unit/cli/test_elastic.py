@@ -77,7 +77,13 @@ def test_events_come_back_to_who_asked(control: tuple[int, ControlServer]) -> No
     asking = threading.Thread(target=lambda: heard.extend(ask(port, {"scale": {"decode": 2}})))
     asking.start()
     calls: list[Call] = []
-    wait_until(lambda: bool(calls.extend(filter(None, [server.poll()])) or calls))
+
+    def has_asked() -> bool:
+        if (call := server.poll()) is not None:
+            calls.append(call)
+        return bool(calls)
+
+    wait_until(has_asked)
     assert calls[0].asked == {"scale": {"decode": 2}}
     calls[0].say("starting", group="decode-1")
     calls[0].end("scaled")
