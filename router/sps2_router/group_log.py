@@ -18,7 +18,8 @@ class GroupLog:
 
     def note(self, workers: Iterable[cluster_pb2.WorkerInfo]) -> None:
         """Says what is new about the groups that these workers form."""
-        now = {name: _state(group) for name, group in group_workers(workers).items()}
+        groups = group_workers(workers)
+        now = {name: _state(group, self._states.get(name)) for name, group in groups.items()}
         for name in sorted(now.keys() | self._states.keys()):
             state, before = now.get(name, "gone"), self._states.get(name, "unknown")
             if state != before:
@@ -26,8 +27,8 @@ class GroupLog:
         self._states = now
 
 
-def _state(group: Group) -> str:
+def _state(group: Group, before: str | None) -> str:
     # Followers give their leases back a moment after their leader.
-    if any(worker.state == cluster_pb2.WORKER_STATE_DRAINING for worker in group.workers):
+    if group.draining or (group.leader is None and before == "draining"):
         return "draining"
     return "ready" if group.ready else "starting"

@@ -118,15 +118,25 @@ class ElasticPools:
         def start_followers(leader: str) -> list[ChildProcess]:
             return self._host.start_followers(role, number, leader)
 
-        leader = self._host.start_leader(role, number)
+        name = f"{role}-{number}"
+        self._say("starting", f"{name} is starting", group=name)
+        try:
+            leader = self._host.start_leader(role, number)
+        except OSError as error:
+            self._not_started(name, f"{name} cannot be started: {error}")
+            return
         deadline = time.monotonic() + self._options.ready_timeout
-        group = JoiningGroup(role, number, leader, start_followers, deadline)
-        self._joining.append(group)
-        self._say("starting", f"{group.name} is starting", group=group.name)
+        self._joining.append(JoiningGroup(role, number, leader, start_followers, deadline))
 
     def _look(self, now: float) -> None:
-        # All of them, for looking is what starts the followers.
-        listening = [group for group in self._joining if group.listens]
+        listening = []
+        for group in list(self._joining):
+            try:
+                if group.listens:  # looking is what starts its followers
+                    listening.append(group)
+            except OSError as error:
+                # The machine has no room for another process; those that serve are to go on.
+                self._not_joined(group, f"{group.name} cannot be started: {error}")
         state = self._host.cluster_state() if listening else None
         for group in listening:
             if state is not None and group.ready(state):
@@ -150,9 +160,12 @@ class ElasticPools:
     def _not_joined(self, group: JoiningGroup, failure: str) -> None:
         self._joining.remove(group)
         self._host.remove(group.children)
-        self._failures.append(failure)
-        self._say("not_started", failure, group=group.name)
+        self._not_started(group.name, failure)
         self._end_call_if_done()
+
+    def _not_started(self, name: str, failure: str) -> None:
+        self._failures.append(failure)
+        self._say("not_started", failure, group=name)
 
     def _end_call_if_done(self) -> None:
         if self._call is None or self._joining or self._leaving:
