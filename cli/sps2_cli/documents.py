@@ -106,6 +106,7 @@ def status_document(address: str, state: ClusterState) -> dict[str, Any]:
                     "group": group,
                     "num_requests_live": state.num_requests_by_group.get(group, 0),
                     "ready": group_ready(ranks),
+                    "state": group_state(ranks),
                     "ranks": ranks,
                 }
                 for group, ranks in sorted(groups.items())
@@ -118,6 +119,13 @@ def status_document(address: str, state: ClusterState) -> dict[str, Any]:
 def group_ready(ranks: list[dict[str, Any]]) -> bool:
     """Whether all ranks of a group are there and ready."""
     return len(ranks) == ranks[0]["group_size"] and all(one["state"] == "ready" for one in ranks)
+
+
+def group_state(ranks: list[dict[str, Any]]) -> str:
+    """Of the group as a whole: ready, starting or draining."""
+    if any(one["state"] == "draining" for one in ranks):
+        return "draining"
+    return "ready" if group_ready(ranks) else "starting"
 
 
 def worker_document(worker: Worker) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 import typer
 
 from sps2_cli.demo import demo
+from sps2_cli.drain import drain
 from sps2_cli.generate import generate
 from sps2_cli.measure import bench, evaluate
 from sps2_cli.resize import resize
+from sps2_cli.scale import scale
 from sps2_cli.status import status
+from sps2_cli.top import top
 from sps2_cli.up import up
 
 HELP = """LLM serving with sequence-parallel prefill and decode.
@@ -33,6 +36,9 @@ app = typer.Typer(
 app.command()(up)
 app.command()(generate)
 app.command()(status)
+app.command()(top)
+app.command()(scale)
+app.command()(drain)
 app.command()(resize)
 app.command()(demo)
 # Their options are those of another program, which explains them itself.

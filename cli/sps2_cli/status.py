@@ -67,7 +67,7 @@ def render(document: dict[str, Any]) -> RenderableType:
 
 
 def _pool_table(role: str, groups: list[dict[str, Any]]) -> Table:
-    title = f"{role}: {sum(group['ready'] for group in groups)} of {len(groups)} groups ready"
+    title = f"{role}: {pool_line(groups)}"
     moved = [sum(rank[kind] for group in groups for rank in group["ranks"]) for kind in MOVES]
     if any(moved):
         title += f"; {moved[0]} resizes, {moved[1]:,} KV blocks moved from rank to rank"
@@ -82,6 +82,14 @@ def _pool_table(role: str, groups: list[dict[str, Any]]) -> Table:
         for rank in group["ranks"]:
             table.add_row(*_cells(rank), end_section=rank is group["ranks"][-1])
     return table
+
+
+def pool_line(groups: list[dict[str, Any]]) -> str:
+    """How many groups are there, and in which state: "2 of 3 groups ready, 1 draining"."""
+    states = [group["state"] for group in groups]
+    line = f"{states.count('ready')} of {len(groups)} groups ready"
+    others = (state for state in ("starting", "draining") if state in states)
+    return ", ".join([line, *(f"{states.count(state)} {state}" for state in others)])
 
 
 def _cells(rank: dict[str, Any]) -> list[str]:

@@ -185,6 +185,25 @@ class Client:
         answer = self._ask(lambda left: stub.ResizeRequest(request, timeout=left), timeout, max_retries=0)
         return _convert.resized(answer)
 
+    def drain_group(self, group: str, *, timeout: float = DEFAULT_UNARY_TIMEOUT_S) -> float:
+        """Lets a group leave: it takes no more requests, and what does not finish in time goes on on other groups.
+
+        Args:
+            group: for example "decode-1".
+            timeout: seconds until it has begun; its end is seen in `cluster_state`.
+
+        Returns:
+            Seconds that its requests have to finish.
+
+        Raises:
+            NotFound: there is no such group.
+            Unavailable: its leader does not answer.
+        """
+        stub = cluster_service_pb2_grpc.ClusterServiceStub(self._get_channel())
+        request = cluster_service_pb2.DrainGroupRequest(group=group)
+        answer = self._ask(lambda left: stub.DrainGroup(request, timeout=left), timeout)
+        return answer.budget_s
+
     def _get_channel(self) -> grpc.Channel:
         with self._lock:
             if self._closed:

@@ -32,7 +32,7 @@ from sps2_service.errors import (
     ServiceError,
     Unavailable,
 )
-from sps2_service.ranks.failures import attempt_failure
+from sps2_service.ranks.failures import attempt_failure, group_draining
 from sps2_service.ranks.group import GroupLeader, GroupState
 from sps2_service.turns import turn_us
 
@@ -117,6 +117,12 @@ class DecodeCoordinator:
         """Takes no more attempts and waits until the last one ends."""
         self._draining = True
         await self._idle.wait()
+
+    def hand_back(self) -> int:
+        """Ends every attempt: their routers have them go on elsewhere. Returns how many there were."""
+        count = len(self._attempts)
+        self.on_broken(group_draining(self._group.name))
+        return count
 
     # --- one attempt -----------------------------------------------------------------------------------------
 
@@ -384,9 +390,11 @@ class DecodeCoordinator:
 
     def _check(self, request: decode_service_pb2.ReserveKv) -> None:
         group = self._group
-        if group.state is not GroupState.FORMED or self._draining:
-            why = "is draining" if self._draining else f"is not ready ({group.missing})"
-            raise Unavailable("GROUP_NOT_READY", f"decode group {group.name} {why}", retry_after=1.0)
+        if self._draining:
+            raise group_draining(group.name)
+        if group.state is not GroupState.FORMED:
+            why = f"decode group {group.name} is not ready ({group.missing})"
+            raise Unavailable("GROUP_NOT_READY", why, retry_after=1.0)
         group.check_lease()
         if request.model_hash != self._model_hash:
             raise FailedPrecondition(

@@ -18,7 +18,7 @@ from sps2_layout.wire import unpack_attention
 from sps2_prefill_worker.planning import PlannedPrompt, PromptPlanner
 from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
-from sps2_service.ranks.failures import attempt_failure
+from sps2_service.ranks.failures import attempt_failure, group_draining
 from sps2_service.ranks.group import GroupLeader, GroupState
 
 BLOCK_TOKENS = 64
@@ -112,6 +112,14 @@ class PrefillCoordinator:
         self._draining = True
         await self._idle.wait()
 
+    def hand_back(self) -> int:
+        """Ends every attempt: their routers have them prefilled elsewhere. Returns how many there were."""
+        count = len(self._attempts)
+        for attempt in self._attempts.values():
+            self._cancel(attempt)
+        self.on_broken(group_draining(self._group.name))
+        return count
+
     def on_formed(self, epoch: int, ranks: list[engine_pb2.EngineLoaded]) -> None:
         """See `Coordinator.on_formed`."""
         self._kv_blocks = min(loaded.kv_blocks_total for loaded in ranks)
@@ -147,9 +155,11 @@ class PrefillCoordinator:
 
     def _check(self, request: prefill_service_pb2.PrefillRequest) -> PlannedPrompt:
         group = self._group
-        if group.state is not GroupState.FORMED or self._draining:
-            why = "is draining" if self._draining else f"is not ready ({group.missing})"
-            raise Unavailable("GROUP_NOT_READY", f"prefill group {group.name} {why}", retry_after=1.0)
+        if self._draining:
+            raise group_draining(group.name)
+        if group.state is not GroupState.FORMED:
+            why = f"prefill group {group.name} is not ready ({group.missing})"
+            raise Unavailable("GROUP_NOT_READY", why, retry_after=1.0)
         group.check_lease()
         if len(self._scheduler.waiting) >= MAX_WAITING:
             raise Unavailable("QUEUE_FULL", f"prefill group {group.name} has a full queue", retry_after=1.0)

@@ -18,6 +18,7 @@ from sps2_router.cluster_servicer import ClusterServicer
 from sps2_router.config import RouterConfig
 from sps2_router.dispatch import Dispatcher
 from sps2_router.front_door import FrontDoor
+from sps2_router.group_log import GroupLog
 from sps2_router.model_servicer import ModelServicer
 from sps2_router.policies.base import Policy
 from sps2_router.policies.least_loaded import LeastLoaded
@@ -99,7 +100,9 @@ class Router:
             tasks.create_task(self._follow_changes())
 
     async def _follow_changes(self) -> None:
+        groups = GroupLog()
         while True:
+            groups.note(self._view.workers.values())
             self._scheduler.wake()
             await self.server.refresh()
             try:

@@ -7,6 +7,7 @@ import grpc
 from sps2.v1 import cluster_service_pb2 as pb
 from sps2_router.admission import Admission
 from sps2_router.channels import LeaderChannels
+from sps2_router.drains import drain_group
 from sps2_router.resizes import resize_request
 from sps2_router.scheduler import Scheduler, WorkersView
 
@@ -37,3 +38,7 @@ class ClusterServicer:
     async def ResizeRequest(self, request: pb.ResizeRequestRequest, _: Context) -> pb.ResizeRequestResponse:  # noqa: N802
         """See cluster_service.proto."""
         return await resize_request(self._view.workers, self._channels, request)
+
+    async def DrainGroup(self, request: pb.DrainGroupRequest, _: Context) -> pb.DrainGroupResponse:  # noqa: N802
+        """See cluster_service.proto."""
+        return await drain_group(self._view.workers, self._channels, request)

@@ -150,13 +150,20 @@ class Dispatcher:
         asked_at_us: int,
         on_prefill_started: Callable[[], None],
     ) -> AsyncIterator[Attempt]:
-        pair = seat.pair
+        pair, number = seat.pair, live.next_attempt()
+        log.info(
+            "attempt begins",
+            request_id=request.request_id,
+            attempt=number,
+            prefill=pair.prefill.name,
+            decode=pair.decode.name,
+        )
         async with (
             self._channels.use(pair.prefill_leader.grpc_address) as prefill_channel,
             self._channels.use(pair.decode_leader.grpc_address) as decode_channel,
             Attempt(
                 request,
-                live.next_attempt(),
+                number,
                 pair,
                 prefill_channel=prefill_channel,
                 decode_channel=decode_channel,

@@ -3,7 +3,7 @@
 The router is the one owner of retries. A failure of a worker is tried again, on other groups where there are some:
 before the commit point the client has seen nothing, after it the next attempt goes on where the stream has come to.
 "No room now" is no failure: it is waited out, by a request that was given room once for as long as it may live, since
-preemption is how a group makes room.
+preemption is how a group makes room. Nor is it a failure that a group drains: the attempt is made on another one.
 """
 
 import copy
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sps2_router.handshake import Phase
 from sps2_router.types import GroupPair
 from sps2_router.worker_errors import WORKER_LOST
-from sps2_service.errors import PREEMPTED, Aborted, ServiceError, Unavailable
+from sps2_service.errors import GROUP_DRAINING, PREEMPTED, Aborted, ServiceError, Unavailable
 
 MIN_WAIT_S = 0.02
 MAX_WAIT_S = 1.0
@@ -39,6 +39,7 @@ class Retries:
         self._limits = limits
         self._failed_groups: frozenset[str] = frozenset()
         self._full_groups: frozenset[str] = frozenset()
+        self._draining_groups: frozenset[str] = frozenset()
         self._waiting_since: float | None = None
         self._cause: ServiceError | None = None
         """The first failure that names what died; later ones may be its echoes."""
@@ -55,7 +56,7 @@ class Retries:
     @property
     def avoid(self) -> frozenset[str]:
         """Groups to pick only when there is no other."""
-        return self._failed_groups | self._full_groups
+        return self._failed_groups | self._full_groups | self._draining_groups
 
     def after(self, error: ServiceError, phase: Phase, pair: GroupPair, now: float) -> float:
         """Seconds to wait before the next attempt.
@@ -69,6 +70,8 @@ class Retries:
         Raises:
             ServiceError: there will be no other attempt; this goes to the client.
         """
+        if error.reason == GROUP_DRAINING:
+            return self._move_on(_to_blame(error, pair))
         if isinstance(error, Unavailable) and self._is_no_failure(error, phase):
             return self._wait_for_room(error, pair, now)
         if not isinstance(error, Unavailable | Aborted):
@@ -88,6 +91,12 @@ class Retries:
         # A leader that has died stays in the directory for the rest of its lease; what is live outwaits that.
         is_away = self.had_room and error.reason == WORKER_LOST
         return phase is Phase.RESERVING and (error.retry_after is not None or is_away)
+
+    def _move_on(self, groups: frozenset[str]) -> float:
+        # A group that was known to drain is tried again only where there is no other: that takes a while.
+        is_news = not groups <= self._draining_groups
+        self._draining_groups |= groups
+        return MIN_WAIT_S if is_news else MAX_WAIT_S
 
     def _wait_for_room(self, error: Unavailable, pair: GroupPair, now: float) -> float:
         self._full_groups = frozenset({pair.decode.name})

@@ -65,6 +65,8 @@ class Registration:
         self._leased = False
         self._capabilities = WorkerCapabilities()
         self._wake = asyncio.Event()
+        self._beating = asyncio.Lock()
+        self._ended = asyncio.Event()
         self.standing = Standing.UNREGISTERED
         self.last_contact: float | None = None
         """time.monotonic() of *sending* the last heartbeat that was answered well; DEGRADED is well."""
@@ -77,17 +79,32 @@ class Registration:
         """Sends the next heartbeat at once, because the worker's state has changed."""
         self._wake.set()
 
+    async def end(self) -> None:
+        """Lets the heartbeat under way come back and sends no other: the worker gives its lease back.
+
+        A heartbeat behind that would find no lease, and take a new one that outlives the process.
+        """
+        self._ended.set()
+        async with self._beating:
+            return
+
     async def run(self) -> None:
         """Runs until cancelled, or until another process took the lease: calls `on_stale`, returns."""
         retry = pauses(self._options)
         while self.standing is not Standing.STALE:
             pause = self._interval_s
             try:
-                await self._beat()
+                async with self._beating:
+                    if not self._ended.is_set():
+                        await self._beat()
                 retry = pauses(self._options)
             except ServiceError as error:
                 self._stand(Standing.AWAY, code=error.code.name, reason=error.reason, error=error.message)
                 pause = min(next(retry), self._interval_s)
+            if self._ended.is_set():
+                await (
+                    asyncio.Event().wait()
+                )  # until cancelled: there is nothing left to do, and nothing wrong
             if self.standing not in {Standing.UNREGISTERED, Standing.STALE}:
                 await self._sleep(pause)
         if self._on_stale is not None:

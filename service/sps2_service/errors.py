@@ -29,6 +29,8 @@ import grpc
 
 PREEMPTED = "PREEMPTED"
 """Reason of an Unavailable that is no failure: the caller's room was given to an earlier request, for a while."""
+GROUP_DRAINING = "GROUP_DRAINING"
+"""Reason of an Unavailable that is no failure: the group is leaving; another may take the request, or go on with it."""
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,10 @@ async def run_service(
     background: Callable[[], Coroutine[Any, Any, None]] | None = None,
     drain: Callable[[], Awaitable[None]] | None = None,
     ready_when_started: bool = True,
+    leave: asyncio.Event | None = None,
+    drain_margin_s: float = 0.0,
 ) -> int:
-    """Serves until SIGTERM, SIGINT or the end of `background`; the process's exit code.
+    """Serves until SIGTERM, SIGINT, `leave` or the end of `background`; the process's exit code.
 
     Order: bind, `on_started`, health SERVING, announce; on a signal `drain`, then stop. A signal while
     starting goes straight to the drain, a second signal cuts the drain short.
@@ -65,15 +67,18 @@ async def run_service(
         drain: Deregisters and waits for the running work. It says NOT_SERVING itself, when that is right
             (`server.set_serving(False)`); at the stop health says so in any case.
         ready_when_started: Health says SERVING right after `on_started`; False leaves that to the caller.
+        leave: Set from within, it does what a first signal does; a signal after it is still the first.
+        drain_margin_s: Seconds beyond `config.drain_s` that `drain` may take, where it keeps to that budget itself.
 
     Returns:
         0 after a complete drain; 1 when starting, the background or the drain failed or was cut short.
     """
-    first, second = asyncio.Event(), asyncio.Event()
+    first, second = leave or asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+    signals = iter((first, second))
 
     def on_signal() -> None:
-        (second if first.is_set() else first).set()
+        next(signals, second).set()
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, on_signal)
@@ -89,7 +94,8 @@ async def run_service(
             log.info("serving", address=address)
             await _finished(asyncio.Event().wait(), first, work)
         log.info("draining", at_most_s=config.drain_s)
-        if drain is not None and not await _finished(asyncio.wait_for(drain(), config.drain_s), second, work):
+        limit_s = config.drain_s + drain_margin_s
+        if drain is not None and not await _finished(asyncio.wait_for(drain(), limit_s), second, work):
             log.warning("the drain was cut short by a second signal")
             return EXIT_FAILED
     except CannotListenError as error:

@@ -150,6 +150,9 @@ async def test_lookups_blocking() -> None:
             "prefill-0/1",
         ]
         assert (state.workers[0].role, state.workers[0].state) == ("decode", "ready")
+        assert client.drain_group("decode-0") == 7
+        with pytest.raises(NotFound, match="decode-9"):
+            client.drain_group("decode-9")
         client.cancel("live")
         with pytest.raises(NotFound, match="no such request"):
             client.cancel("unknown")
@@ -162,6 +165,7 @@ async def test_lookups_async() -> None:
             assert (await client.list_models())[0].name == "demo"
             assert await client.detokenize(await client.tokenize("abc")) == "abc"
             assert (await client.cluster_state()).num_requests_by_group == {"decode-0": 1}
+            assert await client.drain_group("decode-0") == 7
             with pytest.raises(NotFound):
                 await client.cancel("unknown")
 

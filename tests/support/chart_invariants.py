@@ -11,8 +11,8 @@ from support.kube_schemas import NEWEST, OLDEST, errors
 from support.network_policy import allowed, matches
 from support.rank_commands import Process, module_exists, processes
 
-STOPPING_S = 12
-"""What a stop takes beside preStop, drain and grace: resisting tasks, the engine, deregistering."""
+STOPPING_S = 15
+"""What a stop takes beside preStop, drain and grace: resisting tasks, the engine, leaving the group."""
 PORTS = {"router": 50051, "directory": 50060, "prefill": 50070, "decode": 50080, "redis": 6379}
 FREE_PORT = 43210
 """Stands for the ports that collectives and transfers take."""

@@ -233,6 +233,13 @@ class FakeRouter(
             group="decode-0", holders=range(request.degree), num_blocks_moved=3
         )
 
+    def DrainGroup(  # noqa: N802
+        self, request: cluster_service_pb2.DrainGroupRequest, context: grpc.ServicerContext
+    ) -> cluster_service_pb2.DrainGroupResponse:
+        if request.group not in {worker.group for worker in self.cluster}:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no group {request.group!r}")
+        return cluster_service_pb2.DrainGroupResponse(budget_s=7)
+
 
 def hang(before: Sequence[Response] = ()) -> Script:
     """A script that sends `before` and then nothing until the client gives up (at most 30 s)."""

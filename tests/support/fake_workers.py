@@ -17,6 +17,8 @@ from grpc_status import rpc_status
 
 from sps2.internal.v1 import decode_service_pb2 as decode_pb
 from sps2.internal.v1 import decode_service_pb2_grpc as decode_grpc
+from sps2.internal.v1 import group_service_pb2 as group_pb
+from sps2.internal.v1 import group_service_pb2_grpc as group_grpc
 from sps2.internal.v1 import kv_directory_service_pb2 as directory_pb
 from sps2.internal.v1 import placement_pb2
 from sps2.internal.v1 import prefill_service_pb2 as prefill_pb
@@ -80,8 +82,20 @@ class FakeLeader:
         """Calls that are being served."""
         self.num_cancelled = 0
         """Calls that ended by cancellation."""
+        self.num_drains = 0
+        """Times that it was told to drain."""
         # Otherwise a router that looks after a silent connection is sent away.
         self._server = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", 500)])
+        group_grpc.add_GroupServiceServicer_to_server(self, self._server)  # type: ignore[arg-type]
+
+    async def JoinGroup(self, _: Any, context: Context) -> None:  # noqa: N802
+        """It has no other ranks."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "a group of one")
+
+    async def DrainGroup(self, _: Any, __: Context) -> group_pb.DrainGroupResponse:  # noqa: N802
+        """See group_service.proto."""
+        self.num_drains += 1
+        return group_pb.DrainGroupResponse(budget_s=7)
 
     async def start(self) -> None:
         """Listens on a free port."""

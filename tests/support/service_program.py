@@ -22,6 +22,8 @@ class Config(ServiceConfig):
     """forever, or how it ends: returns, raises, expected."""
     ready_when_started: bool = True
     """Whether health says SERVING by itself."""
+    leaves_after_s: float | None = None
+    """It drains of its own accord, so many seconds after it has started."""
     fail_start: bool = False
     """Whether starting fails."""
 
@@ -42,7 +44,11 @@ async def main(config: Config) -> int:
 
     server.add(EchoServicer(answer), SERVICE)
 
+    leave = asyncio.Event()
+
     async def on_started(address: str) -> None:
+        if config.leaves_after_s is not None:
+            asyncio.get_running_loop().call_later(config.leaves_after_s, leave.set)
         say(f"started {address}")
         await asyncio.sleep(config.start_s)
         if config.fail_start:
@@ -72,6 +78,7 @@ async def main(config: Config) -> int:
         background=background,
         drain=drain,
         ready_when_started=config.ready_when_started,
+        leave=leave,
     )
 
 

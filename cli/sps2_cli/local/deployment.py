@@ -1,7 +1,8 @@
 """Starts, watches and ends the processes of a local deployment. All of it runs on the main thread.
 
 Order of the start: redis; directory; router and the leaders of all groups at once; the other ranks; then it
-waits until the router reports every rank ready. Order of the end: router, workers, directory, redis.
+waits until the router reports every rank ready. Order of the end: router, workers, directory, redis. Groups that come
+and go in between are `elastic`'s.
 """
 
 import contextlib
@@ -10,14 +11,18 @@ import time
 from collections.abc import Sequence
 
 from sps2_cli.local import plan, redis
+from sps2_cli.local.control import ControlServer
+from sps2_cli.local.elastic import ElasticPools, place_of
 from sps2_cli.local.interrupts import Interrupts
 from sps2_cli.local.logs import LineLog, cause, needs_context
 from sps2_cli.local.process import ChildProcess, exit_text
 from sps2_cli.local.reporter import Reporter, StartProgress, missing
-from sps2_client import Client, SPS2Error
+from sps2_client import Client, ClusterState, SPS2Error
 
 POLL_S = 0.05
 STATE_TIMEOUT_S = 2.0
+LOOK_TIMEOUT_S = 0.5
+"""The same while it serves: other processes are not watched meanwhile."""
 RESTART_INTERVAL_S = 1.0
 REDIS_TRIES = 3
 CONTEXT_LINES = 20
@@ -51,6 +56,9 @@ class Deployment:
         self._children: dict[str, ChildProcess] = {}
         self._reported: set[ChildProcess] = set()
         self._deadline = 0.0
+        self._directory = ""
+        self._elastic = ElasticPools(options, self, reporter)
+        self._control: ControlServer | None = None
         self.redis_address = ""
         """host:port of Redis, without its password."""
 
@@ -76,6 +84,7 @@ class Deployment:
             progress.step("starting redis and the directory", time.monotonic())
             redis_url = self._start_redis()
             directory = self._announced(self._spawn(plan.directory_spec(self._commands, redis_url)))
+            self._directory = directory
             progress.step("starting the router and the ranks", time.monotonic())
             specs = plan.leader_specs(self._options, self._commands, directory)
             leaders = [self._spawn(spec) for spec in specs]
@@ -161,14 +170,60 @@ class Deployment:
         return f"{child.name} failed to start ({exit_text(child.exit_code or 0)}): {reason}"
 
     def supervise(self) -> None:
-        """Serves until a signal comes: says which process ended, and starts it again."""
+        """Serves until a signal comes: says which process ended, starts it again, and scales when asked to."""
+        self._listen()
         while not self._interrupts.stop:
             for child in list(self._children.values()):
-                if child.exit_code is not None:
+                if child.exit_code is not None and not self._elastic.owns(child):
                     self._handle_exit(child, child.exit_code)
+            if self._control is not None and (call := self._control.poll()) is not None:
+                self._elastic.take(call)
+            self._elastic.step()
             self._interrupts.sleep(POLL_S)
 
+    def _listen(self) -> None:
+        try:
+            self._control = ControlServer(int(self.address.rpartition(":")[2]))
+        except OSError as error:
+            self._reporter.note(f"`sps2 scale` will not find this deployment: {error}")
+
+    # --- what `elastic` asks for -----------------------------------------------------------------------------
+
+    def start_leader(self, role: plan.Role, number: int) -> ChildProcess:
+        """See `elastic.Host`."""
+        return self._spawn(plan.leader_spec(self._options, self._commands, role, number, self._directory))
+
+    def start_followers(self, role: plan.Role, number: int, leader: str) -> list[ChildProcess]:
+        """See `elastic.Host`."""
+        specs = plan.followers_of(self._options, self._commands, role, number, self._directory, leader)
+        return [self._spawn(spec) for spec in specs]
+
+    def group_children(self, name: str) -> list[ChildProcess]:
+        """See `elastic.Host`."""
+        return [child for child in self._children.values() if child.spec.group == name]
+
+    def remove(self, children: Sequence[ChildProcess]) -> None:
+        """See `elastic.Host`."""
+        for child in children:
+            with contextlib.closing(child.log):
+                child.kill()
+            del self._children[child.name]
+
+    def cluster_state(self) -> ClusterState | None:
+        """See `elastic.Host`."""
+        with Client(self.address, max_retries=0) as client:
+            try:
+                return client.cluster_state(timeout=LOOK_TIMEOUT_S)
+            except SPS2Error:
+                return None  # it is being started again; the next look may find it
+
+    # --- ends ------------------------------------------------------------------------------------------------
+
     def _handle_exit(self, child: ChildProcess, code: int) -> None:
+        if child.spec.group is not None and code == 0:
+            # Told to drain by an operator, or by a signal: its group leaves, and is not wanted back.
+            self._elastic.see_off(*place_of(child.spec.group), ask=False)
+            return
         if child not in self._reported:
             self._reported.add(child)
             child.kill()  # what it started must not go on beside its successor
@@ -184,6 +239,9 @@ class Deployment:
 
     def stop(self, drain_timeout: float) -> bool:
         """Ends all in order, each kind in `drain_timeout` seconds; True when none had to be killed."""
+        if self._control is not None:
+            self._control.close()
+        self._elastic.close()
         clean = True
         for kind in STOP_ORDER:
             children = [child for child in self._children.values() if child.spec.kind == kind]

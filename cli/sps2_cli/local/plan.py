@@ -12,6 +12,8 @@ Role: TypeAlias = Literal["prefill", "decode"]
 Kind: TypeAlias = Literal["redis", "directory", "router", "worker"]
 
 ANY_PORT = "127.0.0.1:0"
+DRAIN_MARGIN_S = 10.0
+"""Of the patience with a process that ends: what it needs beside its drain."""
 REDIS_PASSWORD_VARIABLE = "SPS2_REDIS_PASSWORD"  # noqa: S105 - its name; flags show in `ps`, so no flag
 MAX_RANKS = 256
 
@@ -138,6 +140,15 @@ class UpOptions:
                     f"make --{role} a multiple of {tp}, for example 1x{2 * tp}"
                 )
 
+    def pool_of(self, role: Role) -> Pool:
+        """A pool as it was asked for; `sps2 scale` changes the number of its groups, never their shape."""
+        return self.prefill if role == "prefill" else self.decode
+
+    @property
+    def drain_budget(self) -> float:
+        """Seconds that the requests of a group get to finish when it drains."""
+        return max(0.0, self.drain_timeout - DRAIN_MARGIN_S)
+
     @property
     def model_name(self) -> str:
         """Name that requests use: that of the folder."""
@@ -156,7 +167,7 @@ class UpOptions:
         if self.threads is not None:
             return self.threads
         if cpus := self.cpus_of(role):
-            return max(1, len(cpus) // (self.prefill if role == "prefill" else self.decode).total)
+            return max(1, len(cpus) // self.pool_of(role).total)
         return default_threads(self.cores, self.prefill, self.decode)
 
     @property
@@ -200,6 +211,8 @@ class ProcessSpec:
     """Value of `--listen`; the process then announces where it listens. None for redis."""
     cpus: Cores = Cores()
     """Cores that it and its children run on."""
+    group: str | None = None
+    """Of a rank: its group."""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Variables beside those of this process; may hold secrets."""
     stdin: str = field(default="", repr=False)
@@ -246,10 +259,17 @@ def router_spec(options: UpOptions, commands: Commands, directory: str) -> Proce
 def leader_specs(options: UpOptions, commands: Commands, directory: str) -> list[ProcessSpec]:
     """Rank 0 of every group."""
     return [
-        _worker_spec(options, commands, role, group, 0, directory)
+        leader_spec(options, commands, role, group, directory)
         for role, pool in _pools(options)
         for group in range(pool.groups)
     ]
+
+
+def leader_spec(
+    options: UpOptions, commands: Commands, role: Role, group: int, directory: str
+) -> ProcessSpec:
+    """Rank 0 of one group."""
+    return _worker_spec(options, commands, role, group, 0, directory)
 
 
 def follower_specs(
@@ -257,10 +277,20 @@ def follower_specs(
 ) -> list[ProcessSpec]:
     """All other ranks; `leaders` maps the name of each rank 0 to its address."""
     return [
-        _worker_spec(options, commands, role, group, rank, directory, leaders[f"{role}-{group}/0"])
+        spec
         for role, pool in _pools(options)
         for group in range(pool.groups)
-        for rank in range(1, pool.ranks)
+        for spec in followers_of(options, commands, role, group, directory, leaders[f"{role}-{group}/0"])
+    ]
+
+
+def followers_of(
+    options: UpOptions, commands: Commands, role: Role, group: int, directory: str, leader: str
+) -> list[ProcessSpec]:
+    """The other ranks of one group, whose rank 0 listens on `leader`."""
+    return [
+        _worker_spec(options, commands, role, group, rank, directory, leader)
+        for rank in range(1, options.pool_of(role).ranks)
     ]
 
 
@@ -277,13 +307,11 @@ def _worker_spec(
     directory: str,
     leader: str | None = None,
 ) -> ProcessSpec:
-    program, pool = (
-        (commands.prefill, options.prefill) if role == "prefill" else (commands.decode, options.decode)
-    )
+    program = commands.prefill if role == "prefill" else commands.decode
     flags: dict[str, str | int | Path] = {
         "--group": f"{role}-{group}",
         "--rank": rank,
-        "--group-size": pool.ranks,
+        "--group-size": options.pool_of(role).ranks,
         "--model": options.model,
         "--model-name": options.model_name,
         "--directory": directory,
@@ -293,6 +321,7 @@ def _worker_spec(
         "--threads": options.threads_of(role),
         "--kv-transport": options.kv_transport,
         "--tp": options.tp_of(role),
+        "--drain-s": f"{options.drain_budget:g}",
     }
     if role == "prefill":
         flags["--exchange"] = options.exchange
@@ -304,6 +333,7 @@ def _worker_spec(
     return ProcessSpec(
         name=f"{role}-{group}/{rank}",
         kind="worker",
+        group=f"{role}-{group}",
         command=(*program, *arguments),
         listen=ANY_PORT,
         cpus=options.cpus_of(role),

@@ -1,7 +1,7 @@
 {{/* What all pods of the chart have in common. `c` is the component's part of the values. */}}
 
 {{/* After the last second of this the kubelet kills. Stopping takes, beside preStop, drain and grace, at most 5 s for
-     tasks that resist, 5 s for the engine and 2 s to deregister; the rest is margin. */}}
+     tasks that resist, 5 s for the engine and 5 s to leave the group; the rest is margin. */}}
 {{- define "sps2.gracePeriod" -}}
 {{ add .preStopSeconds (ceil .drainSeconds) (ceil .graceSeconds) 20 }}
 {{- end }}

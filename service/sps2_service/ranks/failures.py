@@ -1,7 +1,7 @@
-"""What an engine says of one attempt that failed -> the error that its caller gets."""
+"""What callers of a group's leader get: for an attempt that failed in an engine, and from a group that drains."""
 
 from sps2.internal.v1 import engine_pb2
-from sps2_service.errors import DataLoss, Internal, ServiceError, Unavailable
+from sps2_service.errors import GROUP_DRAINING, DataLoss, Internal, ServiceError, Unavailable
 
 _NOT_RETRYABLE: dict[str, type[ServiceError]] = {
     "NON_FINITE_LOGITS": Internal,
@@ -14,3 +14,13 @@ def attempt_failure(failed: engine_pb2.AttemptFailed, group: str) -> ServiceErro
     """UNAVAILABLE, so that the router tries again, unless trying again is known not to help."""
     make = _NOT_RETRYABLE.get(failed.reason, Unavailable)
     return make(failed.reason, failed.message, metadata={"component": group})
+
+
+def group_draining(group: str) -> Unavailable:
+    """What a group that is leaving answers, and what ends the calls that it hands back."""
+    return Unavailable(
+        GROUP_DRAINING,
+        f"group {group} is draining: another one takes it, if there is one",
+        retry_after=1.0,
+        metadata={"component": group},
+    )

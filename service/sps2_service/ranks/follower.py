@@ -1,7 +1,11 @@
-"""The follower's side of JoinGroup: relays its engine's events up, and the leader's commands down."""
+"""The follower's side of JoinGroup: relays its engine's events up, and the leader's commands down.
+
+A follower leaves with its group. Told to end, it asks the leader to drain the group, and works on until it is
+dismissed; a leader that is gone needs it no more.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -20,8 +24,18 @@ log = structlog.get_logger(__name__)
 class Follower:
     """Keeps one rank joined to its leader for the life of the supervisor."""
 
-    def __init__(self, hello: group_service_pb2.FollowerHello, leader_address: str, name: str) -> None:
+    def __init__(
+        self,
+        hello: group_service_pb2.FollowerHello,
+        leader_address: str,
+        name: str,
+        on_dismissed: Callable[[], None],
+    ) -> None:
+        """`on_dismissed` is called when the group has drained, perhaps without this rank having been told to end."""
         self._hello = hello
+        self._on_dismissed = on_dismissed
+        self._leaving = False
+        self._may_leave = asyncio.Event()
         self._leader_address = leader_address
         self._name = name
         self._engine: EngineProcess | None = None
@@ -53,13 +67,25 @@ class Follower:
         lost = group_service_pb2.EngineLost(reason=reason)
         self._outgoing.put_nowait(group_service_pb2.JoinGroupRequest(lost=lost))
 
+    async def leave(self) -> None:
+        """Has the group drain; returns when it has, or when there is no group to wait for."""
+        self._leaving = True
+        leaving = group_service_pb2.FollowerLeaving()
+        self._outgoing.put_nowait(group_service_pb2.JoinGroupRequest(leaving=leaving))
+        await self._may_leave.wait()
+
     async def run(self) -> None:
         """Joins, and joins again whenever the stream ends; runs until cancelled."""
         async with open_channel(self._leader_address) as channel:
             join: Any = GroupServiceStub(channel).JoinGroup  # the stub's annotations are the blocking API's
             while True:
-                await self._stay_joined(join)
-                self._leave_epoch()
+                if not self._leaving:
+                    await self._stay_joined(join)
+                    self._leave_epoch()
+                if self._leaving:
+                    self._may_leave.set()
+                if self._may_leave.is_set():
+                    await asyncio.Event().wait()  # until the supervisor, which leaves now, cancels it
                 await asyncio.sleep(REJOIN_PAUSE_S)
 
     async def _stay_joined(self, join: Any) -> None:
@@ -72,15 +98,20 @@ class Follower:
         call = join(self._relay())
         try:
             async for response in call:
-                self._take(response.command)
+                self._take(response)
             log.info("the leader ended the stream", leader=self._leader_address)
         except grpc.aio.AioRpcError as error:
             log.info("not joined", leader=self._leader_address, code=error.code().name, why=error.details())
         finally:
             call.cancel()
 
-    def _take(self, command: engine_pb2.EngineCommand) -> None:
+    def _take(self, response: group_service_pb2.JoinGroupResponse) -> None:
         assert self._engine is not None
+        if response.HasField("leave"):
+            self._may_leave.set()
+            self._on_dismissed()
+            return
+        command = response.command
         self.epoch = command.epoch
         if command.HasField("abort_group"):
             self.formed = False

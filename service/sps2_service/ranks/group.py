@@ -24,6 +24,10 @@ log = structlog.get_logger(__name__)
 SendCommand = Callable[[engine_pb2.EngineCommand], None]
 
 
+def _nobody() -> None:
+    """Nobody is to be told."""
+
+
 class Coordinator(Protocol):
     """What a leader does with a formed group. Called on the event loop; must not block."""
 
@@ -59,6 +63,8 @@ class Member:
     loaded: engine_pb2.EngineLoaded | None = None
     """None while its engine is starting or loading."""
     formed: bool = False
+    dismiss: Callable[[], None] = _nobody
+    """Tells its supervisor to leave; rank 0 needs no telling."""
 
 
 @dataclass
@@ -74,11 +80,14 @@ class GroupLeader:
     """Told of each change of state."""
     holds_lease: Callable[[], bool] = lambda: True
     """Whether the leader's lease holds: see `LeaseFence`."""
+    on_leave: Callable[[str], None] = lambda _why: None
+    """Told why the group is to drain and leave; perhaps more than once."""
     state: GroupState = GroupState.WAITING
     epoch: int = 0
     members: dict[int, Member] = field(default_factory=dict)
     _forming: asyncio.Task[None] | None = None
     _failing: asyncio.TimerHandle | None = None
+    _dismissed: bool = False
 
     def check_lease(self) -> None:
         """Raises Unavailable while the leader is fenced: it takes no new work then."""
@@ -90,12 +99,14 @@ class GroupLeader:
                 metadata={"component": self.name},
             )
 
-    def join(self, rank: int, send: SendCommand) -> Member:
+    def join(self, rank: int, send: SendCommand, dismiss: Callable[[], None] = _nobody) -> Member:
         """A rank's supervisor is there; in place of an earlier one of the same rank."""
         if rank in self.members:
             self.lose(rank, f"{self.name}/{rank} joined again", self.members[rank])
-        member = Member(send)
+        member = Member(send, dismiss=dismiss)
         self.members[rank] = member
+        if self._dismissed:
+            dismiss()
         return member
 
     def leave(self, rank: int, reason: str, member: Member) -> None:
@@ -142,6 +153,13 @@ class GroupLeader:
         elif self.state is GroupState.FORMED:
             self.coordinator.on_event(rank, event)
 
+    def dismiss(self) -> None:
+        """The group has drained: everyone leaves, also who joins from now on. It neither forms nor breaks any more."""
+        self._dismissed = True
+        self.close()
+        for member in self.members.values():
+            member.dismiss()
+
     def close(self) -> None:
         """Stops forming and breaking."""
         if self._failing is not None:
@@ -159,6 +177,8 @@ class GroupLeader:
 
     def _form_if_complete(self) -> None:
         complete = len(self.members) == self.size and all(m.loaded for m in self.members.values())
+        if self._dismissed:
+            return
         if self.state is GroupState.WAITING and complete and (self._forming is None or self._forming.done()):
             self._forming = asyncio.create_task(self._form(), name=f"form-{self.name}")
 
@@ -203,6 +223,8 @@ class GroupLeader:
 
     def _break(self, rank: int, reason: str) -> None:
         """Ends the epoch; survivors keep their weights and wait for the next."""
+        if self._dismissed:
+            return
         if self._failing is not None:
             self._failing.cancel()
             self._failing = None

@@ -1,15 +1,18 @@
-"""The leader's side of JoinGroup: one stream for each follower's supervisor."""
+"""GroupService of a leader: JoinGroup, one stream for each follower's supervisor, and DrainGroup."""
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
 
 from sps2.internal.v1 import engine_pb2, group_service_pb2
-from sps2_service.errors import FailedPrecondition, InvalidArgument
+from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument
 from sps2_service.ranks.group import GroupLeader, Member
+
+Outgoing: TypeAlias = "asyncio.Queue[group_service_pb2.JoinGroupResponse | None]"
+"""None ends the stream."""
 
 log = structlog.get_logger(__name__)
 
@@ -17,7 +20,11 @@ log = structlog.get_logger(__name__)
 class GroupServicer:
     """Implements `sps2.internal.v1.GroupService` on rank 0."""
 
-    def __init__(self, leader: GroupLeader, model_hash: str, tensor_ranks: int = 1) -> None:
+    def __init__(
+        self, leader: GroupLeader, model_hash: str, tensor_ranks: int = 1, drain_budget_s: float = 0.0
+    ) -> None:
+        """`drain_budget_s`: what requests get to finish when the group drains."""
+        self._drain_budget_s = drain_budget_s
         self._leader = leader
         self._model_hash = model_hash
         self._tensor_ranks = tensor_ranks
@@ -30,26 +37,45 @@ class GroupServicer:
         """See group_service.proto."""
         hello = (await anext(requests)).hello
         self._check(hello)
-        commands: asyncio.Queue[engine_pb2.EngineCommand | None] = asyncio.Queue()
-        member = self._leader.join(hello.rank, commands.put_nowait)
+        outgoing: Outgoing = asyncio.Queue()
+
+        def send(command: engine_pb2.EngineCommand) -> None:
+            outgoing.put_nowait(group_service_pb2.JoinGroupResponse(command=command))
+
+        def dismiss() -> None:
+            outgoing.put_nowait(group_service_pb2.JoinGroupResponse(leave=group_service_pb2.LeaveGroup()))
+            outgoing.put_nowait(None)
+
+        member = self._leader.join(hello.rank, send, dismiss)
         log.info("a rank joined", rank=hello.rank)
-        reading = asyncio.create_task(self._read(requests, hello.rank, member, commands))
+        reading = asyncio.create_task(self._read(requests, hello.rank, member, outgoing))
         try:
             # Headers at once: the follower knows that it is in before the first command comes.
             await context.send_initial_metadata(())
-            while (command := await commands.get()) is not None:
-                yield group_service_pb2.JoinGroupResponse(command=command)
+            while (response := await outgoing.get()) is not None:
+                yield response
         finally:
             reading.cancel()
             name = f"{self._leader.name}/{hello.rank}"
             self._leader.leave(hello.rank, f"the supervisor of {name} is gone (its stream ended)", member)
+
+    async def DrainGroup(  # noqa: N802 - named by the proto
+        self,
+        request: group_service_pb2.DrainGroupRequest,
+        _context: "grpc.aio.ServicerContext[Any, Any]",
+    ) -> group_service_pb2.DrainGroupResponse:
+        """See group_service.proto."""
+        if request.group != self._leader.name:
+            raise Aborted("WRONG_GROUP", f"{self._leader.name!r} serves here now, not {request.group!r}")
+        self._leader.on_leave("an operator asked for it")
+        return group_service_pb2.DrainGroupResponse(budget_s=self._drain_budget_s)
 
     async def _read(
         self,
         requests: AsyncIterator[group_service_pb2.JoinGroupRequest],
         rank: int,
         member: Member,
-        commands: "asyncio.Queue[engine_pb2.EngineCommand | None]",
+        outgoing: "Outgoing",
     ) -> None:
         try:
             async for request in requests:
@@ -57,8 +83,10 @@ class GroupServicer:
                     self._leader.on_event(rank, request.event, member)
                 elif request.HasField("lost"):
                     self._leader.lose(rank, request.lost.reason, member)
+                elif request.HasField("leaving"):
+                    self._leader.on_leave(f"rank {rank} was told to end")
         finally:
-            commands.put_nowait(None)
+            outgoing.put_nowait(None)
 
     def _check(self, hello: group_service_pb2.FollowerHello) -> None:
         leader = self._leader

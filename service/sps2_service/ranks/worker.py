@@ -17,6 +17,7 @@ from sps2.v1 import cluster_pb2
 from sps2_service.config import ServiceConfig, setting
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.model_folder import ModelFolder, ModelFolderError
+from sps2_service.ranks.drain import DrainableWork, GroupDrain
 from sps2_service.ranks.engine_process import EngineProcess, EngineWatch
 from sps2_service.ranks.follower import Follower
 from sps2_service.ranks.group import Coordinator, GroupLeader, GroupState, Member
@@ -24,7 +25,8 @@ from sps2_service.ranks.group_servicer import GroupServicer
 from sps2_service.run import ExpectedEndError, run_service
 from sps2_service.server import ServiceServer
 
-DEREGISTER_S = 2.0
+DRAIN_MARGIN_S = 5.0
+"""What leaving takes beside the drain budget, at most: routers are to learn of it, two leases are given back."""
 
 log = structlog.get_logger(__name__)
 
@@ -63,6 +65,8 @@ class WorkerConfig(ServiceConfig):
     """How KV travels from prefill to decode; auto takes NIXL where both sides have it."""
     collective_timeout_s: float = setting(120.0, minimum=1)
     """Longest wait for a peer inside a collective; a dead or stopped engine is noticed long before."""
+    drain_s: float = setting(30.0, minimum=0)
+    """Seconds for requests to finish when the group drains; what is left then goes on on other groups."""
     engine_stuck_s: float = setting(600.0, minimum=1)
     """An engine that is busy for so long without a step or a layer done is killed and started again."""
 
@@ -105,7 +109,7 @@ class WorkerConfig(ServiceConfig):
         return self.listen.rpartition(":")[0] or "127.0.0.1"
 
 
-class LeaderCoordinator(Coordinator, Protocol):
+class LeaderCoordinator(Coordinator, DrainableWork, Protocol):
     """The coordinator as its supervisor sees it."""
 
     def attach(self, leader: GroupLeader) -> None:
@@ -114,10 +118,6 @@ class LeaderCoordinator(Coordinator, Protocol):
 
     def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
         """Adds requests running and waiting."""
-        ...
-
-    async def drain(self) -> None:
-        """Takes no more requests and waits for the running ones."""
         ...
 
 
@@ -173,6 +173,8 @@ class RankSupervisor:
         self._load_fraction = 0.0
         self._address = config.listen
         self._draining = False
+        self._leave = asyncio.Event()
+        """Set when the group is to drain, or has drained, without a signal to this process."""
         self._stale = asyncio.Event()
         self._leader: GroupLeader | None = None
         self._coordinator: LeaderCoordinator | None = None
@@ -193,6 +195,8 @@ class RankSupervisor:
                 background=self._background,
                 drain=self._drain,
                 ready_when_started=False,
+                leave=self._leave,
+                drain_margin_s=DRAIN_MARGIN_S,
             )
         finally:
             await self._directory.close()
@@ -238,12 +242,14 @@ class RankSupervisor:
             service.coordinator,
             self._on_state,
             lambda: self._registration.fence.holds(time.monotonic()),
+            self._on_leave,
         )
         service.coordinator.attach(leader)
         self._leader, self._coordinator = leader, service.coordinator
         self._server.add(service.servicer, service.descriptor)
         groups = group_service_pb2.DESCRIPTOR.services_by_name["GroupService"]
-        self._server.add(GroupServicer(leader, self._model_hash, config.tp), groups)
+        servicer = GroupServicer(leader, self._model_hash, config.tp, config.drain_s)
+        self._server.add(servicer, groups)
         self._member = leader.join(0, self._engine.send)
 
     def _follow(self) -> None:
@@ -256,7 +262,9 @@ class RankSupervisor:
             model_hash=self._model_hash,
             tensor_ranks=config.tp,
         )
-        self._follower = Follower(hello, config.leader, config.worker_id)
+        self._follower = Follower(
+            hello, config.leader, config.worker_id, lambda: self._on_leave("it has drained")
+        )
         self._follower.attach(self._engine)
 
     @property
@@ -349,14 +357,24 @@ class RankSupervisor:
             self._server.set_serving(self._formed and not self._draining)
         )
 
+    def _on_leave(self, why: str) -> None:
+        if not self._leave.is_set():
+            log.info("the group leaves", why=why)
+        self._leave.set()
+
     async def _drain(self) -> None:
+        """The leader drains the group and dismisses it; a follower stays until then."""
         self._draining = True
         await self._server.set_serving(False)
         self._registration.renew_now()
         if self._coordinator is not None:
-            await self._coordinator.drain()
-        async with asyncio.timeout(DEREGISTER_S):
-            await self._directory.deregister(self._config.worker_id, self._incarnation)
+            await GroupDrain(self._coordinator, self._config.drain_s).run()
+        elif self._follower is not None:
+            await self._follower.leave()
+        await self._registration.end()
+        await self._directory.deregister(self._config.worker_id, self._incarnation)
+        if self._leader is not None:
+            self._leader.dismiss()
 
 
 class StaleWorkerError(ExpectedEndError):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from google.rpc import error_details_pb2
 
-from sps2.v1 import generation_pb2
+from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_layout.block_hash import BLOCK_TOKENS, block_hashes
 from sps2_router.front_door import TENANT_SALT
 from support.fake_workers import NO_KV, PREEMPTED, FakeDecode, FakePrefill, Refusal, rank_died
@@ -293,3 +293,33 @@ async def test_a_retry_with_the_nonce_takes_the_place_of_its_first_call(up: Depl
 async def _later(delay_s: float, work: Coroutine[Any, Any, None]) -> None:
     await asyncio.sleep(delay_s)
     await work
+
+
+def draining(group: str) -> Refusal:
+    return Refusal(Code.UNAVAILABLE, "GROUP_DRAINING", retry_after=1.0, metadata={"component": group})
+
+
+async def test_a_group_that_drains_is_no_failure_in_any_phase() -> None:
+    """Refused by a prefill group whose drain is news, then handed back by a decode group amid its tokens."""
+    async with Deployment(max_attempts=1) as up:
+        up.prefills.append(FakePrefill("prefill-1/0"))
+        up.decodes.append(FakeDecode("decode-1/0"))
+        await up.add(up.prefills[1], up.decodes[1])
+        up.prefill.refusals = [draining("prefill-0")]
+        up.decode.fail_after = [(1, draining("decode-0"))]
+        answer = await up.generate(prompt())
+        assert answer.text == "abcd"
+        assert [one.attempt.number for one in up.prefills[1].requests] == [2, 3]
+        assert [one.attempt.number for one in up.decodes[1].reserved] == [3]
+
+
+async def test_the_last_group_that_drains_is_waited_for_then_said() -> None:
+    async with Deployment(regroup_wait_s=0.3) as up:
+        up.decode.fail_after = [(1, draining("decode-0"))] * 50
+        failing = asyncio.ensure_future(failure(up.stream()))
+        await until(lambda: bool(up.decode.started))
+        await up.view.put(up.prefill.info(), up.decode.info(state=cluster_pb2.WORKER_STATE_DRAINING))
+        error = await failing
+        assert (error.code(), reason(error)) == (Code.UNAVAILABLE, "NO_READY_GROUP")
+        assert detail(error, error_details_pb2.RetryInfo()).HasField("retry_delay")
+        assert "decode-0 is draining" in (error.details() or "")

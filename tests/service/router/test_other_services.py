@@ -81,3 +81,15 @@ async def test_a_resize_goes_to_the_leader_that_decodes(up: Deployment) -> None:
     assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
     up.decode.may_commit.set()
     await call
+
+
+async def test_a_drain_goes_to_the_leader_of_the_group(up: Deployment) -> None:
+    stub: Any = cluster_service_pb2_grpc.ClusterServiceStub(up.channel)
+    for _ in range(2):
+        begun = await stub.DrainGroup(cluster_service_pb2.DrainGroupRequest(group="decode-0"))
+        assert begun.budget_s == 7
+    assert (up.decode.num_drains, up.prefill.num_drains) == (2, 0)
+    for group, code in (("decode-1", grpc.StatusCode.NOT_FOUND), ("", grpc.StatusCode.INVALID_ARGUMENT)):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.DrainGroup(cluster_service_pb2.DrainGroupRequest(group=group))
+        assert refused.value.code() is code

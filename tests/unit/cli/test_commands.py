@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 from sps2.v1 import generation_pb2
 from sps2_cli.demo import excerpt
 from sps2_cli.main import app
+from sps2_cli.rates import with_rates
+from sps2_cli.status import pool_line
 from sps2_client import Client
 from support.fake_router import (
     FakeRouter,
@@ -264,3 +266,76 @@ def test_the_demo_cuts_its_text_at_a_word_and_repeats_what_is_too_short() -> Non
         text = excerpt(client, "seven words make up this short text ", 300)
     assert 300 <= len(text) <= 364
     assert text.split(" ")[-1] in {"seven", "words", "make", "up", "this", "short", "text"}
+
+
+def test_drain_says_how_long_it_may_take() -> None:
+    with FakeRouter() as router:
+        done = run("drain", "decode-0", "--server", router.address)
+        unknown = run("drain", "decode-9", "--server", router.address)
+    assert (done.exit_code, done.stdout) == (0, "decode-0 is draining; its requests have 7 s to finish\n")
+    assert (unknown.exit_code, "decode-9" in unknown.stderr) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["prefil=2"], "is not POOL=GROUPS"),
+        (["prefill"], "is not POOL=GROUPS"),
+        (["decode=0"], "1 to 256 groups"),
+        (["decode=two"], "1 to 256 groups"),
+        (["decode=1", "decode=2"], "given twice"),
+        (["decode=1", "--server", "nowhere"], "is not HOST:PORT"),
+    ],
+)
+def test_scale_refuses_what_it_cannot_mean(words: list[str], says: str) -> None:
+    result = run("scale", *words)
+    assert (result.exit_code, says in result.stderr) == (2, True), result.stderr
+
+
+def test_scale_without_a_deployment_cannot_connect() -> None:
+    port = free_port()
+    result = run("scale", "decode=2", "--server", f"127.0.0.1:{port}", "--json")
+    assert result.exit_code == 4
+    (event,) = documents(result)
+    assert f"serves port {port}" in event["message"]
+
+
+def test_top_shows_the_rates_between_two_looks() -> None:
+    with FakeRouter() as router:
+        shown = run("top", "--once", "--interval", "0.1", "--server", router.address)
+        result = run("top", "--once", "--json", "--interval", "0.1", "--server", router.address)
+    assert (shown.exit_code, result.exit_code) == (0, 0)
+    assert "decode: 1 of 1 groups ready; 1 requests" in shown.stdout
+    (document,) = documents(result)
+    (group,) = document["pools"]["decode"]
+    assert (group["state"], [one["steps_per_s"] for one in group["ranks"]]) == ("ready", [0.0, 0.0])
+
+
+def looked(steps: int, sent: int) -> dict[str, Any]:
+    rank = {
+        "worker_id": "decode-0/0",
+        "steps_done": steps,
+        "bytes_posted": {"q_exchange": sent, "kv_move": 1},
+    }
+    return {"pools": {"decode": [{"group": "decode-0", "ranks": [rank]}]}}
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        (looked(10, 300), (5.0, 50.0)),
+        (None, (0.0, 0.0)),
+        # It has been started anew.
+        (looked(30, 300), (0.0, 0.0)),
+        ({"pools": {}}, (0.0, 0.0)),
+    ],
+)
+def test_rates_are_what_counters_gain(before: dict[str, Any] | None, expected: tuple[float, float]) -> None:
+    rated = with_rates(before, looked(20, 400), 2.0)
+    (rank,) = rated["pools"]["decode"][0]["ranks"]
+    assert (rank["steps_per_s"], rank["posted_bytes_per_s"]) == expected
+
+
+def test_a_pool_says_which_groups_come_and_go() -> None:
+    states = ["ready", "draining", "starting", "ready"]
+    assert pool_line([{"state": one} for one in states]) == "2 of 4 groups ready, 1 starting, 1 draining"

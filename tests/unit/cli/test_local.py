@@ -69,6 +69,7 @@ def test_every_rank_is_started_once_with_its_leader() -> None:
         "--threads": "4",
         "--kv-transport": "auto",
         "--tp": "1",
+        "--drain-s": "30",
         "--leader": "at-decode-0/0",
     }
     assert "--leader" not in leaders[0].command

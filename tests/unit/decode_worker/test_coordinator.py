@@ -290,3 +290,44 @@ async def test_tensor_ranks_stand_where_one_rank_would() -> None:
                 decode_service_pb2.ResizeAttemptRequest(request_id="gone", degree=2, ranks=[1, 2])
             )
     coordinator.release(live)
+
+
+async def test_a_drain_finishes_what_is_there_and_refuses_the_rest() -> None:
+    coordinator, _ = make(20)
+    live = await start(coordinator, reserve("one", 1, 128, 50))
+    waiting = await coordinator.reserve(reserve("its prompt is still computed", 2, 128, 50))
+    drained = asyncio.create_task(coordinator.drain())
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable) as caught:
+        await coordinator.reserve(reserve("new", 3, 128))
+    assert (caught.value.reason, caught.value.metadata["component"]) == ("GROUP_DRAINING", "decode-0")
+    async with asyncio.timeout(20):
+        await coordinator.commit(waiting, decode_service_pb2.StartDecode(first_token_id=1))
+        for one in (live, waiting):
+            assert len([token async for token in coordinator.tokens(one)]) == 49
+            assert not drained.done()
+            coordinator.release(one)
+        await drained
+
+
+async def test_what_is_handed_back_ends_behind_its_tokens_and_frees_all() -> None:
+    coordinator, ranks = make(20, debug=True)
+    live = await start(coordinator, reserve("decodes", 1, 128, 500))
+    waiting = await coordinator.reserve(reserve("its prompt is still computed", 2, 128, 50))
+    drained, given = asyncio.create_task(coordinator.drain()), []
+
+    async def read() -> None:
+        async for token in coordinator.tokens(live):
+            given.append(token.token.index)
+            if len(given) == 5:
+                assert coordinator.hand_back() == 2
+
+    async with asyncio.timeout(20):
+        with pytest.raises(Unavailable, match="decode-0 is draining") as caught:
+            await read()
+        await drained
+    assert caught.value.reason == "GROUP_DRAINING"
+    assert given == list(range(1, len(given) + 1))
+    assert waiting.failed.is_set()
+    await asyncio.sleep(0)
+    assert list(ranks.plans[-1].blocks_used) == [0, 0]

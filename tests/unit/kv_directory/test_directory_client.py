@@ -265,3 +265,17 @@ def test_pauses_double_up_to_their_limit() -> None:
     paces = pauses(DirectoryOptions(retry_min_s=0.1, retry_max_s=1.0))
     for expected in (0.1, 0.2, 0.4, 0.8, 1.0, 1.0):
         assert next(paces) == pytest.approx(expected, rel=0.26)
+
+
+async def test_who_gives_its_lease_back_takes_no_new_one(scripted: Scripted) -> None:
+    directory, client = scripted
+    registration = client.registration(make_worker)
+    task = asyncio.create_task(registration.run())
+    await until_calls(directory, 3)
+    await registration.end()
+    before = len(directory.calls)
+    registration.renew_now()
+    await asyncio.sleep(5 * OPTIONS.renew_interval_s)
+    assert len(directory.calls) == before
+    assert not task.done(), "it is its caller's to end"
+    await end(task)

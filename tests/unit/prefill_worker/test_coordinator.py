@@ -190,3 +190,29 @@ def test_generated_tokens_that_do_not_end_the_text_are_refused(
 
     with pytest.raises(InvalidArgument, match="must follow the prompt"):
         asyncio.run(ask())
+
+
+async def test_a_drain_hands_back_what_computes_and_what_waits() -> None:
+    coordinator, group = make("heads", 2, kv_blocks=5)
+    second = request()
+    second.attempt.request_id = "two"
+    calls = [coordinator.prefill(one) for one in (request(), second)]
+    async with aclosing(calls[0]), aclosing(calls[1]), asyncio.timeout(TIMEOUT_S):
+        waiting = [asyncio.ensure_future(anext(one)) for one in calls]
+        await group.told.wait()
+        drained = asyncio.create_task(coordinator.drain())
+        await asyncio.sleep(0)
+        assert not drained.done()
+        with pytest.raises(Unavailable, match="prefill-0 is draining"):
+            await anext(coordinator.prefill(request()))
+        assert coordinator.hand_back() == 2
+        for one in waiting:
+            with pytest.raises(Unavailable) as caught:
+                await one
+            assert (caught.value.reason, caught.value.metadata["component"]) == (
+                "GROUP_DRAINING",
+                "prefill-0",
+            )
+        await drained
+    kinds = [command.WhichOneof("command") for command in group.sent[1]]
+    assert kinds == ["run_prefill", "cancel_prefill"], "the one that waited was never begun"

@@ -79,3 +79,18 @@ def test_pauses_are_bounded_whatever_a_worker_says() -> None:
     for told in (0.0, 1000.0):
         error = Unavailable("NO_KV", "no room", retry_after=told)
         assert 0 < Retries(RetryLimits()).after(error, Phase.RESERVING, PAIR, 0) <= 1
+
+
+DRAINS = Unavailable("GROUP_DRAINING", "leaving", retry_after=1.0, metadata={"component": "prefill-0"})
+
+
+def test_a_group_that_drains_is_no_failure_and_is_left_alone() -> None:
+    retries = Retries(RetryLimits(max_attempts=1, admission_wait_s=0))
+    quick = retries.after(DRAINS, Phase.PREFILLING, PAIR, 0)
+    assert retries.avoid == {"prefill-0"}
+    handed_back = Unavailable("GROUP_DRAINING", "leaving", metadata={"component": "decode-0"})
+    assert retries.after(handed_back, Phase.COMMITTED, PAIR, 1) == quick
+    assert retries.avoid == {"prefill-0", "decode-0"}
+    # There is no other group: it is not asked again and again.
+    assert retries.after(handed_back, Phase.RESERVING, PAIR, 2) > 10 * quick
+    assert retries.num_failures == 0

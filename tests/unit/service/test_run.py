@@ -108,6 +108,16 @@ def test_a_second_signal_cuts_the_drain_short(service: Callable[..., ManagedProc
     assert "the drain was cut short by a second signal" in events(process)
 
 
+def test_a_signal_while_it_leaves_of_its_own_accord_is_the_first(
+    service: Callable[..., ManagedProcess],
+) -> None:
+    process = service("--leaves-after-s", "0", "--drain-takes-s", "1")
+    process.wait_for_line("drain begins")
+    process.send(signal.SIGTERM)
+    assert process.wait() == 0
+    assert "drain ends" in events(process)
+
+
 def test_a_drain_that_takes_too_long_is_a_failure(service: Callable[..., ManagedProcess]) -> None:
     process = service("--drain-takes-s", "60", "--drain-s", "0.2")
     serving_address(process)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sps2.v1 import cluster_pb2 as sps2_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsps2/v1/cluster_service.proto\x12\x07sps2.v1\x1a\x15sps2/v1/cluster.proto\"M\n\x14ResizeRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65gree\x18\x02 \x01(\x05\x12\x11\n\x05ranks\x18\x03 \x03(\x05\x42\x02\x10\x01\"\x90\x01\n\x15ResizeRequestResponse\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04home\x18\x02 \x01(\x05\x12\x13\n\x07holders\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x18\n\x10num_blocks_moved\x18\x04 \x01(\x03\x12\x15\n\rlongest_gap_s\x18\x05 \x01(\x01\x12\x14\n\x0cmedian_gap_s\x18\x06 \x01(\x01\"\x18\n\x16GetClusterStateRequest\"\x8b\x02\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x1b\n\x13\x64irectory_connected\x18\x02 \x01(\x08\x12\x19\n\x11num_requests_live\x18\x03 \x01(\x05\x12W\n\x15num_requests_by_group\x18\x04 \x03(\x0b\x32\x38.sps2.v1.GetClusterStateResponse.NumRequestsByGroupEntry\x1a\x39\n\x17NumRequestsByGroupEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x32\xb6\x01\n\x0e\x43lusterService\x12T\n\x0fGetClusterState\x12\x1f.sps2.v1.GetClusterStateRequest\x1a .sps2.v1.GetClusterStateResponse\x12N\n\rResizeRequest\x12\x1d.sps2.v1.ResizeRequestRequest\x1a\x1e.sps2.v1.ResizeRequestResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsps2/v1/cluster_service.proto\x12\x07sps2.v1\x1a\x15sps2/v1/cluster.proto\"\"\n\x11\x44rainGroupRequest\x12\r\n\x05group\x18\x01 \x01(\t\"&\n\x12\x44rainGroupResponse\x12\x10\n\x08\x62udget_s\x18\x01 \x01(\x01\"M\n\x14ResizeRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65gree\x18\x02 \x01(\x05\x12\x11\n\x05ranks\x18\x03 \x03(\x05\x42\x02\x10\x01\"\x90\x01\n\x15ResizeRequestResponse\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04home\x18\x02 \x01(\x05\x12\x13\n\x07holders\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x18\n\x10num_blocks_moved\x18\x04 \x01(\x03\x12\x15\n\rlongest_gap_s\x18\x05 \x01(\x01\x12\x14\n\x0cmedian_gap_s\x18\x06 \x01(\x01\"\x18\n\x16GetClusterStateRequest\"\x8b\x02\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x1b\n\x13\x64irectory_connected\x18\x02 \x01(\x08\x12\x19\n\x11num_requests_live\x18\x03 \x01(\x05\x12W\n\x15num_requests_by_group\x18\x04 \x03(\x0b\x32\x38.sps2.v1.GetClusterStateResponse.NumRequestsByGroupEntry\x1a\x39\n\x17NumRequestsByGroupEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x32\xfd\x01\n\x0e\x43lusterService\x12T\n\x0fGetClusterState\x12\x1f.sps2.v1.GetClusterStateRequest\x1a .sps2.v1.GetClusterStateResponse\x12N\n\rResizeRequest\x12\x1d.sps2.v1.ResizeRequestRequest\x1a\x1e.sps2.v1.ResizeRequestResponse\x12\x45\n\nDrainGroup\x12\x1a.sps2.v1.DrainGroupRequest\x1a\x1b.sps2.v1.DrainGroupResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,16 +38,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESIZEREQUESTRESPONSE'].fields_by_name['holders']._serialized_options = b'\020\001'
   _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._loaded_options = None
   _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_options = b'8\001'
-  _globals['_RESIZEREQUESTREQUEST']._serialized_start=65
-  _globals['_RESIZEREQUESTREQUEST']._serialized_end=142
-  _globals['_RESIZEREQUESTRESPONSE']._serialized_start=145
-  _globals['_RESIZEREQUESTRESPONSE']._serialized_end=289
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=291
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=315
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=318
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=585
-  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_start=528
-  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_end=585
-  _globals['_CLUSTERSERVICE']._serialized_start=588
-  _globals['_CLUSTERSERVICE']._serialized_end=770
+  _globals['_DRAINGROUPREQUEST']._serialized_start=65
+  _globals['_DRAINGROUPREQUEST']._serialized_end=99
+  _globals['_DRAINGROUPRESPONSE']._serialized_start=101
+  _globals['_DRAINGROUPRESPONSE']._serialized_end=139
+  _globals['_RESIZEREQUESTREQUEST']._serialized_start=141
+  _globals['_RESIZEREQUESTREQUEST']._serialized_end=218
+  _globals['_RESIZEREQUESTRESPONSE']._serialized_start=221
+  _globals['_RESIZEREQUESTRESPONSE']._serialized_end=365
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=367
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=391
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=394
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=661
+  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_start=604
+  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_end=661
+  _globals['_CLUSTERSERVICE']._serialized_start=664
+  _globals['_CLUSTERSERVICE']._serialized_end=917
 # @@protoc_insertion_point(module_scope)

@@ -20,6 +20,50 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class DrainGroupRequest(_message.Message):
+    """DrainGroupRequest says which."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """Group, for example "decode-0"."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainGroupRequest: _TypeAlias = DrainGroupRequest  # noqa: Y015
+
+@_typing.final
+class DrainGroupResponse(_message.Message):
+    """DrainGroupResponse says how long it may take."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_S_FIELD_NUMBER: _builtins.int
+    budget_s: _builtins.float
+    """Seconds that its requests have to finish, from the beginning of the drain."""
+    def __init__(
+        self,
+        *,
+        budget_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_s", b"budget_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainGroupResponse: _TypeAlias = DrainGroupResponse  # noqa: Y015
+
+@_typing.final
 class ResizeRequestRequest(_message.Message):
     """ResizeRequestRequest says over how many ranks, or over which. Where the ranks of a group split layers (tensor_ranks of
     its capabilities), a rank is a sequence index here, and so it is in the response: rank r has r / tensor_ranks.

@@ -45,6 +45,11 @@ class ClusterServiceStub:
                 request_serializer=sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestRequest.SerializeToString,
                 response_deserializer=sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestResponse.FromString,
                 _registered_method=True)
+        self.DrainGroup = channel.unary_unary(
+                '/sps2.v1.ClusterService/DrainGroup',
+                request_serializer=sps2_dot_v1_dot_cluster__service__pb2.DrainGroupRequest.SerializeToString,
+                response_deserializer=sps2_dot_v1_dot_cluster__service__pb2.DrainGroupResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -66,6 +71,15 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainGroup(self, request, context):
+        """DrainGroup lets a group leave: it takes no more requests, finishes those that it has within its drain budget,
+        hands back what is left, to be resumed on other groups, and its processes end with exit code 0. Returns as soon
+        as that has begun; again is no news. NOT_FOUND: no such group has a leader; UNAVAILABLE: it does not answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +92,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.ResizeRequest,
                     request_deserializer=sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestRequest.FromString,
                     response_serializer=sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestResponse.SerializeToString,
+            ),
+            'DrainGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainGroup,
+                    request_deserializer=sps2_dot_v1_dot_cluster__service__pb2.DrainGroupRequest.FromString,
+                    response_serializer=sps2_dot_v1_dot_cluster__service__pb2.DrainGroupResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +154,33 @@ class ClusterService:
             '/sps2.v1.ClusterService/ResizeRequest',
             sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestRequest.SerializeToString,
             sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sps2.v1.ClusterService/DrainGroup',
+            sps2_dot_v1_dot_cluster__service__pb2.DrainGroupRequest.SerializeToString,
+            sps2_dot_v1_dot_cluster__service__pb2.DrainGroupResponse.FromString,
             options,
             channel_credentials,
             insecure,

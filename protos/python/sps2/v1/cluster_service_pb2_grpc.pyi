@@ -39,6 +39,11 @@ class ClusterServiceStub:
     """ResizeRequest spreads the KV of a request that decodes over another number of ranks of its decode group; its
     stream goes on. Returns when that is done. NOT_FOUND: no such request decodes; UNAVAILABLE: no room now.
     """
+    DrainGroup: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.DrainGroupRequest, _cluster_service_pb2.DrainGroupResponse]
+    """DrainGroup lets a group leave: it takes no more requests, finishes those that it has within its drain budget,
+    hands back what is left, to be resumed on other groups, and its processes end with exit code 0. Returns as soon
+    as that has begun; again is no news. NOT_FOUND: no such group has a leader; UNAVAILABLE: it does not answer.
+    """
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -50,6 +55,11 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     ResizeRequest: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.ResizeRequestRequest, _cluster_service_pb2.ResizeRequestResponse]  # type: ignore[assignment]
     """ResizeRequest spreads the KV of a request that decodes over another number of ranks of its decode group; its
     stream goes on. Returns when that is done. NOT_FOUND: no such request decodes; UNAVAILABLE: no room now.
+    """
+    DrainGroup: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.DrainGroupRequest, _cluster_service_pb2.DrainGroupResponse]  # type: ignore[assignment]
+    """DrainGroup lets a group leave: it takes no more requests, finishes those that it has within its drain budget,
+    hands back what is left, to be resumed on other groups, and its processes end with exit code 0. Returns as soon
+    as that has begun; again is no news. NOT_FOUND: no such group has a leader; UNAVAILABLE: it does not answer.
     """
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -71,6 +81,17 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_cluster_service_pb2.ResizeRequestResponse, _abc.Awaitable[_cluster_service_pb2.ResizeRequestResponse]]:
         """ResizeRequest spreads the KV of a request that decodes over another number of ranks of its decode group; its
         stream goes on. Returns when that is done. NOT_FOUND: no such request decodes; UNAVAILABLE: no room now.
+        """
+
+    @_abc_1.abstractmethod
+    def DrainGroup(
+        self,
+        request: _cluster_service_pb2.DrainGroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_service_pb2.DrainGroupResponse, _abc.Awaitable[_cluster_service_pb2.DrainGroupResponse]]:
+        """DrainGroup lets a group leave: it takes no more requests, finishes those that it has within its drain budget,
+        hands back what is left, to be resumed on other groups, and its processes end with exit code 0. Returns as soon
+        as that has begun; again is no news. NOT_FOUND: no such group has a leader; UNAVAILABLE: it does not answer.
         """
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -18,6 +18,50 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class DrainGroupRequest(_message.Message):
+    """DrainGroupRequest says whom it is meant for: addresses are used again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """Group."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainGroupRequest: _TypeAlias = DrainGroupRequest  # noqa: Y015
+
+@_typing.final
+class DrainGroupResponse(_message.Message):
+    """DrainGroupResponse says how long it may take."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_S_FIELD_NUMBER: _builtins.int
+    budget_s: _builtins.float
+    """Seconds that its requests have to finish, from the beginning of the drain."""
+    def __init__(
+        self,
+        *,
+        budget_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_s", b"budget_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainGroupResponse: _TypeAlias = DrainGroupResponse  # noqa: Y015
+
+@_typing.final
 class JoinGroupRequest(_message.Message):
     """JoinGroupRequest is what a follower says."""
 
@@ -26,6 +70,7 @@ class JoinGroupRequest(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     EVENT_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___FollowerHello:
         """First message."""
@@ -38,22 +83,44 @@ class JoinGroupRequest(_message.Message):
     def lost(self) -> Global___EngineLost:
         """Its engine is gone; it is being started again."""
 
+    @_builtins.property
+    def leaving(self) -> Global___FollowerLeaving:
+        """It was told to end, and waits: the group is to drain, and to say when it may leave."""
+
     def __init__(
         self,
         *,
         hello: Global___FollowerHello | None = ...,
         event: _engine_pb2.EngineEvent | None = ...,
         lost: Global___EngineLost | None = ...,
+        leaving: Global___FollowerLeaving | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hello", b"hello", "lost", b"lost", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hello", b"hello", "leaving", b"leaving", "lost", b"lost", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hello", b"hello", "lost", b"lost", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hello", b"hello", "leaving", b"leaving", "lost", b"lost", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "event", "lost"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "event", "lost", "leaving"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___JoinGroupRequest: _TypeAlias = JoinGroupRequest  # noqa: Y015
+
+@_typing.final
+class FollowerLeaving(_message.Message):
+    """FollowerLeaving has nothing to say but that."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowerLeaving: _TypeAlias = FollowerLeaving  # noqa: Y015
 
 @_typing.final
 class FollowerHello(_message.Message):
@@ -126,19 +193,42 @@ class JoinGroupResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COMMAND_FIELD_NUMBER: _builtins.int
+    LEAVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def command(self) -> _engine_pb2.EngineCommand:
         """Command for the follower's engine."""
+
+    @_builtins.property
+    def leave(self) -> Global___LeaveGroup:
+        """In place of a command, and last of all: the group has drained, everyone leaves."""
 
     def __init__(
         self,
         *,
         command: _engine_pb2.EngineCommand | None = ...,
+        leave: Global___LeaveGroup | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "leave", b"leave"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "leave", b"leave"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinGroupResponse: _TypeAlias = JoinGroupResponse  # noqa: Y015
+
+@_typing.final
+class LeaveGroup(_message.Message):
+    """LeaveGroup has nothing to say but that."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveGroup: _TypeAlias = LeaveGroup  # noqa: Y015

@@ -40,6 +40,11 @@ class GroupServiceStub:
                 request_serializer=sps2_dot_internal_dot_v1_dot_group__service__pb2.JoinGroupRequest.SerializeToString,
                 response_deserializer=sps2_dot_internal_dot_v1_dot_group__service__pb2.JoinGroupResponse.FromString,
                 _registered_method=True)
+        self.DrainGroup = channel.unary_unary(
+                '/sps2.internal.v1.GroupService/DrainGroup',
+                request_serializer=sps2_dot_internal_dot_v1_dot_group__service__pb2.DrainGroupRequest.SerializeToString,
+                response_deserializer=sps2_dot_internal_dot_v1_dot_group__service__pb2.DrainGroupResponse.FromString,
+                _registered_method=True)
 
 
 class GroupServiceServicer:
@@ -55,6 +60,14 @@ class GroupServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainGroup(self, request, context):
+        """DrainGroup has the whole group drain and leave, as SIGTERM to any of its supervisors does. Returns as soon as that
+        has begun; again is no news. ABORTED: another group serves at this address.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GroupServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +75,11 @@ def add_GroupServiceServicer_to_server(servicer, server):
                     servicer.JoinGroup,
                     request_deserializer=sps2_dot_internal_dot_v1_dot_group__service__pb2.JoinGroupRequest.FromString,
                     response_serializer=sps2_dot_internal_dot_v1_dot_group__service__pb2.JoinGroupResponse.SerializeToString,
+            ),
+            'DrainGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainGroup,
+                    request_deserializer=sps2_dot_internal_dot_v1_dot_group__service__pb2.DrainGroupRequest.FromString,
+                    response_serializer=sps2_dot_internal_dot_v1_dot_group__service__pb2.DrainGroupResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +110,33 @@ class GroupService:
             '/sps2.internal.v1.GroupService/JoinGroup',
             sps2_dot_internal_dot_v1_dot_group__service__pb2.JoinGroupRequest.SerializeToString,
             sps2_dot_internal_dot_v1_dot_group__service__pb2.JoinGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sps2.internal.v1.GroupService/DrainGroup',
+            sps2_dot_internal_dot_v1_dot_group__service__pb2.DrainGroupRequest.SerializeToString,
+            sps2_dot_internal_dot_v1_dot_group__service__pb2.DrainGroupResponse.FromString,
             options,
             channel_credentials,
             insecure,

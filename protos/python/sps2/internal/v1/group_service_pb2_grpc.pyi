@@ -38,6 +38,10 @@ class GroupServiceStub:
     is how either side learns of the other's death. The follower says hello, then relays what its
     engine reports; the leader sends its engine's commands, in order.
     """
+    DrainGroup: _grpc.UnaryUnaryMultiCallable[_group_service_pb2.DrainGroupRequest, _group_service_pb2.DrainGroupResponse]
+    """DrainGroup has the whole group drain and leave, as SIGTERM to any of its supervisors does. Returns as soon as that
+    has begun; again is no news. ABORTED: another group serves at this address.
+    """
 
 @_typing.type_check_only
 class GroupServiceAsyncStub(GroupServiceStub):
@@ -48,6 +52,10 @@ class GroupServiceAsyncStub(GroupServiceStub):
     """JoinGroup is opened by every other rank's supervisor and lives as long as both do; its end
     is how either side learns of the other's death. The follower says hello, then relays what its
     engine reports; the leader sends its engine's commands, in order.
+    """
+    DrainGroup: _aio.UnaryUnaryMultiCallable[_group_service_pb2.DrainGroupRequest, _group_service_pb2.DrainGroupResponse]  # type: ignore[assignment]
+    """DrainGroup has the whole group drain and leave, as SIGTERM to any of its supervisors does. Returns as soon as that
+    has begun; again is no news. ABORTED: another group serves at this address.
     """
 
 class GroupServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -62,6 +70,16 @@ class GroupServiceServicer(metaclass=_abc_1.ABCMeta):
         """JoinGroup is opened by every other rank's supervisor and lives as long as both do; its end
         is how either side learns of the other's death. The follower says hello, then relays what its
         engine reports; the leader sends its engine's commands, in order.
+        """
+
+    @_abc_1.abstractmethod
+    def DrainGroup(
+        self,
+        request: _group_service_pb2.DrainGroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_group_service_pb2.DrainGroupResponse, _abc.Awaitable[_group_service_pb2.DrainGroupResponse]]:
+        """DrainGroup has the whole group drain and leave, as SIGTERM to any of its supervisors does. Returns as soon as that
+        has begun; again is no news. ABORTED: another group serves at this address.
         """
 
 def add_GroupServiceServicer_to_server(servicer: GroupServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
