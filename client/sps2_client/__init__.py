@@ -41,17 +41,19 @@ from sps2_client._errors import (
     Unimplemented,
 )
 from sps2_client._options import Timeouts
-from sps2_client._requests import GenerationOptions
+from sps2_client._requests import ChatMessage, GenerationOptions
 from sps2_client._stream import Stream
 from sps2_client._types import (
     BytesMoved,
     Choice,
+    ClusterChange,
     ClusterState,
     Event,
     Finished,
     FinishReason,
     Generation,
     Model,
+    Progress,
     Resized,
     TextDelta,
     Timings,
@@ -69,8 +71,10 @@ __all__ = [
     "BetweenTokensTimeout",
     "BytesMoved",
     "Cancelled",
+    "ChatMessage",
     "Choice",
     "Client",
+    "ClusterChange",
     "ClusterState",
     "ConnectionFailed",
     "ConnectionLost",
@@ -89,6 +93,7 @@ __all__ = [
     "NotFound",
     "OutOfRange",
     "PermissionDenied",
+    "Progress",
     "ProtocolError",
     "Received",
     "Resized",

@@ -2,9 +2,9 @@
 
 import asyncio
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
@@ -23,15 +23,16 @@ from sps2_client._async_stream import AsyncStream
 from sps2_client._errors import ConnectionFailed
 from sps2_client._options import (
     DEFAULT_UNARY_TIMEOUT_S,
+    DEFAULT_WATCH_TIMEOUT_S,
     RESIZE_TIMEOUT_S,
     Deadline,
     Timeouts,
     channel_options,
     retry_delay,
 )
-from sps2_client._requests import GenerationOptions, stream_request
+from sps2_client._requests import ChatMessage, GenerationOptions, stream_request, tokenize_request
 from sps2_client._statuses import CallContext, from_rpc_error
-from sps2_client._types import ClusterState, Generation, Model, Resized
+from sps2_client._types import ClusterChange, ClusterState, Generation, Model, Progress, Resized
 
 Response = TypeVar("Response")
 
@@ -86,12 +87,12 @@ class AsyncClient:
         Not a coroutine, but to be called on a running event loop.
 
         Args:
-            prompt: The prompt as text; give this or `token_ids`.
+            prompt: The prompt as text; give this, `token_ids` or `messages`.
             timeout: `Timeouts`, or seconds for the whole call; None is `Timeouts()`.
             options: see `GenerationOptions`.
 
         Raises:
-            ValueError: neither or both forms of the prompt, a number that does not fit, a limit <= 0.
+            ValueError: not exactly one form of the prompt, a number that does not fit, a limit <= 0.
             TypeError: an unknown option or a value of a wrong type.
         """
         stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
@@ -125,11 +126,16 @@ class AsyncClient:
         return tuple(_convert.model(one) for one in answer.models)
 
     async def tokenize(
-        self, text: str, *, model: str = "", timeout: float = DEFAULT_UNARY_TIMEOUT_S
+        self,
+        text: str | None = None,
+        *,
+        messages: Sequence[ChatMessage] | None = None,
+        model: str = "",
+        timeout: float = DEFAULT_UNARY_TIMEOUT_S,
     ) -> tuple[int, ...]:
-        """Token ids of a text, with the special tokens that a prompt gets; `timeout` in seconds."""
+        """Token ids of a text or a conversation, as a prompt gets them; `timeout` in seconds."""
         stub = tokenizer_service_pb2_grpc.TokenizerServiceStub(self._get_channel())
-        request = tokenizer_service_pb2.TokenizeTextRequest(model=model, text=text)
+        request = tokenize_request(text, messages, model)
         answer = await self._ask(lambda left: stub.TokenizeText(request, timeout=left), timeout)
         return tuple(answer.token_ids)
 
@@ -141,11 +147,41 @@ class AsyncClient:
         request = tokenizer_service_pb2.DetokenizeTokensRequest(model=model, token_ids=token_ids)
         return (await self._ask(lambda left: stub.DetokenizeTokens(request, timeout=left), timeout)).text
 
+    async def watch(
+        self, request_id: str, *, timeout: float = DEFAULT_WATCH_TIMEOUT_S
+    ) -> AsyncGenerator[Progress]:
+        """How far a live request has come, also before its first token: now, on each change, and that it has ended.
+
+        Closing the iterator, or leaving it to the garbage collector, ends the watch.
+
+        Args:
+            request_id: the request, on whichever router it is.
+            timeout: seconds for the whole watch.
+
+        Raises:
+            NotFound: no such request lives.
+        """
+        stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
+        call = stub.WatchGeneration(
+            inference_service_pb2.WatchGenerationRequest(request_id=request_id), timeout=timeout
+        )
+        async for message in self._watch(call, timeout):
+            yield _convert.progress(message)
+
+    async def watch_cluster(
+        self, *, timeout: float = DEFAULT_WATCH_TIMEOUT_S
+    ) -> AsyncGenerator[ClusterChange]:
+        """The state of the cluster, then each change of it; closed like `watch`. `timeout` in seconds."""
+        stub = cluster_service_pb2_grpc.ClusterServiceStub(self._get_channel())
+        call = stub.WatchClusterState(cluster_service_pb2.WatchClusterStateRequest(), timeout=timeout)
+        async for message in self._watch(call, timeout):
+            yield _convert.cluster_change(message)
+
     async def cancel(self, request_id: str, *, timeout: float = DEFAULT_UNARY_TIMEOUT_S) -> None:
         """Ends a live request and frees what it holds; `timeout` in seconds.
 
         Raises:
-            NotFound: the router serves no such request.
+            NotFound: no router serves it, or came to serve it within a second.
         """
         stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
         request = inference_service_pb2.CancelGenerationRequest(request_id=request_id)
@@ -196,6 +232,22 @@ class AsyncClient:
         if channel is None:
             channel = self._channels[loop] = grpc.aio.insecure_channel(self._address, channel_options())
         return channel
+
+    async def _watch(
+        self, call: "grpc.aio.UnaryStreamCall[Any, Response]", timeout: float
+    ) -> AsyncGenerator[Response]:
+        """The messages of a stream that nobody retries: its reader begins a new one from the state as it then is."""
+        deadline = Deadline(timeout)
+        started = False
+        try:
+            async for message in call:
+                started = True
+                yield message
+        except grpc.RpcError as error:
+            context = CallContext(started=started, time_left=deadline.left, address=self._address)
+            raise from_rpc_error(error, context) from error
+        finally:
+            call.cancel()
 
     async def _ask(
         self, call: Callable[[float], Awaitable[Response]], timeout: float, max_retries: int | None = None

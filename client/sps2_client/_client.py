@@ -2,9 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Self, TypeVar, Unpack, cast
+from typing import Protocol, Self, TypeVar, Unpack, cast
 
 import grpc
 
@@ -23,18 +23,28 @@ from sps2_client._alarms import Alarm, AlarmClock
 from sps2_client._errors import ConnectionFailed
 from sps2_client._options import (
     DEFAULT_UNARY_TIMEOUT_S,
+    DEFAULT_WATCH_TIMEOUT_S,
     RESIZE_TIMEOUT_S,
     Deadline,
     Timeouts,
     channel_options,
     retry_delay,
 )
-from sps2_client._requests import GenerationOptions, stream_request
+from sps2_client._requests import ChatMessage, GenerationOptions, stream_request, tokenize_request
 from sps2_client._statuses import CallContext, from_rpc_error
 from sps2_client._stream import OpenStream, Stream
-from sps2_client._types import ClusterState, Generation, Model, Resized
+from sps2_client._types import ClusterChange, ClusterState, Generation, Model, Progress, Resized
 
 Response = TypeVar("Response")
+Message_co = TypeVar("Message_co", covariant=True)
+
+
+class WatchCall(Protocol[Message_co]):
+    """What gRPC's blocking call object really is; its stubs leave `cancel` out."""
+
+    def __iter__(self) -> Iterator[Message_co]: ...
+
+    def cancel(self) -> object: ...
 
 
 class Client:
@@ -85,12 +95,12 @@ class Client:
         """Starts a generation and returns its events as they come.
 
         Args:
-            prompt: The prompt as text; give this or `token_ids`.
+            prompt: The prompt as text; give this, `token_ids` or `messages`.
             timeout: `Timeouts`, or seconds for the whole call; None is `Timeouts()`.
             options: see `GenerationOptions`.
 
         Raises:
-            ValueError: neither or both forms of the prompt, a number that does not fit, a limit <= 0.
+            ValueError: not exactly one form of the prompt, a number that does not fit, a limit <= 0.
             TypeError: an unknown option or a value of a wrong type.
         """
         stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
@@ -125,11 +135,16 @@ class Client:
         return tuple(_convert.model(one) for one in answer.models)
 
     def tokenize(
-        self, text: str, *, model: str = "", timeout: float = DEFAULT_UNARY_TIMEOUT_S
+        self,
+        text: str | None = None,
+        *,
+        messages: Sequence[ChatMessage] | None = None,
+        model: str = "",
+        timeout: float = DEFAULT_UNARY_TIMEOUT_S,
     ) -> tuple[int, ...]:
-        """Token ids of a text, with the special tokens that a prompt gets; `timeout` in seconds."""
+        """Token ids of a text or a conversation, as a prompt gets them; `timeout` in seconds."""
         stub = tokenizer_service_pb2_grpc.TokenizerServiceStub(self._get_channel())
-        request = tokenizer_service_pb2.TokenizeTextRequest(model=model, text=text)
+        request = tokenize_request(text, messages, model)
         return tuple(self._ask(lambda left: stub.TokenizeText(request, timeout=left), timeout).token_ids)
 
     def detokenize(
@@ -140,11 +155,43 @@ class Client:
         request = tokenizer_service_pb2.DetokenizeTokensRequest(model=model, token_ids=token_ids)
         return self._ask(lambda left: stub.DetokenizeTokens(request, timeout=left), timeout).text
 
+    def watch(self, request_id: str, *, timeout: float = DEFAULT_WATCH_TIMEOUT_S) -> Generator[Progress]:
+        """How far a live request has come, also before its first token: now, on each change, and that it has ended.
+
+        Closing the iterator, or leaving it to the garbage collector, ends the watch.
+
+        Args:
+            request_id: the request, on whichever router it is.
+            timeout: seconds for the whole watch.
+
+        Raises:
+            NotFound: no such request lives.
+        """
+        stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
+        request = inference_service_pb2.WatchGenerationRequest(request_id=request_id)
+        call = cast(
+            "WatchCall[inference_service_pb2.WatchGenerationResponse]",
+            stub.WatchGeneration(request, timeout=timeout),
+        )
+        for message in self._watch(call, timeout):
+            yield _convert.progress(message)
+
+    def watch_cluster(self, *, timeout: float = DEFAULT_WATCH_TIMEOUT_S) -> Generator[ClusterChange]:
+        """The state of the cluster, then each change of it; closed like `watch`. `timeout` in seconds."""
+        stub = cluster_service_pb2_grpc.ClusterServiceStub(self._get_channel())
+        request = cluster_service_pb2.WatchClusterStateRequest()
+        call = cast(
+            "WatchCall[cluster_service_pb2.WatchClusterStateResponse]",
+            stub.WatchClusterState(request, timeout=timeout),
+        )
+        for message in self._watch(call, timeout):
+            yield _convert.cluster_change(message)
+
     def cancel(self, request_id: str, *, timeout: float = DEFAULT_UNARY_TIMEOUT_S) -> None:
         """Ends a live request and frees what it holds; `timeout` in seconds.
 
         Raises:
-            NotFound: the router serves no such request.
+            NotFound: no router serves it, or came to serve it within a second.
         """
         stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
         request = inference_service_pb2.CancelGenerationRequest(request_id=request_id)
@@ -192,6 +239,20 @@ class Client:
             if self._channel is None:
                 self._channel = grpc.insecure_channel(self._address, channel_options())
             return self._channel
+
+    def _watch(self, call: WatchCall[Response], timeout: float) -> Generator[Response]:
+        """The messages of a stream that nobody retries: its reader begins a new one from the state as it then is."""
+        deadline = Deadline(timeout)
+        started = False
+        try:
+            for message in call:
+                started = True
+                yield message
+        except grpc.RpcError as error:
+            context = CallContext(started=started, time_left=deadline.left, address=self._address)
+            raise from_rpc_error(error, context) from error
+        finally:
+            call.cancel()
 
     def _ask(
         self, call: Callable[[float], Response], timeout: float, max_retries: int | None = None

@@ -14,11 +14,14 @@ from sps2.v1 import (
 from sps2_layout.profile_file import load_profile
 from sps2_router.admission import Admission
 from sps2_router.channels import LeaderChannels
+from sps2_router.claims import Claims, RequestDirectory
 from sps2_router.cluster_servicer import ClusterServicer
 from sps2_router.config import RouterConfig
 from sps2_router.dispatch import Dispatcher
 from sps2_router.front_door import FrontDoor
+from sps2_router.live_requests import LiveRequests
 from sps2_router.model_servicer import ModelServicer
+from sps2_router.peers import Peers
 from sps2_router.policies.base import Policy
 from sps2_router.policies.least_loaded import LeastLoaded
 from sps2_router.scheduler import Scheduler
@@ -65,9 +68,15 @@ class Router:
     """One router. Made inside a running event loop; `server` is to be run, with `follow` beside it."""
 
     def __init__(
-        self, config: RouterConfig, model: ServedModel, tokenizer: ModelTokenizer, view: Membership
+        self,
+        config: RouterConfig,
+        model: ServedModel,
+        tokenizer: ModelTokenizer,
+        view: Membership,
+        directory: RequestDirectory,
     ) -> None:
         self._view = view
+        self._address = config.advertise
         self._tokenizer = tokenizer
         self._admission = Admission(config.admission_limits)
         self._scheduler = Scheduler(
@@ -78,10 +87,18 @@ class Router:
             self._admission, self._scheduler, self._channels, tokenizer, config.retry_limits
         )
         ladder = load_profile(config.profile)
-        door = FrontDoor(model, tokenizer, self._admission, dispatcher, config.time_limits, ladder)
+        self._claims = Claims(directory, lambda: self._address)
+        peers = Peers(directory, self._channels, lambda: self._address)
+        door = FrontDoor(
+            model, tokenizer, self._admission, dispatcher, config.time_limits, ladder, self._claims, peers
+        )
         self.server = RouterServer(ready=self._ready, with_reflection=config.reflection)
         for servicer, file, name in (
-            (InferenceServicer(door, self._admission), inference_service_pb2, "InferenceService"),
+            (
+                InferenceServicer(door, LiveRequests(self._admission, peers)),
+                inference_service_pb2,
+                "InferenceService",
+            ),
             (ModelServicer(model), model_service_pb2, "ModelService"),
             (TokenizerServicer(model, tokenizer), tokenizer_service_pb2, "TokenizerService"),
             (
@@ -92,11 +109,16 @@ class Router:
         ):
             self.server.add(servicer, file.DESCRIPTOR.services_by_name[name])
 
+    async def started(self, address: str) -> None:
+        """Takes the address that it is bound to, unless it was told another one to be reached at."""
+        self._address = self._address or address
+
     async def follow(self) -> None:
         """Keeps the view, the scheduler and health up to date, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._view.run())
             tasks.create_task(self._follow_changes())
+            tasks.create_task(self._claims.run())
 
     async def _follow_changes(self) -> None:
         while True:

@@ -20,6 +20,8 @@ class RouterConfig(ServiceConfig):
     """Folder of the served model; its tokenizer and config are read, never its weights."""
     directory: str = setting()
     """HOST:PORT of the KV directory."""
+    advertise: str = ""
+    """HOST:PORT at which other routers reach this one; empty: the address it is bound to."""
     model_name: str = ""
     """Name that requests use; empty: the folder's name."""
     profile: str = DEFAULT.name

@@ -152,12 +152,34 @@ class DirectoryClient:
         Raises:
             ServiceError: the directory is away, or has lost its data and may learn of it yet.
         """
+        reply = await self._locate(request_id, timeout_s)
+        return reply.record if reply is not None and reply.HasField("record") else None
+
+    async def locate_call(self, request_id: str) -> pb.RequestAdmission | None:
+        """The call that a router serves a request by; None when none is known. Raises like `locate`."""
+        reply = await self._locate(request_id, None)
+        return reply.admission if reply is not None and reply.HasField("admission") else None
+
+    async def _locate(self, request_id: str, timeout_s: float | None) -> pb.LocateRequestResponse | None:
         request = pb.LocateRequestRequest(request_id=request_id)
         try:
-            reply = await call(self._stub.LocateRequest, request, timeout_s or self._options.timeout_s)
+            return await call(self._stub.LocateRequest, request, timeout_s or self._options.timeout_s)
         except NotFound:
             return None
-        return reply.record
+
+    async def admit(
+        self, admissions: Sequence[pb.RequestAdmission], lease_s: float
+    ) -> Sequence[pb.AdmissionResult]:
+        """Tells which calls this router serves, at most 256; answers in order. Raises ServiceError."""
+        request = pb.AdmitRequestsRequest(admissions=admissions, lease_s=lease_s)
+        return (await call(self._stub.AdmitRequests, request, self._options.timeout_s)).results
+
+    def dismiss(self, request_id: str, call_id: str) -> None:
+        """Forgets an admission; returns at once."""
+        request = pb.DismissRequestRequest(request_id=request_id, call_id=call_id)
+        self._recorder.submit(
+            request_id, lambda: call(self._stub.DismissRequest, request, self._options.timeout_s)
+        )
 
     # --- prefixes ------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from sps2.internal.v1 import placement_pb2
 from sps2.internal.v1 import prefill_service_pb2 as prefill_pb
 from sps2.internal.v1 import prefill_service_pb2_grpc as prefill_grpc
 from sps2.v1 import cluster_pb2, generation_pb2
+from sps2_service.errors import Unavailable
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -337,17 +338,58 @@ class FakeView:
     def __init__(self) -> None:
         self.workers: dict[str, cluster_pb2.WorkerInfo] = {}
         self.connected = True
+        self.revision = 0
         self.changed = asyncio.Condition()
 
     async def put(self, *workers: cluster_pb2.WorkerInfo) -> None:
         """Adds or replaces workers."""
         async with self.changed:
             self.workers.update({worker.worker_id: worker for worker in workers})
+            self.revision += 1
             self.changed.notify_all()
 
     async def run(self) -> None:
         """As Membership: until cancelled."""
         await asyncio.Event().wait()
+
+
+class FakeRequestDirectory:
+    """What a directory knows of requests, for the routers of a test; see admit.lua."""
+
+    def __init__(self) -> None:
+        self.admitted: dict[str, directory_pb.RequestAdmission] = {}
+        self.is_away = False
+
+    async def admit(
+        self, admissions: Sequence[directory_pb.RequestAdmission], lease_s: float
+    ) -> Sequence[directory_pb.AdmissionResult]:
+        """Answers in order."""
+        self._check()
+        return [self._admit(one) for one in admissions]
+
+    def dismiss(self, request_id: str, call_id: str) -> None:
+        """Forgets a call."""
+        if request_id in self.admitted and self.admitted[request_id].call_id == call_id:
+            del self.admitted[request_id]
+
+    async def locate_call(self, request_id: str) -> directory_pb.RequestAdmission | None:
+        """The call of a request."""
+        self._check()
+        return self.admitted.get(request_id)
+
+    def _check(self) -> None:
+        if self.is_away:
+            raise Unavailable("STORE_AWAY", "scripted", retry_after=1.0)
+
+    def _admit(self, one: directory_pb.RequestAdmission) -> directory_pb.AdmissionResult:
+        other = self.admitted.get(one.request_id)
+        status = directory_pb.ADMISSION_STATUS_ADMITTED
+        if other is not None and other.call_id != one.call_id:
+            if one.renewal or not one.nonce or one.nonce != other.nonce:
+                return directory_pb.AdmissionResult(status=directory_pb.ADMISSION_STATUS_REFUSED, other=other)
+            status = directory_pb.ADMISSION_STATUS_SUPERSEDES
+        self.admitted[one.request_id] = one
+        return directory_pb.AdmissionResult(status=status, other=other)
 
 
 class FakeDirectory:
