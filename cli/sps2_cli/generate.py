@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from sps2_cli.batch import run_batch
+from sps2_cli.connect import open_client
 from sps2_cli.documents import generation_document, usage_line
 from sps2_cli.exits import reporting
 from sps2_cli.options import DEFAULT_ADDRESS, Json, Server, parse_logit_bias, parse_token_ids
 from sps2_cli.prompts import STDIN, Prompt, PromptError, as_chat, parse_lines, read_text
 from sps2_cli.terminal import waiting
-from sps2_client import Client, Event, GenerationOptions, Stream, TextDelta, Timeouts
+from sps2_client import Event, GenerationOptions, Stream, TextDelta, Timeouts
 
 
 def generate(
@@ -142,7 +143,7 @@ def generate(
         raise typer.Exit(asyncio.run(run_batch(server, prompts, limits, concurrency)))
     if request_id is not None:
         options["request_id"] = request_id
-    with reporting(as_json=as_json), Client(server) as client:
+    with reporting(as_json=as_json), open_client(server) as client:
         only = prompts[0]
         with client.stream(only.text, timeout=limits, **only.options) as stream:
             _print_answer(stream, as_json=as_json, several=(n or 1) > 1)

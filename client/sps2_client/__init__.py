@@ -12,6 +12,7 @@ with Client("127.0.0.1:50051") as client:
 from sps2_client._async_client import AsyncClient
 from sps2_client._async_stream import AsyncStream
 from sps2_client._client import Client
+from sps2_client._credentials import TLS, Token
 from sps2_client._errors import (
     Aborted,
     AlreadyExists,
@@ -64,6 +65,7 @@ from sps2_client._types import (
 )
 
 __all__ = [
+    "TLS",
     "Aborted",
     "AlreadyExists",
     "AsyncClient",
@@ -106,6 +108,7 @@ __all__ = [
     "Timeout",
     "Timeouts",
     "Timings",
+    "Token",
     "TokenLogprob",
     "TotalTimeout",
     "Unauthenticated",

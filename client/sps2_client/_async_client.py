@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
+from google.protobuf.message import Message
 
 from sps2.v1 import (
     cluster_service_pb2,
@@ -20,6 +21,7 @@ from sps2.v1 import (
 )
 from sps2_client import _convert
 from sps2_client._async_stream import AsyncStream
+from sps2_client._credentials import TLS, Token, metadata
 from sps2_client._errors import ConnectionFailed
 from sps2_client._options import (
     DEFAULT_UNARY_TIMEOUT_S,
@@ -45,14 +47,20 @@ class AsyncClient:
     make no request.
     """
 
-    def __init__(self, address: str, *, max_retries: int = 2) -> None:
+    def __init__(
+        self, address: str, *, max_retries: int = 2, tls: TLS | None = None, token: Token = None
+    ) -> None:
         """Makes a client; no connection yet.
 
         Args:
             address: "HOST:PORT" of a router, or a gRPC target such as "dns:///routers:50051".
             max_retries: Tries after the first for a connection lost before anything came.
+            tls: None for plaintext.
+            token: Bearer token, or what gives one for each call; see `TLS` before one is sent in plaintext.
         """
         self._address = address
+        self._tls = tls
+        self._token = token
         self._max_retries = max_retries
         # A loop that is gone takes its channel with it.
         self._channels: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, grpc.aio.Channel] = (
@@ -97,7 +105,9 @@ class AsyncClient:
         """
         stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
         return AsyncStream(
-            stub.StreamGenerateText,
+            lambda request, *, timeout: stub.StreamGenerateText(
+                request, timeout=timeout, metadata=self._metadata()
+            ),
             stream_request(prompt, **options),
             address=self._address,
             timeouts=Timeouts.of(timeout),
@@ -122,7 +132,7 @@ class AsyncClient:
         """Every model of the deployment; `timeout` in seconds."""
         stub = model_service_pb2_grpc.ModelServiceStub(self._get_channel())
         request = model_service_pb2.ListModelsRequest()
-        answer = await self._ask(lambda left: stub.ListModels(request, timeout=left), timeout)
+        answer = await self._ask(stub.ListModels, request, timeout)
         return tuple(_convert.model(one) for one in answer.models)
 
     async def tokenize(
@@ -136,7 +146,7 @@ class AsyncClient:
         """Token ids of a text or a conversation, as a prompt gets them; `timeout` in seconds."""
         stub = tokenizer_service_pb2_grpc.TokenizerServiceStub(self._get_channel())
         request = tokenize_request(text, messages, model)
-        answer = await self._ask(lambda left: stub.TokenizeText(request, timeout=left), timeout)
+        answer = await self._ask(stub.TokenizeText, request, timeout)
         return tuple(answer.token_ids)
 
     async def detokenize(
@@ -145,7 +155,7 @@ class AsyncClient:
         """Text of token ids, special tokens left out; `timeout` in seconds."""
         stub = tokenizer_service_pb2_grpc.TokenizerServiceStub(self._get_channel())
         request = tokenizer_service_pb2.DetokenizeTokensRequest(model=model, token_ids=token_ids)
-        return (await self._ask(lambda left: stub.DetokenizeTokens(request, timeout=left), timeout)).text
+        return (await self._ask(stub.DetokenizeTokens, request, timeout)).text
 
     async def watch(
         self, request_id: str, *, timeout: float = DEFAULT_WATCH_TIMEOUT_S
@@ -163,7 +173,9 @@ class AsyncClient:
         """
         stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
         call = stub.WatchGeneration(
-            inference_service_pb2.WatchGenerationRequest(request_id=request_id), timeout=timeout
+            inference_service_pb2.WatchGenerationRequest(request_id=request_id),
+            timeout=timeout,
+            metadata=self._metadata(),
         )
         async for message in self._watch(call, timeout):
             yield _convert.progress(message)
@@ -173,7 +185,9 @@ class AsyncClient:
     ) -> AsyncGenerator[ClusterChange]:
         """The state of the cluster, then each change of it; closed like `watch`. `timeout` in seconds."""
         stub = cluster_service_pb2_grpc.ClusterServiceStub(self._get_channel())
-        call = stub.WatchClusterState(cluster_service_pb2.WatchClusterStateRequest(), timeout=timeout)
+        call = stub.WatchClusterState(
+            cluster_service_pb2.WatchClusterStateRequest(), timeout=timeout, metadata=self._metadata()
+        )
         async for message in self._watch(call, timeout):
             yield _convert.cluster_change(message)
 
@@ -186,13 +200,13 @@ class AsyncClient:
         stub = inference_service_pb2_grpc.InferenceServiceStub(self._get_channel())
         request = inference_service_pb2.CancelGenerationRequest(request_id=request_id)
         # No retry: the second try of a cancel that worked would be NOT_FOUND.
-        await self._ask(lambda left: stub.CancelGeneration(request, timeout=left), timeout, max_retries=0)
+        await self._ask(stub.CancelGeneration, request, timeout, max_retries=0)
 
     async def cluster_state(self, *, timeout: float = DEFAULT_UNARY_TIMEOUT_S) -> ClusterState:
         """Every worker as the router last heard of it; `timeout` in seconds."""
         stub = cluster_service_pb2_grpc.ClusterServiceStub(self._get_channel())
         request = cluster_service_pb2.GetClusterStateRequest()
-        answer = await self._ask(lambda left: stub.GetClusterState(request, timeout=left), timeout)
+        answer = await self._ask(stub.GetClusterState, request, timeout)
         return _convert.cluster_state(answer)
 
     async def resize(
@@ -219,9 +233,7 @@ class AsyncClient:
         stub = cluster_service_pb2_grpc.ClusterServiceStub(self._get_channel())
         request = cluster_service_pb2.ResizeRequestRequest(request_id=request_id, degree=degree, ranks=ranks)
         # No retry: the second try of a resize that worked would find other gaps, and a busy request.
-        answer = await self._ask(
-            lambda left: stub.ResizeRequest(request, timeout=left), timeout, max_retries=0
-        )
+        answer = await self._ask(stub.ResizeRequest, request, timeout, max_retries=0)
         return _convert.resized(answer)
 
     def _get_channel(self) -> grpc.aio.Channel:
@@ -230,8 +242,17 @@ class AsyncClient:
         loop = asyncio.get_running_loop()
         channel = self._channels.get(loop)
         if channel is None:
-            channel = self._channels[loop] = grpc.aio.insecure_channel(self._address, channel_options())
+            channel = self._channels[loop] = self._open_channel()
         return channel
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self._address, channel_options())
+        options = [*channel_options(), *self._tls.options()]
+        return grpc.aio.secure_channel(self._address, self._tls.credentials(), options)
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return metadata(self._token)
 
     async def _watch(
         self, call: "grpc.aio.UnaryStreamCall[Any, Response]", timeout: float
@@ -250,14 +271,18 @@ class AsyncClient:
             call.cancel()
 
     async def _ask(
-        self, call: Callable[[float], Awaitable[Response]], timeout: float, max_retries: int | None = None
+        self,
+        method: Callable[..., Awaitable[Response]],
+        request: Message,
+        timeout: float,
+        max_retries: int | None = None,
     ) -> Response:
-        """One unary call with its retries; `call` gets the seconds left."""
+        """One unary call of a stub's method with its retries."""
         deadline = Deadline(timeout)
         retries = self._max_retries if max_retries is None else max_retries
         for attempt in range(retries + 1):
             try:
-                return await call(deadline.left)
+                return await method(request, timeout=deadline.left, metadata=self._metadata())
             except grpc.RpcError as error:
                 context = CallContext(started=False, time_left=deadline.left, address=self._address)
                 failure = from_rpc_error(error, context)

@@ -9,6 +9,7 @@ from sps2_router.app import Router, served_model
 from sps2_router.chat_template import ChatTemplateError
 from sps2_router.config import RouterConfig
 from sps2_router.tokenizer import ModelTokenizer, TokenizerAbsentError
+from sps2_service.bearer import TokenFileError
 from sps2_service.config import load_config
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.model_folder import ModelFolder, ModelFolderError
@@ -24,7 +25,7 @@ async def serve(config: RouterConfig) -> int:
     """Runs until SIGTERM; the exit code."""
     model = served_model(ModelFolder(config.model), config.model_name)
     tokenizer = ModelTokenizer.from_folder(config.model, config.tokenizer_threads)
-    async with DirectoryClient(config.directory) as directory:
+    async with DirectoryClient(config.directory, tls=config.tls) as directory:
         router = Router(config, model, tokenizer, directory.membership(), directory)
         try:
             return await run_service(
@@ -47,7 +48,7 @@ def main() -> int:
     prepare_process("router", config)
     try:
         return asyncio.run(serve(config))
-    except (ModelFolderError, TokenizerAbsentError, ChatTemplateError, ProfileError) as error:
+    except (ModelFolderError, TokenizerAbsentError, ChatTemplateError, ProfileError, TokenFileError) as error:
         sys.stderr.write(f"sps2_router: {error}\n")
         return 1
 

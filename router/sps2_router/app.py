@@ -29,15 +29,18 @@ from sps2_router.servicer import InferenceServicer
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.tokenizer_servicer import TokenizerServicer
 from sps2_router.types import ServedModel
+from sps2_service.bearer import BearerInterceptor, Tokens
 from sps2_service.directory_client import Membership
 from sps2_service.errors import Unavailable
 from sps2_service.model_folder import ModelFolder
-from sps2_service.server import ServiceServer
+from sps2_service.server import ServerOptions, ServiceServer
 
 POLICIES: dict[str, Callable[[], Policy]] = {"least_loaded": LeastLoaded}
 
 # How often health is looked at besides every change of the view: it also depends on time alone.
 HEALTH_INTERVAL_S = 0.5
+
+OPERATORS_ONLY = ("/sps2.v1.ClusterService/",)
 
 log = structlog.get_logger(__name__)
 
@@ -45,8 +48,17 @@ log = structlog.get_logger(__name__)
 class RouterServer(ServiceServer):
     """A server that is SERVING only while there are groups to serve with."""
 
-    def __init__(self, *, ready: Callable[[], bool], with_reflection: bool = False) -> None:
-        super().__init__(with_reflection=with_reflection)
+    def __init__(self, config: RouterConfig, ready: Callable[[], bool]) -> None:
+        """Raises TokenFileError."""
+        super().__init__(
+            tls=config.tls,
+            peers=config.tls_peers,
+            with_reflection=config.reflection,
+            options=ServerOptions(max_connection_age_s=config.max_connection_age_s),
+            interceptors=[BearerInterceptor(Tokens(config.auth_tokens), OPERATORS_ONLY)]
+            if config.auth_tokens
+            else [],
+        )
         self._ready = ready
         self._wanted = False
         self._said: bool | None = None
@@ -82,7 +94,7 @@ class Router:
         self._scheduler = Scheduler(
             view, POLICIES[config.policy](), model.model_hash, config.scheduler_limits
         )
-        self._channels = LeaderChannels(self._live_addresses)
+        self._channels = LeaderChannels(self._live_addresses, config.tls)
         dispatcher = Dispatcher(
             self._admission, self._scheduler, self._channels, tokenizer, config.retry_limits
         )
@@ -92,7 +104,7 @@ class Router:
         door = FrontDoor(
             model, tokenizer, self._admission, dispatcher, config.time_limits, ladder, self._claims, peers
         )
-        self.server = RouterServer(ready=self._ready, with_reflection=config.reflection)
+        self.server = RouterServer(config, self._ready)
         for servicer, file, name in (
             (
                 InferenceServicer(door, LiveRequests(self._admission, peers)),

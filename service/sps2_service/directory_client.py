@@ -21,6 +21,7 @@ from sps2_service.directory_recorder import Recorder
 from sps2_service.directory_registration import Registration, Standing
 from sps2_service.directory_rpc import DirectoryOptions, call
 from sps2_service.errors import DeadlineExceeded, NotFound, ServiceError, Unavailable
+from sps2_service.tls import Tls
 
 __all__ = ["DirectoryClient", "DirectoryOptions", "Membership", "Registration", "Standing"]
 
@@ -41,10 +42,12 @@ class DirectoryClient:
         tasks.create_task(membership.run())
     """
 
-    def __init__(self, address: str, options: DirectoryOptions | None = None) -> None:
-        """`address`: HOST:PORT of the replicas; nothing is sent yet."""
+    def __init__(
+        self, address: str, options: DirectoryOptions | None = None, *, tls: Tls | None = None
+    ) -> None:
+        """`address`: HOST:PORT of the replicas; nothing is sent yet. `tls` None: plaintext."""
         self._options = options = options or DirectoryOptions()
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, tls=tls)
         self._stub = KvDirectoryServiceStub(self._channel)
         self._recorder = Recorder(options.max_queued_records)
         self._recorded: dict[str, pb.RecordShardsRequest] = {}

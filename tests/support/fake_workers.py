@@ -84,9 +84,12 @@ class FakeLeader:
         # Otherwise a router that looks after a silent connection is sent away.
         self._server = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", 500)])
 
-    async def start(self) -> None:
-        """Listens on a free port."""
-        port = self._server.add_insecure_port("127.0.0.1:0")
+    async def start(self, credentials: grpc.ServerCredentials | None = None) -> None:
+        """Listens on a free port; `credentials` None: in plaintext."""
+        if credentials is None:
+            port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = self._server.add_secure_port("127.0.0.1:0", credentials)
         self.address = f"127.0.0.1:{port}"
         await self._server.start()
 

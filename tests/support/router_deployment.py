@@ -38,12 +38,14 @@ class Deployment:
         self,
         tokenizer: ModelTokenizer | None = None,
         requests: FakeRequestDirectory | None = None,
+        leader_credentials: grpc.ServerCredentials | None = None,
         **config: Any,
     ) -> None:
         self.view = FakeView()
         self.requests = requests or FakeRequestDirectory()
         self.prefills = [FakePrefill()]
         self.decodes = [FakeDecode()]
+        self._leader_credentials = leader_credentials
         self.router = Router(
             RouterConfig(**CONFIG | config),
             MODEL,
@@ -63,7 +65,7 @@ class Deployment:
     async def add(self, *leaders: FakePrefill | FakeDecode) -> None:
         """More leaders, known to the router."""
         for leader in leaders:
-            await leader.start()
+            await leader.start(self._leader_credentials)
             await self.view.put(leader.info())
 
     async def __aenter__(self) -> "Deployment":

@@ -11,6 +11,7 @@ from sps2.internal.v1 import engine_pb2, group_service_pb2
 from sps2.internal.v1.group_service_pb2_grpc import GroupServiceStub
 from sps2_service.channel import open_channel
 from sps2_service.ranks.engine_process import EngineProcess
+from sps2_service.tls import Tls
 
 REJOIN_PAUSE_S = 0.3
 
@@ -20,10 +21,13 @@ log = structlog.get_logger(__name__)
 class Follower:
     """Keeps one rank joined to its leader for the life of the supervisor."""
 
-    def __init__(self, hello: group_service_pb2.FollowerHello, leader_address: str, name: str) -> None:
+    def __init__(
+        self, hello: group_service_pb2.FollowerHello, leader_address: str, name: str, tls: Tls | None
+    ) -> None:
         self._hello = hello
         self._leader_address = leader_address
         self._name = name
+        self._tls = tls
         self._engine: EngineProcess | None = None
         self._loaded: engine_pb2.EngineEvent | None = None
         self._outgoing: asyncio.Queue[group_service_pb2.JoinGroupRequest] = asyncio.Queue()
@@ -55,7 +59,7 @@ class Follower:
 
     async def run(self) -> None:
         """Joins, and joins again whenever the stream ends; runs until cancelled."""
-        async with open_channel(self._leader_address) as channel:
+        async with open_channel(self._leader_address, tls=self._tls) as channel:
             join: Any = GroupServiceStub(channel).JoinGroup  # the stub's annotations are the blocking API's
             while True:
                 await self._stay_joined(join)
