@@ -43,11 +43,13 @@ imports: setup  ## check that imports run downward only
 types: setup  ## mypy --strict
 	$(VENV)/bin/mypy $(ROOTS)
 
-proto: setup  ## regenerate the stubs under protos/python
+proto: setup  ## regenerate the stubs under protos/python, and docs/api.md
 	$(PY) scripts/generate_protos.py
+	$(PY) scripts/generate_api_docs.py
 
 proto-check: setup  ## fail when the committed stubs differ from the protos
 	$(PY) scripts/generate_protos.py --check
+	$(PY) scripts/generate_api_docs.py --check
 
 chart: setup  ## regenerate the chart's README and the flags in its schema
 	$(PY) -m scripts.generate_chart

@@ -146,7 +146,7 @@ class BearerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] #
         self._tokens = tokens
         self._operators_only = tuple(operators_only)
 
-    async def intercept_service(
+    async def intercept_service(  # type: ignore[override] # the stubs do not know that there may be no handler
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> "Handler | None":
         """Called by gRPC once for each call; what it raises is the call's status."""

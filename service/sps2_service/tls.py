@@ -60,7 +60,7 @@ class PeerNamesInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = frozenset(name.encode() for name in names)
 
-    async def intercept_service(
+    async def intercept_service(  # type: ignore[override] # the stubs do not know that there may be no handler
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> "Handler | None":
         """Called by gRPC once for each call."""

@@ -368,6 +368,6 @@ def test_messages_are_sent_as_they_are() -> None:
         assert (turn.role, turn.content) == ("user", "hi")
         for bad in ({"prompt": "x", "messages": []}, {"prompt": "x", "token_ids": [1]}, {}):
             with pytest.raises(ValueError, match="exactly one of prompt, token_ids and messages"):
-                client.generate(**bad)  # type: ignore[arg-type]
+                client.generate(**bad)
         with pytest.raises(TypeError, match="role and content"):
             client.generate(messages=[{"role": "user"}])  # type: ignore[typeddict-item]

@@ -60,7 +60,9 @@ async def test_who_is_not_let_in(tokens: Path, sent: tuple[tuple[str, str], ...]
         request = pb.GenerateTextRequest(spec=prompt())
         error = await failure(up.inference.GenerateText(request, metadata=sent, timeout=5))
         assert (error.code(), reason(error)) == (Code.UNAUTHENTICATED, why)
-        error = await failure(up.channel.unary_unary("/sps2.v1.NoService/NoMethod")(b"", metadata=sent))
+        error = await failure(
+            up.channel.unary_unary("/sps2.v1.NoService/NoMethod", None, None)(b"", metadata=sent)
+        )
         assert error.code() == Code.UNIMPLEMENTED
 
 
@@ -99,7 +101,7 @@ async def test_the_cluster_is_for_operators_and_health_for_all(tokens: Path) -> 
         error = await failure(stub.GetClusterState(state, metadata=metadata("a-token")))
         assert (error.code(), reason(error)) == (Code.PERMISSION_DENIED, "NOT_AN_OPERATOR")
         assert (await stub.GetClusterState(state, metadata=metadata("p-token"))).directory_connected
-        await up.channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=5)
+        await up.channel.unary_unary("/grpc.health.v1.Health/Check", None, None)(b"", timeout=5)
 
 
 async def test_a_file_that_changes_is_read_again(tokens: Path) -> None:

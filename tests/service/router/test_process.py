@@ -1,9 +1,11 @@
 """The router as a process: flags, health while groups load, SIGTERM, refusals to start."""
 
 import asyncio
+import copy
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,7 @@ async def test_a_cancel_reaches_the_router_process_that_serves(
         for leader in (prefill, decode):
             await leader.start()
             info = leader.info(capabilities=able, process_incarnation="life")
-            leases.append(tasks.create_task(client.keep_registered(lambda info=info: info)))
+            leases.append(tasks.create_task(client.keep_registered(partial(copy.copy, info))))
         membership = client.membership()
         leases.append(tasks.create_task(membership.run()))
         await membership.wait_for(lambda workers: len(workers) == 2, 10)

@@ -94,6 +94,6 @@ async def test_the_router_calls_leaders_with_its_certificate(authority: Authorit
         # A client's bare connection to a leader comes to nothing.
         async with open_channel(up.decode.address) as bare:
             error = await failure(
-                bare.unary_unary("/sps2.internal.v1.DecodeService/ResizeAttempt")(b"", timeout=5)
+                bare.unary_unary("/sps2.internal.v1.DecodeService/ResizeAttempt", None, None)(b"", timeout=5)
             )
             assert error.code() == grpc.StatusCode.UNAVAILABLE
