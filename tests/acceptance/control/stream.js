@@ -4,7 +4,7 @@ const grpc = require("@grpc/grpc-js");
 const loader = require("@grpc/proto-loader");
 
 const [protos, address, spec] = process.argv.slice(2);
-const definition = loader.loadSync("sps2/v1/inference_service.proto", { includeDirs: [protos], longs: String });
+const definition = loader.loadSync("sps2/v1/inference_service.proto", { includeDirs: [protos], longs: String, defaults: true });
 const { InferenceService } = grpc.loadPackageDefinition(definition).sps2.v1;
 const client = new InferenceService(address, grpc.credentials.createInsecure(), { "grpc.enable_http_proxy": 0 });
 const deadline = () => new Date(Date.now() + 60_000);
