@@ -37,6 +37,6 @@ class FewRows:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Takes x [at most 8 rows, in_features] to [rows, out_features]."""
-        filled = functional.pad(x, (0, 0, 0, MOST_ROWS - len(x)))
+        filled = functional.pad(x, (0, 0, 0, MOST_ROWS - len(x))) if len(x) < MOST_ROWS else x
         y: Tensor = torch.ops.mkl._mkl_linear(filled, self._packed, self._weight, None, MOST_ROWS)  # noqa: SLF001
         return y[: len(x)]

@@ -56,13 +56,9 @@ def test_a_stream_that_dies_says_what_died(one: Target) -> None:
     one.recover(time.monotonic(), RECOVERED_S)
 
 
-@pytest.mark.parametrize(
-    "victim",
-    [Victim("decode-0/0", "engine"), Victim("decode-0/1", "engine"), Victim("decode-0/0", "both")],
-    ids=str,
-)
-def test_a_stream_goes_on_where_it_stopped(one: Target, victim: Victim) -> None:
-    one.survive(victim, CARRIED_TOKENS)
+def test_a_stream_goes_on_where_it_stopped(one: Target) -> None:
+    """The leader with its engine; engines alone: `test_resume`."""
+    one.survive(Victim("decode-0/0", "both"), CARRIED_TOKENS)
     one.settled(RECOVERED_S)
 
 

@@ -200,10 +200,15 @@ class Request:
             self.ready_at = tick + self.delay
 
     def prefilled(self, scheduler: DecodeScheduler, tick: int) -> None:
-        """Its KV has come, and a token with it."""
-        if self.row is not None and tick >= self.ready_at and self.row.state is RowState.RESERVED:
-            self.num_tokens += 1
+        """Its KV has come, and a token with it; that may be the last."""
+        if self.row is None or tick < self.ready_at or self.row.state is not RowState.RESERVED:
+            return
+        self.num_tokens += 1
+        if self.num_tokens < self.max_tokens:
             scheduler.admit(self.row.row_id)
+        else:
+            scheduler.release(self.row.row_id)
+            self.row = None
 
 
 @settings(max_examples=60, deadline=None)

@@ -146,9 +146,16 @@ class Row:
         return [step for one in self.samples for step in one.step_s]
 
     def document(self, rows: Iterable["Row"]) -> dict[str, Any]:
-        """The row for JSON, beside the faster of transformers' caches on the same batch in the same run."""
-        peers = [row for row in rows if row.same_batch(self) and row.case.engine.program == TRANSFORMERS]
-        peer = max(peers, key=lambda row: row.tokens_per_s, default=None)
+        """The row for JSON, beside transformers on the same batch in the same run.
+
+        `speedup` is over `generate` as it is, whose cache is the dynamic one.
+        """
+        peers = {
+            row.case.engine.form: row
+            for row in rows
+            if row.same_batch(self) and row.case.engine.program == TRANSFORMERS
+        }
+        peer = peers.get("dynamic")
         engine, sample = self.case.engine, self.samples[0]
         floor_bytes = read_bytes(self.case, self.config)
         return {
@@ -167,14 +174,17 @@ class Row:
             "planned_bytes_per_token": planned_bytes_per_token(self.case, self.config),
             "read_bytes": floor_bytes,
             "read_bytes_per_s": floor_bytes / self.tbt_p50_s,
-            "speedup": self.tokens_per_s / peer.tokens_per_s if peer else None,
-            "beside": peer.case.engine.form if peer else None,
+            "speedup": self._over(peer),
+            "speedup_static": self._over(peers.get("static")),
             "same_streams": self._same_streams(peer) if peer else None,
         }
 
     def same_batch(self, other: "Row") -> bool:
         """Whether the other decodes as many rows of the same context."""
         return (self.case.context, self.case.batch) == (other.case.context, other.case.batch)
+
+    def _over(self, peer: "Row | None") -> float | None:
+        return self.tokens_per_s / peer.tokens_per_s if peer else None
 
     def _same_streams(self, peer: "Row") -> int:
         """Rows whose tokens are the peer's, every one."""

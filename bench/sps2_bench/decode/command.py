@@ -42,8 +42,8 @@ def decode(
 
     The context is not computed: its KV is random, the same values for every program, and decoding is greedy, so
     that the token streams of all programs can be compared (`same_streams` counts the rows that are equal).
-    Speed-ups are against the faster of transformers' dynamic and static cache in the same run. With --plots the folder
-    also gets the rows, decode.json.
+    Speed-ups are against transformers as `generate` runs it (dynamic cache), and with its static cache. With --plots
+    the folder also gets the rows, decode.json.
 
     For example:
 
@@ -114,7 +114,7 @@ def _report(rows: list[dict[str, Any]], as_json: bool, plots: Path | None) -> No
         print_json({**document, "plots": [str(path) for path in written]})
         return
     columns = ("context", "batch", "program", "form", "dtype", "ranks", "tokens/s", "TBT p50 ms", "p99 ms",
-               "speed-up", "same streams", "bytes/token", "planned", "GB/s read")  # fmt: skip
+               "speed-up", "static", "same streams", "bytes/token", "planned", "GB/s read")  # fmt: skip
     print_table(columns, [_cells(row) for row in rows])
     for one in sloped:
         slope = one["bytes_per_token_and_context_token"]
@@ -139,6 +139,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['tbt_p50_s'] * 1e3:.2f}",
         f"{row['tbt_p99_s'] * 1e3:.2f}",
         f"{row['speedup']:.2f}" if compared else "",
+        f"{row['speedup_static']:.2f}" if compared else "",
         f"{row['same_streams']}/{row['batch']}" if compared else "",
         f"{row['bytes_per_token']:,.0f}",
         f"{row['planned_bytes_per_token']:,.0f}",

@@ -19,6 +19,7 @@ from sps2_bench.team import CPU, join_team
 from sps2_engine.attention.decode_plan import DecodePlan
 from sps2_engine.attention.q_exchange import QExchange
 from sps2_engine.models import load_decoder
+from sps2_engine.runtime.device import use_huge_pages
 from sps2_engine.sampler import NonFiniteLogitsError, SamplingParams, sample_rows
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -95,4 +96,5 @@ class DecodeRank:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     serve(DecodeRank)

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sps2_engine.weights import WeightSource, wide_dtype
 
@@ -20,4 +19,7 @@ class RMSNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalises `x` [..., size]; returns a new tensor of its shape, fp32 or wider."""
-        return functional.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        x = x.to(self.weight.dtype)
+        # Torch's rms_norm is composed of whole temporaries on a CPU: 5 times slower on thousands of rows.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return torch.mul(x, self.weight).mul_(norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_())

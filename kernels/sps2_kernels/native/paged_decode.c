@@ -15,10 +15,10 @@ enum {
     VECTORS = HEAD_DIM / LANES,
     HEADS = KV_HEADS * FOLD,
     SLOT = KV_HEADS * HEAD_DIM, // floats
-    BLOCK = 64,                 // keys whose scores are kept at a time: their values stay in the first cache
+    BLOCK = 8,                  // keys a head takes at a time: so few that memory is read nearly in order
     CHUNK = 16 / FOLD > VECTORS ? VECTORS : 16 / FOLD ? 16 / FOLD : 1, // vectors of o summed in registers
     MIN_SHARE = 128,            // keys below which a thread costs more than it saves
-    AHEAD = 8192,               // bytes that are fetched ahead: what the processor does by itself is 2 to 3 times slower
+    AHEAD = 4 * SLOT * 4,       // bytes that are fetched ahead: four slots
 };
 #define UNROLL _Pragma("GCC unroll 16")
 

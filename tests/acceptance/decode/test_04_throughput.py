@@ -1,7 +1,8 @@
 """Must show 4: decode beside transformers on the same cores; time between tokens while streams join and leave.
 
-Needs two cores of its own; figures are ratios within the run, never seconds. The peer is the faster of transformers'
-dynamic and static cache. Rows and plots go to `.out/decode/throughput`.
+Needs two cores of its own; figures are ratios within the run, never seconds. The peer is transformers as `generate`
+runs it, whose cache is the dynamic one; what the static one gives is printed beside it. Rows and plots go to
+`.out/decode/throughput`.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,8 @@ def rows(repo_root: Path) -> list[Row]:
         "1,8",
         "--ranks",
         "1,2",
+        "--steps",
+        "48",
         "--repeat",
         "3",
     ]
@@ -61,7 +64,8 @@ def test_tokens_per_second(
     with must_show(f"4 throughput: {batch} x {context // K}k on {ranks} rank(s)") as figures:
         goal = GOALS[context, batch, ranks]
         row = find(rows, program="sps2", context=context, batch=batch, ranks=ranks)
-        figures.append(f"{row['speedup']:.2f} x transformers, {row['beside']} cache (at least {goal})")
+        figures.append(f"{row['speedup']:.2f} x transformers (at least {goal})")
+        figures.append(f"{row['speedup_static']:.2f} x with its static cache")
         assert row["speedup"] >= goal
 
 
