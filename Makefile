@@ -8,7 +8,7 @@ SUITE  ?=
 # A suite is a folder or a file of tests/acceptance.
 SUITE_PATH = $(if $(SUITE),$(firstword $(wildcard tests/acceptance/$(SUITE) tests/acceptance/test_$(SUITE).py)))
 STAMP  := $(VENV)/.sps2-setup-$(EXTRAS)
-ROOTS  := service layout kernels engine router prefill_worker decode_worker kv_directory client cli $(wildcard bench gateway) scripts tests
+ROOTS  := service layout kernels engine router prefill_worker decode_worker kv_directory client cli $(wildcard bench gateway) scripts examples tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint fmt types imports proto proto-check chart helm acceptance audit clean

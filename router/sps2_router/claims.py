@@ -18,6 +18,7 @@ from sps2_service.errors import Aborted, ServiceError
 LEASE_S = 30.0
 RENEW_INTERVAL_S = 10.0
 MAX_RENEWALS = 256
+REFUSAL_PAUSES_S = (0.05, 0.15, 0.3, 0.0)
 
 log = structlog.get_logger(__name__)
 
@@ -96,7 +97,7 @@ class Claims:
 
     async def _tell(self, live: LiveRequest, supersede: Supersede) -> None:
         try:
-            (result,) = await self._directory.admit([self._admission(live, renewal=False)], LEASE_S)
+            result = await self._admit(live)
         except ServiceError as error:
             log.info("request not admitted by the directory", request_id=live.request_id, reason=error.reason)
             return
@@ -105,6 +106,15 @@ class Claims:
             await asyncio.Event().wait()  # the call ends, and this with it; nothing is to go to the client
         if result.status == pb.ADMISSION_STATUS_SUPERSEDES and result.other.router_address != self._address():
             await supersede(result.other)
+
+    async def _admit(self, live: LiveRequest) -> pb.AdmissionResult:
+        """Asks again for a while when it is refused: the other call may be over, and its dismissal on the way."""
+        for pause in REFUSAL_PAUSES_S:
+            (result,) = await self._directory.admit([self._admission(live, renewal=False)], LEASE_S)
+            if result.status != pb.ADMISSION_STATUS_REFUSED:
+                break
+            await asyncio.sleep(pause)
+        return result
 
     def _admission(self, live: LiveRequest, *, renewal: bool) -> pb.RequestAdmission:
         return pb.RequestAdmission(

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from sps2.internal.v1.kv_directory_service_pb2 import RequestAdmission
 from sps2.v1 import inference_service_pb2 as pb
 from support.fake_workers import FakeRequestDirectory
 from support.router_deployment import Code, Deployment, failure, prompt, reason, until
@@ -65,6 +66,15 @@ async def test_the_later_of_two_calls_with_one_id_ends_before_it_says_anything(r
     assert not seen
     await first.read()  # and the first goes on
     first.cancel()
+
+
+async def test_a_call_that_is_over_but_not_yet_dismissed_is_outwaited(routers: Pair) -> None:
+    one, other = routers
+    await one.generate(prompt(request_id="r", nonce=b"a"))
+    ended = RequestAdmission(request_id="r", call_id="ended", router_address="127.0.0.1:1", nonce=b"a")
+    one.requests.admitted["r"] = ended  # as a dismissal that comes late leaves it
+    asyncio.get_running_loop().call_later(0.2, one.requests.dismiss, "r", "ended")
+    assert (await other.generate(prompt(request_id="r", nonce=b"b"))).text
 
 
 async def test_a_retry_on_another_router_takes_the_place_of_its_call(routers: Pair) -> None:
