@@ -3,6 +3,7 @@
 Knows nothing of what they measure: a message goes to all ranks, and one answer comes from each.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -10,16 +11,12 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from sps2_bench.processes import Message, Worker
-from sps2_engine.collectives import (
-    Communicator,
-    SoloCommunicator,
-    TorchCommunicator,
-    connect_store,
-    form_groups,
-    open_store,
-)
+from sps2_engine.collectives import Communicator, TorchCommunicator, connect_store, form_groups, open_store
+from sps2_engine.mesh import Mesh
+from sps2_engine.rank_groups import RankGroups, form_rank_groups
 
 HOST = "127.0.0.1"
 CPU = torch.device("cpu")
@@ -81,8 +78,17 @@ class Team:
 
 def join_team(settings: Message) -> Communicator:
     """A rank's side: its place in the group of the team."""
-    if settings["size"] == 1:
-        return SoloCommunicator()
-    store = connect_store(settings["store"], GROUP_TIMEOUT)
-    lanes = form_groups(store, 1, settings["rank"], settings["size"], CPU, HOST, GROUP_TIMEOUT)
-    return TorchCommunicator(lanes, CPU)
+    return join_mesh(settings, 1).everyone
+
+
+def join_mesh(settings: Message, tp: int) -> RankGroups:
+    """The same where `tp` ranks of the team split every layer between them."""
+    mesh, posted = Mesh.of(settings["size"], tp), Counter[str]()
+    if mesh.size == 1:
+        return RankGroups.solo(posted)
+
+    def form(store: Store, rank: int, size: int) -> TorchCommunicator:
+        lanes = form_groups(store, 1, rank, size, CPU, HOST, GROUP_TIMEOUT)
+        return TorchCommunicator(lanes, CPU, posted)
+
+    return form_rank_groups(mesh, settings["rank"], connect_store(settings["store"], GROUP_TIMEOUT), form)

@@ -135,6 +135,7 @@ def worker_document(worker: Worker) -> dict[str, Any]:
         "load_fraction": worker.load_fraction,
         "kv_blocks_used": worker.kv_blocks_used,
         "kv_blocks_total": worker.kv_blocks_total,
+        "tensor_ranks": worker.tensor_ranks,
         "num_requests_running": worker.num_requests_running,
         "num_requests_waiting": worker.num_requests_waiting,
         "queued_tokens": worker.queued_tokens,

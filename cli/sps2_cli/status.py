@@ -96,5 +96,11 @@ def _cells(rank: dict[str, Any]) -> list[str]:
         str(rank["num_requests_running"]),
         str(rank["num_requests_waiting"]),
         f"{rank['queued_tokens']:,}",
-        f"{rank['device']} {rank['dtype']}",
+        f"{rank['device']} {rank['dtype']}{_part(rank)}",
     ]
+
+
+def _part(rank: dict[str, Any]) -> str:
+    """Which part of the model it holds, where that is not all."""
+    of = rank["tensor_ranks"]
+    return f", part {rank['rank'] % of + 1}/{of}" if of > 1 else ""

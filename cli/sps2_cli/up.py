@@ -146,6 +146,14 @@ def up(
             help="Prefill ranks that split every layer; 1x4 with 2: 2 slices of the prompt x 2 parts of a layer.",
         ),
     ] = 1,
+    decode_tp: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="T",
+            help="Decode ranks that split every layer; 1x4 with 2: 2 holders of KV x 2 parts of a layer.",
+        ),
+    ] = 1,
     kv_transport: Annotated[Transport, typer.Option(help="How KV travels.")] = Transport.AUTO,
     kv_tokens: Annotated[int, typer.Option(min=64, help="Tokens of KV for each rank.")] = 65_536,
     threads: Annotated[
@@ -186,7 +194,7 @@ def up(
     sps2 up
     sps2 up --model ~/models/qwen3-0.6b --prefill 1x4 --decode 2x2 --listen 0.0.0.0:50051
     sps2 up --prefill 1x8 --profile default
-    sps2 up --prefill 1x4 --prefill-tp 2
+    sps2 up --prefill 1x4 --prefill-tp 2 --decode 1x2 --decode-tp 2
     sps2 up --prefill 1x1 --decode 1x1 --prefill-cpus 0-11 --decode-cpus 12-15
     sps2 up --profile my-ladder.json
     sps2 up --json --quiet --listen 127.0.0.1:0
@@ -207,6 +215,7 @@ def up(
             dtype=dtype.value,
             exchange=exchange.value,
             prefill_tp=prefill_tp,
+            decode_tp=decode_tp,
             kv_transport=kv_transport.value,
             kv_tokens=kv_tokens,
             threads=threads,

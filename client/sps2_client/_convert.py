@@ -97,6 +97,7 @@ def worker(message: cluster_pb2.WorkerInfo) -> Worker:
         model_name=able.model_name,
         dtype=able.dtype,
         device=able.device,
+        tensor_ranks=max(1, able.tensor_ranks),
         kv_blocks_total=able.kv_blocks_total,
         kv_blocks_used=load.kv_blocks_used,
         num_requests_running=load.num_requests_running,

@@ -205,6 +205,8 @@ class Worker:
     """Element type of weights and KV."""
     device: str
     """ "cpu" or "cuda"."""
+    tensor_ranks: int
+    """Tensor ranks of its group: parts that every layer is split into; it holds part `rank % tensor_ranks`."""
     kv_blocks_total: int
     """KV blocks of 64 tokens that it can hold."""
     kv_blocks_used: int

@@ -18,6 +18,7 @@ _MODEL = "--model models/demo --directory 127.0.0.1:50060"
 EXAMPLES = [
     f"--group decode-0 --rank 0 --group-size 2 {_MODEL}",
     f"--group decode-0 --rank 1 --group-size 2 {_MODEL} --leader 127.0.0.1:50080",
+    f"--group decode-0 --rank 3 --group-size 4 --tp 2 {_MODEL} --leader 127.0.0.1:50080",
 ]
 
 
@@ -38,7 +39,11 @@ def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> 
 def _lead(config: WorkerConfig, directory: DirectoryClient, model_hash: str) -> LeaderService:
     assert isinstance(config, DecodeWorkerConfig)
     coordinator = DecodeCoordinator(
-        directory, model_hash, config.min_holder_tokens, debug_invariants=config.debug_invariants
+        directory,
+        model_hash,
+        config.min_holder_tokens,
+        tp=config.tp,
+        debug_invariants=config.debug_invariants,
     )
     service = decode_service_pb2.DESCRIPTOR.services_by_name["DecodeService"]
     return LeaderService(coordinator, DecodeServicer(coordinator), service)

@@ -46,9 +46,9 @@ class LiveAttempt:
     reserve: engine_pb2.ReserveRow
     request: decode_service_pb2.ReserveKv
     reserved: set[int] = field(default_factory=set)
-    """Holders that have taken it up."""
+    """Ranks that have taken it up."""
     received: set[int] = field(default_factory=set)
-    """Holders whose part of the KV is complete and verified."""
+    """Ranks whose part of the KV is complete and verified."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     first_token_ids: dict[int, int] = field(default_factory=dict)
     """By row, once admitted."""
@@ -72,13 +72,21 @@ class LiveAttempt:
         return self.rows[0]
 
     @property
+    def holders(self) -> set[int]:
+        """Ranks to which its KV is delivered; on a mesh the tensor ranks of each sequence index."""
+        return {shard.rank for shard in self.reserve.placement.shards}
+
+    @property
     def choices(self) -> dict[int, int]:
         """Index of the choice by row."""
         return {row.row_id: index for index, row in enumerate(self.rows)}
 
     @property
     def shards(self) -> list[tuple[int, int, int, int]]:
-        """Tokens [begin, end) on each holder, by rank: (rank, begin, end, blocks); all its blocks go with the first."""
+        """Tokens [begin, end) on each holder, as the scheduler numbers them: (holder, begin, end, blocks).
+
+        All its blocks go with the first.
+        """
         tenant = self.row.tenant
         num_tokens = tenant.places.num_tokens + self.row.num_planned - 1
         found = []

@@ -9,15 +9,20 @@ from collections.abc import AsyncIterator, Callable
 
 import structlog
 
-from sps2.internal.v1 import decode_service_pb2, engine_pb2, kv_directory_service_pb2, placement_pb2
+from sps2.internal.v1 import decode_service_pb2, engine_pb2
 from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_decode_worker import resize_requests
 from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
 from sps2_decode_worker.control import ControlTime
+from sps2_decode_worker.messages import BLOCK_TOKENS, FormedGroup, reserve_message, shard_record
 from sps2_decode_worker.move_messages import blocks_per_step, move_message
 from sps2_decode_worker.placing import Asked, max_new_tokens
 from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan
+from sps2_decode_worker.sharing import NO_PREFIX, Prefix
 from sps2_decode_worker.tenants import Row, RowState
+from sps2_engine.mesh import Mesh
+from sps2_layout.placement import num_held
+from sps2_layout.wire import unpack_attention
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.errors import (
     PREEMPTED,
@@ -31,7 +36,6 @@ from sps2_service.ranks.failures import attempt_failure
 from sps2_service.ranks.group import GroupLeader, GroupState
 from sps2_service.turns import turn_us
 
-BLOCK_TOKENS = 64
 RESERVE_TIMEOUT_S = 30.0
 """Longest wait for the ranks to take a reservation up (a step may be computing)."""
 RECORD_LEASE_S = 60.0
@@ -57,12 +61,17 @@ class DecodeCoordinator:
         model_hash: str,
         min_holder_tokens: int,
         *,
+        tp: int = 1,
         debug_invariants: bool = False,
     ) -> None:
-        """With `debug_invariants` every plan tells the ranks how many blocks they must have in use after it."""
+        """Leads ranks of which `tp` together stand where the scheduler has one rank: its ranks are sequence indices.
+
+        With `debug_invariants` every plan tells the ranks how many blocks they must have in use after it.
+        """
         self._directory = directory
         self._model_hash = model_hash
         self._min_holder_tokens = min_holder_tokens
+        self._tp = tp
         self._debug_invariants = debug_invariants
         self._control = ControlTime(time.thread_time)
         self._line_leases: dict[str, asyncio.TimerHandle] = {}
@@ -88,6 +97,14 @@ class DecodeCoordinator:
         assert self._leader is not None, "attach comes first"
         return self._leader
 
+    @property
+    def _mesh(self) -> Mesh:
+        return Mesh.of(self._group.size, self._tp)
+
+    @property
+    def _formed(self) -> FormedGroup:
+        return FormedGroup(self._group.name, self._group.epoch, self._mesh, self._ranks)
+
     def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
         """Adds what waits for its KV and what decodes."""
         load.num_requests_running = self._scheduler.num_rows(RowState.ACTIVE)
@@ -111,9 +128,8 @@ class DecodeCoordinator:
         """
         live = self._place(request)
         try:
-            await self._wait(
-                live, lambda: live.reserved >= set(live.row.shards), RESERVE_TIMEOUT_S, "RESERVE"
-            )
+            reserving = self._formed.ranks_at(live.row.tenant.places.holders)
+            await self._wait(live, lambda: live.reserved >= reserving, RESERVE_TIMEOUT_S, "RESERVE")
         except BaseException:
             self.release(live)
             raise
@@ -130,9 +146,7 @@ class DecodeCoordinator:
             raise InvalidArgument.of_field(
                 "start", f"{len(first_tokens)} first tokens for {len(live.rows)} choices"
             )
-        await self._wait(
-            live, lambda: live.received >= set(live.row.shards), RECEIVE_TIMEOUT_S, "KV_NOT_DELIVERED"
-        )
+        await self._wait(live, lambda: live.received >= live.holders, RECEIVE_TIMEOUT_S, "KV_NOT_DELIVERED")
         for row, token_id in zip(live.rows, first_tokens, strict=True):
             live.first_token_ids[row.row_id] = token_id
             self._scheduler.admit(row.row_id)
@@ -191,7 +205,7 @@ class DecodeCoordinator:
         Raises:
             ServiceError: as decode_service.proto has it.
         """
-        live = resize_requests.find(self._attempts, request, self._group)
+        live = resize_requests.find(self._attempts, request, self._group, self._mesh.sp)
         begun, moved_before = asyncio.get_running_loop().time(), live.num_blocks_moved
         resize_requests.begin(self._scheduler, live, request, self._group.name)
         await resize_requests.done(live, self._group.name)
@@ -202,7 +216,11 @@ class DecodeCoordinator:
     def on_formed(self, epoch: int, ranks: list[engine_pb2.EngineLoaded]) -> None:
         """See `Coordinator.on_formed`."""
         self._ranks = ranks
-        blocks = tuple(loaded.kv_blocks_total for loaded in ranks)
+        mesh = self._mesh
+        blocks = tuple(
+            min(ranks[rank].kv_blocks_total for rank in mesh.ranks_at(position))
+            for position in range(mesh.sp)
+        )
         self._scheduler = DecodeScheduler(
             blocks,
             BLOCK_TOKENS,
@@ -320,10 +338,15 @@ class DecodeCoordinator:
     def _place(self, request: decode_service_pb2.ReserveKv) -> LiveAttempt:
         self._check(request)
         asked = Asked(
-            request.num_prompt_tokens, max_new_tokens(request.choice), max(1, request.choice.num_choices)
+            request.num_prompt_tokens,
+            max_new_tokens(request.choice),
+            max(1, request.choice.num_choices),
+            _prefix(request),
         )
         rows = self._give_room(asked, request)
-        live = LiveAttempt(rows, self._reserve_message(request, rows), request)
+        live = LiveAttempt(rows, reserve_message(self._formed, request, rows), request)
+        if num_shared := num_held(live.reserve.placement):
+            log.info("shares", request_id=request.attempt.request_id, num_tokens=num_shared)
         self._attempts.add(live)
         self._rows.update(dict.fromkeys(live.choices, live))
         self._idle.clear()
@@ -381,34 +404,6 @@ class DecodeCoordinator:
                 "num_prompt_tokens must be at least 1, and max_tokens more than what is generated",
             )
 
-    def _reserve_message(
-        self, request: decode_service_pb2.ReserveKv, rows: list[Row]
-    ) -> engine_pb2.ReserveRow:
-        row, *more = rows
-        placement = placement_pb2.Placement(group=self._group.name)
-        for rank, (begin, end) in sorted(row.shards.items(), key=lambda item: item[1]):
-            fence = placement_pb2.Fence(
-                process_incarnation=self._ranks[rank].process_incarnation,
-                epoch=self._group.epoch,
-                attempt=request.attempt,
-            )
-            placement.shards.add(
-                rank=rank,
-                token_begin=begin,
-                token_end=end,
-                transfer_address=self._ranks[rank].transfer_address,
-                fence=fence,
-            )
-        return engine_pb2.ReserveRow(
-            row=row.row_id,
-            attempt=request.attempt,
-            placement=placement,
-            home=row.home,
-            num_prompt_tokens=request.num_prompt_tokens,
-            choice=request.choice,
-            choice_rows=[one.row_id for one in more],
-        )
-
     async def _wait(
         self, live: LiveAttempt, ready: Callable[[], bool], timeout_s: float, reason: str
     ) -> None:
@@ -420,7 +415,7 @@ class DecodeCoordinator:
         except TimeoutError:
             raise Unavailable(
                 reason,
-                f"decode group {self._group.name}: ranks {sorted(set(live.row.shards) - live.received)} were not "
+                f"decode group {self._group.name}: ranks {sorted(live.holders - live.received)} were not "
                 f"ready within {timeout_s:g} s",
                 retry_after=1.0,
                 metadata={"component": self._group.name},
@@ -437,25 +432,28 @@ class DecodeCoordinator:
 
     def _record(self, live: LiveAttempt) -> None:
         """Tells the directory where the KV lies, in the background, for as long as the row lives."""
-        record = kv_directory_service_pb2.RequestRecord(
-            attempt=live.request.attempt,
-            prefill_group=live.request.prefill_group,
-            decode_group=self._group.name,
-            attention=live.request.attention,
-        )
-        for rank, begin, end, num_blocks in live.shards:
-            record.shards.add(
-                worker_id=f"{self._group.name}/{rank}",
-                epoch=self._group.epoch,
-                layer_begin=0,
-                layer_end=self._ranks[rank].num_layers,
-                token_begin=begin,
-                token_end=end,
-                num_blocks=num_blocks,
-            )
+        record = shard_record(self._formed, live)
         self._directory.record_shards(record, RECORD_LEASE_S)
         loop = asyncio.get_running_loop()
         live.record_timer = loop.call_later(RECORD_LEASE_S / 3, self._record, live)
+
+
+def _prefix(request: decode_service_pb2.ReserveKv) -> Prefix:
+    """By what its blocks are compared with those of others.
+
+    Raises:
+        InvalidArgument: it names blocks that it does not have, or no mask.
+    """
+    if len(request.block_hashes) > request.num_prompt_tokens // BLOCK_TOKENS:
+        raise InvalidArgument.of_field("block_hashes", "there is one for each full block of the prompt")
+    if not request.block_hashes:
+        return NO_PREFIX
+    try:
+        attention = unpack_attention(request.attention)
+    except ValueError as error:
+        raise InvalidArgument.of_field("attention", str(error)) from None
+    # Dense KV depends on nothing but the tokens before it; under CSA, on the whole layout.
+    return Prefix(attention if attention.layout else None, tuple(request.block_hashes))
 
 
 def preempted(group: str) -> Unavailable:

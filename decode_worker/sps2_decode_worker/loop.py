@@ -14,12 +14,14 @@ from torch import Tensor
 from sps2.internal.v1 import engine_pb2
 from sps2.v1 import generation_pb2
 from sps2_decode_worker import moving
+from sps2_decode_worker.mesh_placement import own_lane
 from sps2_decode_worker.receive import Receiver
 from sps2_decode_worker.rows import RowState
 from sps2_engine.attention.decode_plan import DecodePlan
 from sps2_engine.attention.q_exchange import KIND, LayerCache, QExchange
 from sps2_engine.choice import Drawn, draw_tokens
-from sps2_engine.collectives import Communicator, SoloCommunicator
+from sps2_engine.layers.tensor_ranks import KIND as SUM_KIND
+from sps2_engine.layers.tensor_ranks import TensorRanks, WithoutPeers
 from sps2_engine.models import Attend
 from sps2_engine.rank_groups import RankGroups
 from sps2_engine.runtime.link import SupervisorLink
@@ -39,7 +41,7 @@ class DecodeRole:
         self._device = device
         self._dtype = dtype
         self._link = link
-        self._communicator: Communicator = SoloCommunicator()
+        self._groups = RankGroups.solo()
         self._epoch = 0
         self._lease_holds_until = -math.inf
         self._rows: dict[int, RowState] = {}
@@ -47,7 +49,7 @@ class DecodeRole:
         """None when the set of active rows has changed since the last step."""
         self._receiver: Receiver | None = None
         self.steps_done = 0
-        self.bytes_posted: Counter[str] = Counter({KIND: 0, moving.KIND: 0})
+        self.bytes_posted: Counter[str] = Counter({KIND: 0, SUM_KIND: 0, moving.KIND: 0})
 
     @property
     def kv_blocks_used(self) -> int:
@@ -67,14 +69,14 @@ class DecodeRole:
 
     def join(self, groups: RankGroups, epoch: int) -> None:
         """See `Role.join`."""
-        self._communicator, self._epoch = groups.everyone, epoch
-        self._mover = self._loaded_receiver.mover(groups.everyone)
+        self._groups, self._epoch = groups, epoch
+        self._mover = self._loaded_receiver.mover(groups.sequence)
 
     def reset(self) -> None:
         """See `Role.reset`."""
         for row in list(self._rows.values()):
             self._release(row)
-        self._communicator, self._exchange = SoloCommunicator(), None
+        self._groups, self._exchange = RankGroups.solo(), None
 
     def notice(self, command: engine_pb2.EngineCommand) -> None:
         """See `Role.notice`: nothing in a plan takes effect before its turn."""
@@ -84,10 +86,12 @@ class DecodeRole:
     def execute(self, command: engine_pb2.EngineCommand) -> None:
         """See `Role.execute`."""
         plan = command.step_plan
+        receiver, rank = self._loaded_receiver, self._groups.sequence.rank
+        held = [receiver.hold(reserve, rank, self._rows) for reserve in plan.reserve]
         for row_id in plan.release_rows:
             self._release(self._rows[row_id])
-        for reserve in plan.reserve:
-            self._reserve(reserve)
+        for reserve, blocks in zip(plan.reserve, held, strict=True):
+            self._reserve(reserve, blocks)
         if plan.reserve:
             self._answer_reservations(plan.reserve)
         for admit in plan.admit:
@@ -95,16 +99,35 @@ class DecodeRole:
         if plan.run:
             self._step(plan)
         if plan.blocks_used:
-            self._loaded_receiver.check(self._rows.values(), plan.blocks_used[self._communicator.rank])
+            receiver.check(self._rows.values(), plan.blocks_used[rank])
+            self._check_drawn()
 
-    def _reserve(self, reserve: engine_pb2.ReserveRow) -> None:
+    def _check_drawn(self) -> None:
+        """Verifies that the tensor ranks have drawn the same tokens; all of them ask.
+
+        Raises:
+            AssertionError: from here on they would not compute the same text.
+        """
+        ranks = self._groups.tensor
+        last = [row.token_ids[-1] for _, row in sorted(self._rows.items()) if row.token_ids]
+        if ranks.size > 1 and last:
+            drawn = torch.tensor(
+                last, dtype=torch.float64, device=self._device
+            )  # exact for what an id may be
+            together = drawn.clone()
+            ranks.sum(together)
+            if not torch.equal(together, drawn * ranks.size):
+                raise AssertionError(f"tensor ranks have drawn other tokens than {last}")
+
+    def _reserve(self, reserve: engine_pb2.ReserveRow, held: Sequence[int]) -> None:
         epoch = self._epoch
 
         def on_complete() -> None:  # on the receiver's thread
             received = engine_pb2.RowReceived(row=reserve.row)
             self._link.send(engine_pb2.EngineEvent(epoch=epoch, row_received=received))
 
-        rows = self._loaded_receiver.reserve(reserve, self._communicator.rank, on_complete)
+        own = own_lane(reserve, self._options.share)
+        rows = self._loaded_receiver.reserve(own, self._groups.sequence.rank, held, on_complete)
         self._rows.update({row.row_id: row for row in rows})
 
     def _answer_reservations(self, reserved: Sequence[engine_pb2.ReserveRow]) -> None:
@@ -140,14 +163,18 @@ class DecodeRole:
             [row.token_ids[-1] for row in home],
             [row.position for row in home],
             lambda layer, q, k, v: exchange.attend(self._caches[layer], *self._as_kept(q, k, v)),
+            self._groups.tensor,
         )
-        tokens = self._choose_tokens(home, self._model.decoder.logits(hidden)) if home else []
+        tokens = []
+        if home:
+            tokens = self._choose_tokens(home, self._model.decoder.logits(hidden, self._groups.tensor))
         if moves is not None:
             moves.finish()
             self._exchange = None
         self.steps_done += 1
         step_s = time.perf_counter() - started
-        result = engine_pb2.StepResult(sequence=plan.sequence, tokens=tokens, step_s=step_s)
+        told = tokens if self._reports else []
+        result = engine_pb2.StepResult(sequence=plan.sequence, tokens=told, step_s=step_s)
         self._send(step_result=result)
 
     def _as_kept(self, *tensors: Tensor) -> Iterator[Tensor]:
@@ -157,20 +184,19 @@ class DecodeRole:
     def _begin_step(self) -> QExchange:
         if self._exchange is None:
             active = sorted((row for row in self._rows.values() if row.admitted), key=lambda r: r.row_id)
-            config = self._model.decoder.config
+            config, share = self._model.decoder.config, self._options.share
             plan = DecodePlan(
                 tuple(row.plan_row for row in active),
-                self._communicator.size,
-                config.num_q_heads,
+                self._groups.sequence.size,
+                len(share.q_heads(config.num_q_heads)),
                 config.head_dim,
                 self._model.arena.k.element_size(),
             )
-            self._row_bytes = {
-                row.row_id: plan.row_bytes_per_layer(row.plan_row) * config.num_layers for row in active
-            }
+            per_row = config.num_layers * share.tp  # each tensor rank sends its heads
+            self._row_bytes = {row.row_id: plan.row_bytes_per_layer(row.plan_row) * per_row for row in active}
             # A home may have no KV of a row for a moment: the next token opens a block there.
             held = {row.row_id: row.runs() for row in active if row.num_local or row.is_home}
-            self._exchange = QExchange(plan, self._communicator, self._model.scale, self._caches[0], held)
+            self._exchange = QExchange(plan, self._groups.sequence, self._model.scale, self._caches[0], held)
         self._exchange.begin_step([self._append(self._rows[row.row_id]) for row in self._exchange.home_rows])
         return self._exchange
 
@@ -179,12 +205,17 @@ class DecodeRole:
         self._loaded_receiver.extend(row)
         return row.append_slot()
 
-    def _forward(self, token_ids: list[int], positions: list[int], attend: Attend) -> Tensor:
+    def _forward(
+        self, token_ids: list[int], positions: list[int], attend: Attend, tensor: TensorRanks
+    ) -> Tensor:
         ids, places = torch.tensor([token_ids, positions], dtype=torch.int64, device=self._device)
-        return self._model.decoder.forward(ids, places, attend)
+        return self._model.decoder.forward(ids, places, attend, ranks=tensor)
 
     def _choose_tokens(self, home: list[RowState], logits: Tensor) -> list[engine_pb2.RowToken]:
-        """A token for each row at home that has not ended: logits [home rows, vocab]."""
+        """A token for each row at home that has not ended: logits [home rows, vocab].
+
+        Tensor ranks have the same logits, to the bit, and the same numbers at random: they draw the same tokens.
+        """
         drawn = draw_tokens(logits, [row.at_home for row in home])
         tokens = []
         for row, token in zip(home, drawn, strict=True):
@@ -194,10 +225,16 @@ class DecodeRole:
             if isinstance(token, NonFiniteLogitsError):
                 row.finished = True
                 message = f"output token {row.at_home.num_outputs}: {token}"
-                self._fail_row(row.reserve, "NON_FINITE_LOGITS", message, row.row_id)
+                if self._reports:
+                    self._fail_row(row.reserve, "NON_FINITE_LOGITS", message, row.row_id)
             else:
                 tokens.append(self._take(row, token))
         return tokens
+
+    @property
+    def _reports(self) -> bool:
+        """Whether what is chosen here is told: one of the tensor ranks does."""
+        return self._options.share.index == 0
 
     def _take(self, row: RowState, drawn: Drawn) -> engine_pb2.RowToken:
         index = row.at_home.num_outputs
@@ -233,7 +270,8 @@ class DecodeRole:
             (q, *_), cache = self._as_kept(q, k, v), self._caches[layer]
             return paged_decode_partial(q, cache.k, cache.v, row, self._model.scale)[0]
 
-        self._model.decoder.logits(self._forward([0], [0], attend))
+        peers = WithoutPeers(self._options.tp)  # their group forms later
+        self._model.decoder.logits(self._forward([0], [0], attend, peers), peers)
 
     def _send(self, **event: object) -> None:
         self._link.send(engine_pb2.EngineEvent(epoch=self._epoch, **event))  # type: ignore[arg-type]

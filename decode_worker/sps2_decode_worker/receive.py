@@ -1,12 +1,12 @@
 """Room for rows on this decode rank, and the KV that arrives for it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from sps2.internal.v1 import engine_pb2
 from sps2_decode_worker.moving import KvMover
 from sps2_decode_worker.placing import max_new_tokens, tokens_ahead
-from sps2_decode_worker.rows import RowState, Segment, shard_of
+from sps2_decode_worker.rows import RowState, Segment, num_held_blocks, shard_of
 from sps2_engine.collectives import Communicator
 from sps2_engine.kv_pool import BLOCK_TOKENS
 from sps2_engine.kv_transfer.receiver import KvReceiver
@@ -37,28 +37,53 @@ class Receiver:
         """What moves KV between these blocks and those of other ranks."""
         return KvMover(self._pool, self._arena, communicator)
 
+    def hold(self, reserve: engine_pb2.ReserveRow, rank: int, rows: Mapping[int, RowState]) -> Sequence[int]:
+        """Makes an attempt an owner of the blocks that it takes over on this rank; before any row of its plan leaves.
+
+        Their KV is complete (the leader has seen it), and nobody writes to them any more.
+
+        Args:
+            reserve: the attempt.
+            rank: this rank.
+            rows: all rows here, by number.
+
+        Raises:
+            KeyError: the row that brought them has left.
+            ValueError: it has fewer whole blocks of its prompt here.
+        """
+        num_blocks = num_held_blocks(reserve.placement, rank)
+        if not num_blocks:
+            return ()
+        donor = rows[reserve.held_from]
+        blocks = donor.prompt.blocks[:num_blocks]
+        if len(blocks) < num_blocks:
+            raise ValueError(f"row {donor.row_id} has no {num_blocks} blocks of its prompt on rank {rank}")
+        self._pool.share(blocks)
+        return blocks
+
     def reserve(
-        self, reserve: engine_pb2.ReserveRow, rank: int, on_complete: Callable[[], None]
+        self, reserve: engine_pb2.ReserveRow, rank: int, held: Sequence[int], on_complete: Callable[[], None]
     ) -> list[RowState]:
         """Takes blocks for an attempt's rows (the leader has counted that they are free) and expects its KV.
 
         Args:
             reserve: the attempt; KV goes into the blocks of its first row.
             rank: this rank.
-            on_complete: called once, on the receiver's thread, when the rank's part of the prompt is verified
-                and in its blocks; never where it has no part.
+            held: what `hold` gave for it. No KV goes there.
+            on_complete: called once, on the receiver's thread, when the KV that is sent to this rank is verified
+                and in its blocks; never where none is.
         """
         shard = shard_of(reserve.placement, rank)
-        num_prompt = shard.token_end - shard.token_begin if shard else 0
+        num_sent = shard.token_end - shard.token_begin if shard else 0
         at_home = reserve.home == rank
         num_ahead = tokens_ahead(max_new_tokens(reserve.choice)) if at_home else 0
-        blocks = self._pool.allocate(-(-(num_prompt + num_ahead) // BLOCK_TOKENS))
+        blocks = self._pool.allocate(-(-(num_sent + num_ahead) // BLOCK_TOKENS))
         if shard is not None:
             self._receiver.expect(shard.fence, shard.token_begin, shard.token_end, blocks, on_complete)
-        num_shared = num_prompt // BLOCK_TOKENS if at_home else len(blocks)
-        prompt = Segment(blocks[:num_shared], min(num_prompt, num_shared * BLOCK_TOKENS))
-        own = Segment(blocks[num_shared:], num_prompt - prompt.num_tokens)
-        first = RowState(reserve.row, reserve, rank, 0, prompt, own)
+        num_shared = num_sent // BLOCK_TOKENS if at_home else len(blocks)
+        num_in_own = num_sent - min(num_sent, num_shared * BLOCK_TOKENS)
+        prompt = Segment([*held, *blocks[:num_shared]], len(held) * BLOCK_TOKENS + num_sent - num_in_own)
+        first = RowState(reserve.row, reserve, rank, 0, prompt, Segment(blocks[num_shared:], num_in_own))
         return [first, *self._more_choices(first)]
 
     def _more_choices(self, first: RowState) -> Iterator[RowState]:

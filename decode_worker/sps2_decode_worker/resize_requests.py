@@ -17,23 +17,26 @@ RESIZE_TIMEOUT_S = 60.0
 
 
 def find(
-    attempts: Iterable[LiveAttempt], request: decode_service_pb2.ResizeAttemptRequest, group: GroupLeader
+    attempts: Iterable[LiveAttempt],
+    request: decode_service_pb2.ResizeAttemptRequest,
+    group: GroupLeader,
+    most: int,
 ) -> LiveAttempt:
-    """The attempt that is meant.
+    """The attempt that is meant; its KV may lie on `most` ranks, less than the group has where these split layers.
 
     Raises:
         InvalidArgument: no such degree or ranks in the group.
         NotFound: no such request here.
         Aborted: another attempt of it is here.
     """
-    if not 1 <= request.degree <= group.size:
-        raise InvalidArgument.of_field("degree", f"must be in [1, {group.size}], the ranks of {group.name}")
+    if not 1 <= request.degree <= most:
+        raise InvalidArgument.of_field("degree", f"must be in [1, {most}], the ranks of {group.name}")
     if request.ranks and (
         len(request.ranks) != request.degree
         or len(set(request.ranks)) != request.degree
-        or not all(0 <= rank < group.size for rank in request.ranks)
+        or not all(0 <= rank < most for rank in request.ranks)
     ):
-        raise InvalidArgument.of_field("ranks", f"must name `degree` different ranks below {group.size}")
+        raise InvalidArgument.of_field("ranks", f"must name `degree` different ranks below {most}")
     live = next((one for one in attempts if one.request.attempt.request_id == request.request_id), None)
     if live is None:
         raise NotFound("UNKNOWN_REQUEST", f"no request {request.request_id!r} decodes on {group.name}")

@@ -13,6 +13,7 @@ from sps2.v1 import generation_pb2
 from sps2_engine.attention.decode_plan import DecodeRow
 from sps2_engine.choice import ChoiceState
 from sps2_engine.kv_pool import BLOCK_TOKENS, merge_runs, slot_runs
+from sps2_layout.placement import parts
 
 
 @dataclass(eq=False)
@@ -76,8 +77,8 @@ class RowState:
     """The row as the step's plan has it."""
 
     def __post_init__(self) -> None:
-        holders = tuple(sorted(shard.rank for shard in self.reserve.placement.shards))
-        self.plan_row = DecodeRow(self.row_id, self.reserve.home, holders)
+        holders = {part.rank for part in parts(self.reserve.placement)}
+        self.plan_row = DecodeRow(self.row_id, self.reserve.home, tuple(sorted(holders)))
 
     @property
     def is_home(self) -> bool:
@@ -143,6 +144,12 @@ class RowState:
 
 def _slots(segment: Segment, num_tokens: int) -> list[int]:
     return [slot for run in slot_runs(segment.blocks, num_tokens) for slot in range(*run)]
+
+
+def num_held_blocks(placement: placement_pb2.Placement, rank: int) -> int:
+    """Blocks that a rank has of what is held already."""
+    tokens = sum(part.token_end - part.token_begin for part in placement.held if part.rank == rank)
+    return tokens // BLOCK_TOKENS
 
 
 def shard_of(placement: placement_pb2.Placement, rank: int) -> placement_pb2.ShardPlacement | None:

@@ -12,18 +12,22 @@ Before a rank runs out, whole blocks go from it to the rank with most room, a fe
 attempt whose holders are to be others. Both ranks count what is under way as theirs; it is elsewhere from the next
 plan on.
 
+Attempts whose prompts begin alike use the same blocks (`sharing`): what one has brought, later ones take over, and it
+is counted once, until the last of them leaves. Blocks with several users stay where they are.
+
 An attempt that finds no room stands in line. Later ones pass the first in line where it finds its room beside them
 once those that came before it have ended, and a few times where it does not. So a long request waits for earlier ones
 and those few only, whatever stream of short ones comes behind it; and short ones do not wait behind a long one, but
 for the room that it needs. What has passed is not preempted for whom it passed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from sps2_decode_worker.placing import Asked, BlockCounts, Places, place
 from sps2_decode_worker.resizing import NotMovableError, RowMoves, choose_ranks
+from sps2_decode_worker.sharing import HeldBlocks, Prefix, PromptBlocks, num_freed, num_used
 from sps2_decode_worker.tenants import Row, RowState, Tenant
 
 MAX_STEPS_IN_FLIGHT = 2
@@ -103,7 +107,8 @@ class DecodeScheduler:
     def reserve(self, asked: Asked, turn: int = 0, name: str = "") -> list[Row]:
         """Gives an attempt room for its prompt and the beginning of its output: a row for each choice.
 
-        Later ones are preempted for it where that makes room; else it gets no block that a row may need next.
+        It takes over the beginning of its prompt where another attempt has brought it. Later ones are preempted for
+        it where that makes room; else it gets no block that a row may need next.
 
         Args:
             asked: its size.
@@ -126,6 +131,7 @@ class DecodeScheduler:
         self._next_row += asked.num_choices
         self.rows.update({row.row_id: row for row in tenant.rows})
         self._reserve.extend(row.row_id for row in tenant.rows)
+        tenant.prompt.join()
         self._change_free(tenant, -1)
         return list(tenant.rows)
 
@@ -145,6 +151,8 @@ class DecodeScheduler:
             return
         with self._recounted(row.tenant):
             row.tenant.rows.remove(row)
+            if not row.tenant.rows:
+                row.tenant.prompt.leave()
         self._release.append(row_id)
 
     def resize(self, row_id: int, degree: int, ranks: tuple[int, ...] = ()) -> bool:
@@ -165,7 +173,7 @@ class DecodeScheduler:
         """
         tenant = self.rows[row_id].tenant
         if not tenant.moves_now:
-            raise NotMovableError("a resize is under way" if tenant.resize else "its KV cannot move now")
+            raise NotMovableError(tenant.why_not_movable)
         room, homes = self._room_beside(self._tenants), self._num_at_home()
         holders = ranks or choose_ranks(tenant.spread, degree, room)
         home = tenant.spread.home
@@ -221,7 +229,7 @@ class DecodeScheduler:
         """Blocks in use on each rank; what is promised is not used yet."""
         tenants = dict.fromkeys(row.tenant for row in self.rows.values())
         for rank, (total, free) in enumerate(zip(self.blocks_total, self.free, strict=True)):
-            yield total - free - sum(one.held(rank) - one.used(rank) for one in tenants if one.resize)
+            yield total - free - sum(one.promised(rank) for one in tenants)
 
     @property
     def _tenants(self) -> list[Tenant]:
@@ -240,10 +248,24 @@ class DecodeScheduler:
         growing = [row for row in self.rows.values() if row.state is RowState.ACTIVE and row.needs_block]
         for row in sorted(growing, key=lambda row: row.tenant.age):
             while row.row_id in self.rows and not self.free[row.home]:
-                self._preempt([tenant for tenant in self._tenants if tenant.held(row.home)][-1])
+                for tenant in self._last_to_free(row.home):
+                    self._preempt(tenant)
             if row.row_id in self.rows:
                 row.blocks[row.home] += 1
                 self.free[row.home] -= 1
+
+    def _last_to_free(self, rank: int) -> list[Tenant]:
+        """The last attempt whose leaving frees blocks of a rank, with those that must leave for that as well."""
+        leaving: list[Tenant] = []
+        for tenant in reversed(self._tenants):
+            leaving.append(tenant)
+            if _frees(leaving, rank):
+                break
+        for tenant in list(leaving):
+            without = [one for one in leaving if one is not tenant]
+            if _frees(without, rank):
+                leaving = without
+        return leaving
 
     def _preempt(self, tenant: Tenant) -> None:
         for row in list(tenant.rows):
@@ -252,7 +274,7 @@ class DecodeScheduler:
 
     def _change_free(self, tenant: Tenant, sign: int) -> None:
         for rank in range(len(self.free)):
-            self.free[rank] += sign * tenant.held(rank)
+            self.free[rank] += sign * tenant.alone(rank)
 
     def _moves(self) -> tuple[RowMoves, ...]:
         """What moves with the next step: of resizes under way, else away from the rank that runs low."""
@@ -301,12 +323,30 @@ class DecodeScheduler:
         for num_stay in range(len(later), -1, -1):
             victims = later[num_stay:]
             stay = [tenant for tenant in tenants if tenant not in victims]
-            if (places := self._place(asked, self._room_beside(stay))) is not None:
+            room, donor = self._room_beside(stay), self._find_donor(stay, asked.prefix)
+            held = donor.prompt.where(donor.prompt.prefix.num_common(asked.prefix)) if donor else ()
+            if donor and (places := self._place(asked, room, held)) is not None:
+                return victims, self._tenant(asked, turn, places, donor)
+            if (places := self._place(asked, room)) is not None:
                 return victims, self._tenant(asked, turn, places)
         return [], None
 
-    def _tenant(self, asked: Asked, turn: int, places: Places) -> Tenant:
-        tenant = Tenant(turn, self._next_row, places)
+    def _find_donor(self, tenants: Iterable[Tenant], prefix: Prefix) -> Tenant | None:
+        """Which of these attempts has most of the prompt's blocks, if enough to be worth it.
+
+        In a group of several ranks, a few tokens are not worth that a row is bound to the rank that has them.
+        """
+        least = self.min_holder_tokens if len(self.blocks_total) > 1 else 1
+        donor, most = None, -(-least // self.block_tokens) - 1
+        for tenant in tenants:
+            if tenant.gives_now and (common := tenant.prompt.prefix.num_common(prefix)) > most:
+                donor, most = tenant, common
+        return donor
+
+    def _tenant(self, asked: Asked, turn: int, places: Places, donor: Tenant | None = None) -> Tenant:
+        held = donor.prompt.first(sum(one.num_blocks for one in places.held)) if donor else []
+        prompt = PromptBlocks.of(asked.prefix, held, places.brought)
+        tenant = Tenant(turn, self._next_row, places, prompt, donor.rows[0].row_id if donor else 0)
         tenant.rows = [
             Row(self._next_row + index, tenant, dict(places.blocks)) for index in range(asked.num_choices)
         ]
@@ -317,11 +357,8 @@ class DecodeScheduler:
         first = min(self.line.values(), key=lambda waiting: waiting.turn, default=None)
         if first is None or first.turn >= tenant.turn:
             return True
-        room = list(self.blocks_total)
-        later = (one for one in self._tenants if one.turn > first.turn and one not in victims)
-        for one in (*later, tenant):
-            for rank in range(len(room)):
-                room[rank] -= one.held_at_last(rank)
+        later = [one for one in self._tenants if one.turn > first.turn and one not in victims]
+        room = self._without([*later, tenant], Tenant.own_at_last)
         if self._place(first.asked, room) is not None:
             return True
         if first.num_passed >= MAX_PASSED:
@@ -329,21 +366,33 @@ class DecodeScheduler:
         first.num_passed += 1
         return True
 
-    def _room_beside(self, tenants: Iterable[Tenant]) -> list[int]:
+    def _room_beside(self, tenants: Sequence[Tenant]) -> list[int]:
         """Blocks that neither these attempts nor their rows' next tokens take, by rank; may be negative."""
-        room = list(self.blocks_total)
+        room = self._without(tenants, Tenant.own)
         for tenant in tenants:
-            for rank in range(len(room)):
-                room[rank] -= tenant.held(rank)
             room[tenant.spread.home] -= sum(row.may_grow for row in tenant.rows)
         return room
 
-    def _place(self, asked: Asked, room: Sequence[int]) -> Places | None:
+    def _without(self, tenants: Sequence[Tenant], own: Callable[[Tenant, int], int]) -> list[int]:
+        """All blocks but those of these attempts' prompts and, by rank, their own; may be negative."""
+        used = num_used((tenant.prompt for tenant in tenants), len(self.blocks_total))
+        return [
+            total - used[rank] - sum(own(tenant, rank) for tenant in tenants)
+            for rank, total in enumerate(self.blocks_total)
+        ]
+
+    def _place(self, asked: Asked, room: Sequence[int], held: tuple[HeldBlocks, ...] = ()) -> Places | None:
         counts = BlockCounts(self.blocks_total, tuple(room), tuple(self._num_at_home()))
-        return place(asked, counts, self.block_tokens, self.min_holder_tokens)
+        return place(asked, counts, self.block_tokens, self.min_holder_tokens, held)
 
     def _num_at_home(self) -> list[int]:
         homes = [0] * len(self.blocks_total)
         for row in self.rows.values():
             homes[row.home] += 1
         return homes
+
+
+def _frees(leaving: Sequence[Tenant], rank: int) -> bool:
+    """Whether blocks of a rank are free when these leave together."""
+    own = sum(tenant.own(rank) for tenant in leaving)
+    return own + num_freed([tenant.prompt for tenant in leaving], rank) > 0

@@ -61,12 +61,17 @@ class Spread:
     @classmethod
     def of(cls, places: Places) -> Self:
         """An attempt's, when its KV has come."""
-        size, home = places.block_tokens, places.home
-        num_tokens = max(end for _, end in places.shards.values())
-        begin, end = places.shards[home]
+        size, home, num_tokens = places.block_tokens, places.home, places.num_tokens
+        begin, end = places.shards.get(home, (num_tokens, num_tokens))
         whole = begin + (end - begin) // size * size
-        prompt = {rank: (shard,) for rank, shard in places.shards.items()} | {home: _spans(begin, whole)}
         at_home = end == num_tokens
+        prompt: dict[int, Spans] = dict.fromkeys(places.holders, ())
+        first = 0
+        for rank, num_blocks in places.held:
+            prompt[rank] = _joined(*prompt[rank], *_spans(first, first + num_blocks * size))
+            first += num_blocks * size
+        for rank, shard in (places.shards | {home: (begin, whole)}).items():
+            prompt[rank] = _joined(*prompt[rank], *_spans(*shard))
         return cls(
             home, prompt, {}, whole if at_home else num_tokens, size, at_home or num_tokens % size == 0
         )

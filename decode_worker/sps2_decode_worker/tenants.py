@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from sps2_decode_worker.placing import Places
 from sps2_decode_worker.resizing import Resize, RowMoves
+from sps2_decode_worker.sharing import HeldBlocks, PromptBlocks, num_freed
 from sps2_decode_worker.spread import Move, Spread, even_moves
 
 
@@ -28,6 +29,10 @@ class Tenant:
     """Counts attempts."""
     places: Places
     """Where it began."""
+    prompt: PromptBlocks
+    """Whole blocks of the prompt, with the attempts that use them."""
+    held_from: int = 0
+    """A row of the attempt that brought `places.held`; 0 where nothing is held. It may have left since."""
     rows: "list[Row]" = field(default_factory=list)
     """Those that have not left, by number."""
     spread: Spread = field(init=False)
@@ -50,9 +55,21 @@ class Tenant:
 
     @property
     def moves_now(self) -> bool:
-        """Whether blocks of it may go elsewhere: all its rows decode, and nothing is under way."""
+        """Whether blocks of it may go elsewhere: all its rows decode, nothing is under way, and no other uses them."""
         active = all(row.state is RowState.ACTIVE for row in self.rows)
-        return active and self.resize is None and self.spread.movable
+        return active and self.resize is None and self.spread.movable and not self.prompt.is_shared
+
+    @property
+    def why_not_movable(self) -> str:
+        """Where not `moves_now`."""
+        if self.prompt.is_shared:
+            return "other requests use its prompt's KV"
+        return "a resize is under way" if self.resize else "its KV cannot move now"
+
+    @property
+    def gives_now(self) -> bool:
+        """Whether others may take over blocks of its prompt: their KV is there, and none of them is to move."""
+        return self.resize is None and any(row.state is RowState.ACTIVE for row in self.rows)
 
     @property
     def changes_home(self) -> bool:
@@ -61,21 +78,28 @@ class Tenant:
 
     def held(self, rank: int) -> int:
         """What is counted for it on a rank: what it uses there, and what is promised to it."""
-        promised = self.resize.incoming(rank, len(self.rows)) if self.resize and self.rows else 0
-        return self.used(rank) + promised
+        return (self.spread.prompt_blocks(rank) if self.rows else 0) + self.own(rank)
 
-    def used(self, rank: int) -> int:
-        """Blocks that its rows hold on a rank, shared ones once."""
+    def own(self, rank: int) -> int:
+        """The same without the prompt's whole blocks, which others may use as well."""
         shared = self.spread.prompt_blocks(rank)
-        return (shared if self.rows else 0) + sum(row.blocks.get(rank, 0) - shared for row in self.rows)
+        return sum(row.blocks.get(rank, 0) - shared for row in self.rows) + self.promised(rank)
 
-    def held_at_last(self, rank: int) -> int:
-        """`held` when the output of its rows is as long as it may become."""
+    def own_at_last(self, rank: int) -> int:
+        """`own` when the output of its rows is as long as it may become."""
         home, growing = self.spread.home, 0
         if rank == home:
             growing = len(self.rows) * self.blocks_at_home(self.places.max_new_tokens)
             growing -= sum(row.blocks[home] for row in self.rows)
-        return self.held(rank) + max(0, growing)
+        return self.own(rank) + max(0, growing)
+
+    def promised(self, rank: int) -> int:
+        """Blocks that a rank keeps free for what is to move there."""
+        return self.resize.incoming(rank, len(self.rows)) if self.resize and self.rows else 0
+
+    def alone(self, rank: int) -> int:
+        """Of `held`, what nobody else uses: so much is free when it leaves."""
+        return self.own(rank) + num_freed([self.prompt], rank)
 
     def blocks_at_home(self, num_new_tokens: int) -> int:
         """Blocks of one row at home with so many new tokens."""
@@ -136,6 +160,10 @@ class Tenant:
             for row in self.rows:
                 row.blocks[move.source] -= move.num_blocks(1)
                 row.blocks[move.target] = row.blocks.get(move.target, 0) + move.num_blocks(1)
+            if move.prompt_blocks:
+                self.prompt.move(
+                    HeldBlocks(rank, self.spread.prompt_blocks(rank)) for rank in self.spread.prompt
+                )
 
     def _hand_over(self, home: int) -> None:
         before, num_tokens = self.spread.home, self.num_tokens + 1
@@ -173,11 +201,6 @@ class Row:
     def home(self) -> int:
         """Rank that takes its new tokens."""
         return self.tenant.spread.home
-
-    @property
-    def shards(self) -> dict[int, tuple[int, int]]:
-        """Tokens [begin, end) of the prompt on each of the holders to which it is delivered."""
-        return self.tenant.places.shards
 
     @property
     def needs_block(self) -> bool:

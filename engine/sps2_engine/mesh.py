@@ -1,10 +1,10 @@
-"""The mesh of a prefill group: sequence x tensor ranks, and what of the model a tensor rank holds. Pure.
+"""The mesh of a group: sequence x tensor ranks, and what of the model a tensor rank holds. Pure.
 
 Tensor ranks sum what they compute twice in every layer, sequence ranks exchange parts of attention once, so the
-tensor ranks of one slice of the prompt stand next to each other, where they share a node:
+tensor ranks of one sequence index stand next to each other, where they share a node:
 
     rank           0  1  2  3  4  5  6  7       sp = 4, tp = 2
-    sequence index 0  0  1  1  2  2  3  3       which slice of the prompt
+    sequence index 0  0  1  1  2  2  3  3       which tokens: a slice of the prompt, or of the KV of requests
     tensor index   0  1  0  1  0  1  0  1       which part of every layer
 """
 
@@ -24,7 +24,7 @@ class Mesh:
     """
 
     sp: int = 1
-    """Sequence degree: slices of the prompt."""
+    """Sequence degree: slices of the prompt, or decode ranks over which the KV of a request may lie."""
     tp: int = 1
     """Tensor degree: parts of every layer."""
 
@@ -52,7 +52,7 @@ class Mesh:
         return self.sp * self.tp
 
     def sequence_index(self, rank: int) -> int:
-        """Which slice of the prompt a rank computes."""
+        """Which slice of the prompt a rank computes, or which tokens' KV it holds."""
         return rank // self.tp
 
     def tensor_index(self, rank: int) -> int:
@@ -60,12 +60,16 @@ class Mesh:
         return rank % self.tp
 
     def sequence_ranks(self, rank: int) -> Sequence[int]:
-        """The ranks that hold the same part of the model, in order of the prompt's slices."""
+        """The ranks that hold the same part of the model, in order of their sequence index."""
         return range(self.tensor_index(rank), self.size, self.tp)
 
     def tensor_ranks(self, rank: int) -> Sequence[int]:
-        """The ranks that compute the same slice of the prompt, in order of the model's parts."""
-        first = self.sequence_index(rank) * self.tp
+        """The ranks that compute the same tokens, in order of the model's parts."""
+        return self.ranks_at(self.sequence_index(rank))
+
+    def ranks_at(self, sequence_index: int) -> Sequence[int]:
+        """The tensor ranks of one sequence index, in order of the model's parts."""
+        first = sequence_index * self.tp
         return range(first, first + self.tp)
 
 

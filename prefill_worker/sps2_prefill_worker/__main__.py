@@ -7,11 +7,10 @@ from typing import Literal
 
 from sps2.internal.v1 import prefill_service_pb2
 from sps2.v1 import cluster_pb2
-from sps2_engine.mesh import Mesh
 from sps2_engine.runtime.options import EngineOptions
 from sps2_prefill_worker.coordinator import PrefillCoordinator
 from sps2_prefill_worker.servicer import PrefillServicer
-from sps2_service.config import load_config, setting
+from sps2_service.config import load_config
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.ranks.worker import LeaderService, WorkerConfig, run_worker
 from sps2_service.run import prepare_process
@@ -30,18 +29,6 @@ class PrefillWorkerConfig(WorkerConfig):
 
     exchange: Literal["auto", "heads", "kv"] = "auto"
     """What travels between ranks: shares of all heads, or keys and values; auto: what is sooner. Rank 0 decides."""
-    tp: int = setting(1, minimum=1)
-    """Tensor ranks: parts that every layer is split into, each on a rank of its own; the same on all ranks of the
-    group, whose size must be a multiple. A group of 4 with 2 is 2 slices of the prompt x 2 parts of the model."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Mesh.of(self.group_size, self.tp)
-
-    @property
-    def tensor_ranks(self) -> int:
-        """See `WorkerConfig.tensor_ranks`."""
-        return self.tp
 
 
 def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:

@@ -12,6 +12,7 @@ import structlog
 from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.attention.cost_model import Choice
+from sps2_engine.kv_transfer.relayout import check_covers
 from sps2_layout.attention import Attention
 from sps2_layout.wire import unpack_attention
 from sps2_prefill_worker.planning import PlannedPrompt, PromptPlanner
@@ -154,11 +155,11 @@ class PrefillCoordinator:
             raise Unavailable("QUEUE_FULL", f"prefill group {group.name} has a full queue", retry_after=1.0)
         if not request.token_ids:
             raise InvalidArgument.of_field("token_ids", "a prompt has at least one token")
-        edges = [0, *(shard.token_end for shard in request.placement.shards)]
-        begins = [shard.token_begin for shard in request.placement.shards]
-        if begins != edges[:-1] or edges[-1] != len(request.token_ids):
-            raise InvalidArgument.of_field("placement", "shards must cover the prompt in order, without gaps")
         assert self._planner is not None, "a group that is formed has told its shape"
+        try:
+            check_covers(request.placement, len(request.token_ids), self._planner.model.num_kv_heads)
+        except ValueError as error:
+            raise InvalidArgument.of_field("placement", str(error)) from None
         attention, choice = _attention_of(request), request.choice
         self._check_room(
             self._planner, attention, max(len(choice.generated_token_ids), choice.max_tokens - 1)

@@ -18,7 +18,7 @@ from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
 from sps2_engine.choice import ChoiceState, Drawn, draw_tokens, num_choices
 from sps2_engine.collectives import LeadingRanks, SoloCommunicator
 from sps2_engine.kv_pool import slot_runs
-from sps2_engine.kv_transfer.rows import TensorSource, cut_rows, tensor_source
+from sps2_engine.kv_transfer.rows import TensorSource, cut_rows, num_before, tensor_source
 from sps2_engine.kv_transfer.sender import KvSender
 from sps2_engine.layers.rows import BYTE_FLOPS, RowWalk, row_chunks
 from sps2_engine.layers.tensor_ranks import KIND as SUM_KIND
@@ -32,6 +32,7 @@ from sps2_engine.sampler import NonFiniteLogitsError
 from sps2_engine.slices import Slicer
 from sps2_kernels.segment_attention import warm_up_attention
 from sps2_layout.layout import Span, exact_layout
+from sps2_layout.placement import num_held
 from sps2_prefill_worker.planning import follow, spans_of
 from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt_key
 
@@ -133,8 +134,9 @@ class PrefillRole:
         return self._publisher
 
     def _prefill(self, run: engine_pb2.RunPrefill) -> None:
-        sent = self._source.rows(len(run.token_ids))
-        delivery = self._loaded_publisher.begin(run.attempt, run.placement, cut_rows(spans_of(run), sent))
+        spans = spans_of(run)
+        sent = self._source.rows(len(run.token_ids), num_before(spans, num_held(run.placement)))
+        delivery = self._loaded_publisher.begin(run.attempt, run.placement, cut_rows(spans, sent))
         self._report(run.attempt, started=prefill_service_pb2.PrefillStarted())
         try:
             self._compute(run, delivery, sent)

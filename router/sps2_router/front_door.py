@@ -1,6 +1,6 @@
 """What happens to a call before and around its attempts: checks, its id, its time, its tokens.
 
-The one place that knows the order: fields, id, tokenizing, context length, dispatch. Servicers call it.
+The one place that knows the order: fields, id, tokenizing, context length, block hashes, dispatch. Servicers call it.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sps2.v1 import generation_pb2
+from sps2_layout.block_hash import block_hashes
 from sps2_layout.profiles import Ladder
 from sps2_router.admission import Admission, LiveRequest
 from sps2_router.answer import Send
@@ -93,7 +94,11 @@ class FrontDoor:
         prompt_ids = await self._prompt_ids(spec)
         seed = secrets.randbits(64)
         request = resolve(spec, live.request_id, prompt_ids, self._model, seed, self._ladder)
-        await self._dispatcher.serve(replace(request, tenant=live.tenant), live, arrived_at, send)
+        # On a thread: 1.5 ms for 64k tokens, which the streams of others need not wait for.
+        salt = tenant_salt(live.tenant)
+        hashes = await asyncio.to_thread(block_hashes, prompt_ids, self._model.model_hash, salt)
+        request = replace(request, block_hashes=hashes, tenant=live.tenant)
+        await self._dispatcher.serve(request, live, arrived_at, send)
 
     async def _prompt_ids(self, spec: generation_pb2.GenerationSpec) -> Sequence[int]:
         if spec.HasField("text"):
@@ -101,6 +106,11 @@ class FrontDoor:
         if spec.HasField("chat"):
             return await ids_of_chat(spec.chat, self._tokenizer, self._model, "spec.chat")
         return spec.token_ids.ids
+
+
+def tenant_salt(tenant: str) -> bytes:
+    """Blocks are shared among requests of one salt: a tenant's own, or all where no tokens are asked for."""
+    return b"sps2" + tenant.encode()
 
 
 def _after(settled: Callable[[], Awaitable[None]], send: Send) -> Send:

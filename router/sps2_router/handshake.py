@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from sps2.internal.v1 import decode_service_pb2, placement_pb2, prefill_service_pb2
+from sps2_layout.placement import covers
 from sps2_service.errors import Internal
 
 
@@ -117,17 +118,11 @@ class Handshake:
         return Step.START
 
     def _check_placement(self, placement: placement_pb2.Placement) -> None:
-        position = 0
-        for shard in placement.shards:
-            if shard.token_begin != position or shard.token_end < position:
-                break
-            position = shard.token_end
-        else:
-            if position == self.num_prompt_tokens:
-                return
-        raise Internal(
-            "BAD_PLACEMENT", f"the decode leader's placement does not cover {self.num_prompt_tokens} tokens"
-        )
+        if not covers(placement, self.num_prompt_tokens):
+            raise Internal(
+                "BAD_PLACEMENT",
+                f"the decode leader's placement does not cover {self.num_prompt_tokens} tokens",
+            )
 
     def _out_of_order(self, who: str, event: str | None) -> Internal:
         return Internal(

@@ -78,6 +78,8 @@ class Request:
     """How the prompt is attended."""
     attention_profile: str
     """The same for people, with the name of the profile that chose it."""
+    block_hashes: Sequence[bytes] = ()
+    """Names of the prompt's full blocks, by which a decode group finds those that it holds already."""
     generated_ids: Sequence[int] = ()
     """Tokens that its only choice has from earlier attempts; an attempt goes on behind them."""
     priority: int = 0

@@ -47,6 +47,7 @@ def pack_reserve(
             attention=pack_attention(request.attention),
             asked_at_us=asked_at_us,
             priority=request.priority,
+            block_hashes=request.block_hashes,
         )
     )
 

@@ -99,6 +99,16 @@ def test_decode(tmp_path: Path) -> None:
     assert len(found["plots"]) == 4
 
 
+def test_decode_by_tensor_ranks() -> None:
+    options = ["--contexts", "250", "--batches", "3", "--steps", "4", "--repeat", "1", "--share-cores"]
+    rows = document("bench", "decode", *options, "--tensor", "1,2", "--random-model", TINY)["rows"]
+    assert [(row["ranks"], row["tensor"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    for row in rows:
+        assert row["bytes_per_token"] == row["planned_bytes_per_token"]
+        assert row["tensor_bytes_per_token"] == row["planned_tensor_bytes_per_token"]
+        assert (row["tensor_bytes_per_token"] > 0) == (row["tensor"] > 1)
+
+
 def test_kernels(tmp_path: Path) -> None:
     found = document(
         "bench", "kernels", "--sizes", "64", "--repeat", "1", "--budget", "0", "--plots", tmp_path

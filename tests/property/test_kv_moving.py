@@ -1,16 +1,20 @@
-"""Any order of resizes, arrivals, ends and preemptions: every token's KV lies once, where the leader thinks."""
+"""Any order of resizes, arrivals, ends and preemptions, of prompts that may begin alike.
+
+Every token's KV lies once, where the leader thinks; no row reads that of another text.
+"""
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sps2.internal.v1.engine_pb2 import ReserveRow
 from sps2_decode_worker.placing import Asked
 from sps2_decode_worker.resizing import NotMovableError
 from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError
+from sps2_decode_worker.sharing import Prefix
 from sps2_decode_worker.spread import TooShortError
 from sps2_decode_worker.tenants import Row, RowState, Tenant
-from support.decode_ranks import DecodeRanks, reserve_message
+from sps2_layout.block_hash import block_hashes
+from support.decode_ranks import Attempt, DecodeRanks, prompt_marks, reserve_message
 
 BLOCK = 64
 TOTALS = (9, 14, 11)
@@ -23,20 +27,25 @@ class MovingMachine(RuleBasedStateMachine):
         super().__init__()
         self.scheduler = DecodeScheduler(TOTALS, BLOCK, 64, blocks_per_plan=2)
         self.ranks = DecodeRanks(TOTALS)
-        self.attempts: dict[int, ReserveRow] = {}
+        self.attempts: dict[int, Attempt] = {}
+        self.num_asked = 0
 
     @rule(
-        tokens=st.integers(1, 500),
+        common=st.integers(0, 5),
+        rest=st.integers(0, 300),
         more=st.integers(1, 400),
         choices=st.integers(1, 3),
         came=st.integers(0, 20),
     )
-    def reserve(self, tokens: int, more: int, choices: int, came: int) -> None:
+    def reserve(self, common: int, rest: int, more: int, choices: int, came: int) -> None:
+        self.num_asked += 1
+        prompt = [0] * (common * BLOCK) + [1 + self.num_asked % 255] * rest or [0]
+        asked = Asked(len(prompt), more, choices, Prefix(None, tuple(block_hashes(prompt, "model", b""))))
         try:
-            rows = self.scheduler.reserve(Asked(tokens, more, choices), came, f"{tokens} {more} {came}")
+            rows = self.scheduler.reserve(asked, came, f"{common} {rest} {more} {came}")
         except (NoRoomError, NeverFitsError):
             return
-        self.attempts[rows[0].row_id] = reserve_message(rows)
+        self.attempts[rows[0].row_id] = Attempt(reserve_message(rows), prompt)
 
     @property
     def tenants(self) -> list[Tenant]:
@@ -80,10 +89,17 @@ class MovingMachine(RuleBasedStateMachine):
 
     @invariant()
     def blocks_are_counted(self) -> None:
+        runs = {run for tenant in self.tenants for run in tenant.prompt.runs}
+        for run in runs:
+            assert run.users == {tenant.prompt for tenant in self.tenants if run in tenant.prompt.runs}
         for rank, total in enumerate(TOTALS):
-            held = sum(tenant.held(rank) for tenant in self.tenants)
+            held = sum(run.num_blocks for run in runs if run.rank == rank)
+            held += sum(tenant.own(rank) for tenant in self.tenants)
             assert self.scheduler.free[rank] + held == total
             assert self.scheduler.free[rank] >= 0
+            for tenant in self.tenants:
+                of_prompt = sum(run.num_blocks for run in tenant.prompt.runs if run.rank == rank)
+                assert of_prompt == tenant.spread.prompt_blocks(rank)
 
     @invariant()
     def every_token_lies_where_the_leader_thinks(self) -> None:
@@ -93,6 +109,7 @@ class MovingMachine(RuleBasedStateMachine):
 
     def _check(self, row: Row) -> None:
         num_prompt, places = row.tenant.places.num_tokens, []
+        text = prompt_marks(self.attempts[row.tenant.number].prompt)
         num_tokens = num_prompt + row.num_planned - 1
         for rank, rows in enumerate(self.ranks.rows):
             here = rows[row.row_id]
@@ -100,7 +117,7 @@ class MovingMachine(RuleBasedStateMachine):
                 return  # its plan has not gone out
             assert len(here.blocks) == row.blocks.get(rank, 0)
             marks = self.ranks.marks(rank, row.row_id)
-            assert all(who == (row.row_id if place >= num_prompt else 0) for who, place in marks)
+            assert all(who == (text[place] if place < num_prompt else row.row_id) for who, place in marks)
             spans = row.tenant.spread.tokens_on(rank, num_tokens)
             assert sorted(place for _, place in marks) == [at for span in spans for at in range(*span)]
             places += [place for _, place in marks]

@@ -49,7 +49,10 @@ CASES: dict[str, Values] = {
         "prefill": {"ranks": 8, "placement": "lws"},
         "decode": {"groups": 2, "ranks": 2, "placement": "statefulset"},
     },
-    "mesh": {"prefill": {"ranks": 4, "flags": {"tp": 2, "exchange": "kv"}}},
+    "mesh": {
+        "prefill": {"ranks": 4, "flags": {"tp": 2, "exchange": "kv"}},
+        "decode": {"ranks": 4, "flags": {"tp": 4}},
+    },
     "no prefill group": {"prefill": {"groups": 0}},
     "hpa of pods": {**pools(autoscaling=HPA), "router": {"autoscaling": HPA}},
     "hpa of lws": pools(ranks=2, placement="lws", autoscaling=HPA),

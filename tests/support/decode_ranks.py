@@ -1,33 +1,46 @@
 """Decode ranks without models or processes: real pools, arenas, rows and moves, with marks in place of KV.
 
-The KV of a token is its row and its place in the text, so that what lies where can be read back.
+The KV of a token is its place in the text and who made it: a new token's row, or what stands for the prompt up to
+there. So what lies where can be read back, and whether it is the KV of these tokens.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
-from sps2.internal.v1.engine_pb2 import ReserveRow
-from sps2.internal.v1.placement_pb2 import Placement
+from sps2.internal.v1.decode_service_pb2 import ReserveKv
+from sps2.internal.v1.engine_pb2 import EngineLoaded, ReserveRow
 from sps2.internal.v1.prefill_service_pb2 import TokenChoice
 from sps2.v1.generation_pb2 import SamplingSpec
+from sps2_decode_worker import messages
+from sps2_decode_worker.messages import FormedGroup
 from sps2_decode_worker.move_messages import move_message
 from sps2_decode_worker.moving import MovesUnderWay
 from sps2_decode_worker.receive import Receiver
-from sps2_decode_worker.rows import RowState
+from sps2_decode_worker.rows import RowState, shard_of
 from sps2_decode_worker.scheduler import Plan
 from sps2_decode_worker.tenants import Row
 from sps2_engine.collectives import PendingExchange
 from sps2_engine.kv_pool import BlockPool, KvArena
+from sps2_engine.mesh import Mesh
 
 WAIT_S = 20.0
 Mark = tuple[int, int]
-"""A row's number (0 in blocks that choices share) and a token's place in its text."""
+"""A row's number, or `prompt_marks`, and a token's place in its text."""
+MAX_RANKS = 8
+
+
+def prompt_marks(token_ids: Sequence[int]) -> list[int]:
+    """What stands for the KV of each token: negative or 0, and different where any token up to it is."""
+    chain = accumulate(token_ids, lambda so_far, token: zlib.crc32(bytes([token]), so_far), initial=0)
+    return [-(mark & 0xFFFFFF) for mark in chain][1:]
 
 
 class NoTransfers:
@@ -97,22 +110,21 @@ class QueueRanks:
 
 def reserve_message(rows: Sequence[Row], choice: TokenChoice | None = None) -> ReserveRow:
     """How the ranks are told of an attempt whose rows have their places; sampling is greedy unless named."""
-    first, *more = rows
-    places = first.tenant.places
-    placement = Placement()
-    for rank, (begin, end) in places.shards.items():
-        placement.shards.add(rank=rank, token_begin=begin, token_end=end)
+    places = rows[0].tenant.places
     greedy = TokenChoice(
         sampling=SamplingSpec(top_p=1), max_tokens=places.max_new_tokens, num_choices=len(rows)
     )
-    return ReserveRow(
-        row=first.row_id,
-        placement=placement,
-        home=first.home,
-        num_prompt_tokens=places.num_tokens,
-        choice=choice or greedy,
-        choice_rows=[row.row_id for row in more],
-    )
+    request = ReserveKv(num_prompt_tokens=places.num_tokens, choice=choice or greedy)
+    group = FormedGroup("decode-0", 1, Mesh(sp=MAX_RANKS), [EngineLoaded(num_kv_heads=1)] * MAX_RANKS)
+    return messages.reserve_message(group, request, list(rows))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What the ranks are told of an attempt, and its prompt."""
+
+    reserve: ReserveRow
+    prompt: Sequence[int]
 
 
 class DecodeRanks:
@@ -133,18 +145,20 @@ class DecodeRanks:
         """Ends its threads."""
         self._threads.shutdown()
 
-    def execute(self, plan: Plan, attempts: Mapping[int, ReserveRow]) -> None:
+    def execute(self, plan: Plan, attempts: Mapping[int, Attempt]) -> None:
         """What every rank does with a plan, in the loop's order; `attempts` by their first rows."""
+        coming = [row_id for row_id in plan.reserve if row_id in attempts and row_id not in plan.release]
         for rank, (taker, rows) in enumerate(zip(self.receivers, self.rows, strict=True)):
+            held = [taker.hold(attempts[row_id].reserve, rank, rows) for row_id in coming]
             for row_id in set(plan.release) - set(plan.reserve):
                 taker.release(rows.pop(row_id))
-            for row_id in plan.reserve:
-                if row_id in attempts and row_id not in plan.release:
-                    made = taker.reserve(attempts[row_id], rank, lambda: None)
-                    rows.update({row.row_id: row for row in made})
-                    self._deliver(rank, made[0])
+            for row_id, blocks in zip(coming, held, strict=True):
+                made = taker.reserve(attempts[row_id].reserve, rank, blocks, lambda: None)
+                rows.update({row.row_id: row for row in made})
             for row_id in sorted(plan.admit):
                 if row_id in rows:
+                    if row_id in attempts:
+                        self._deliver(rank, rows[row_id], attempts[row_id].prompt)
                     taker.copy_prompt(rows[row_id])
                     rows[row_id].admit(0, torch.device("cpu"))
         if plan.run:
@@ -159,12 +173,14 @@ class DecodeRanks:
         found = self.receivers[rank]._arena.k[0, slots, 0].to(torch.int64)
         return [(int(who), int(place)) for who, place in found]
 
-    def _deliver(self, rank: int, row: RowState) -> None:
-        shard = next((one for one in row.reserve.placement.shards if one.rank == rank), None)
+    def _deliver(self, rank: int, row: RowState, prompt: Sequence[int]) -> None:
+        """The KV that is sent for an attempt, as late as it may be."""
+        shard = shard_of(row.reserve.placement, rank)
         if shard is not None:
+            sent = slice(shard.token_begin, shard.token_end)
             slots = [slot for run in (*row.prompt.runs(), *row.own.runs()) for slot in range(*run)]
-            places = torch.arange(shard.token_begin, shard.token_end, dtype=torch.float32)
-            self._write(rank, slots, torch.stack([torch.zeros_like(places), places], dim=1))
+            marks = [(mark, place) for place, mark in enumerate(prompt_marks(prompt))][sent]
+            self._write(rank, slots[-len(marks) :], torch.tensor(marks, dtype=torch.float32))
 
     def _write(self, rank: int, slots: Sequence[int], marks: Tensor) -> None:
         arena = self.receivers[rank]._arena

@@ -14,7 +14,8 @@ from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
 from sps2_engine.collectives import LeadingRanks
 from sps2_engine.layers.tensor_ranks import KIND as SUM_KIND
 from sps2_engine.mesh import Mesh, TensorShare
-from sps2_engine.models import ModelConfig, load_decoder
+from sps2_engine.models import load_decoder
+from sps2_engine.models.tensor_bytes import tensor_bytes
 from sps2_engine.rank_groups import RankGroups
 from sps2_engine.slices import Slicer
 from sps2_layout.attention import Attention
@@ -153,12 +154,5 @@ def _run_rank(
         plan.sent_bytes(ranks.rank, layer) if ranks.rank < num_ranks else 0
         for layer in range(config.num_layers)
     )
-    counted = _summed_bytes(config, share, len(tokens))
+    counted = tensor_bytes(config, share, len(tokens), len(tokens))
     return RankRun(tokens.long(), logits, num_slices, posted[KIND], planned, posted[SUM_KIND], counted)
-
-
-def _summed_bytes(config: ModelConfig, share: TensorShare, num_tokens: int) -> int:
-    """Embedding, two sums in each layer, and its part of the logits to every peer."""
-    hidden = num_tokens * config.hidden_size * ELEMENT_BYTES
-    logits = num_tokens * len(share.vocabulary(config.vocab_size)) * ELEMENT_BYTES
-    return (1 + 2 * config.num_layers) * 2 * hidden * (share.tp - 1) // share.tp + logits * (share.tp - 1)

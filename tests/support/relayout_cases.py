@@ -11,9 +11,9 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sps2.internal.v1.placement_pb2 import Placement, ShardPlacement
+from sps2.internal.v1.placement_pb2 import HeldTokens, Placement, ShardPlacement
 from sps2_engine.kv_transfer.relayout import Part, cut, num_cells, shares
-from sps2_engine.kv_transfer.rows import cut_rows, row_of, tensor_source
+from sps2_engine.kv_transfer.rows import cut_rows, num_before, row_of, tensor_source
 from sps2_layout.layout import Span
 
 MAX_RANKS = 8
@@ -35,6 +35,7 @@ class Case:
     folded: bool
     source_tp: int
     target_borders: tuple[int, ...]
+    """The first is where tokens begin that the targets do not hold already."""
     target_tp: int
     head_bytes: int
     max_slab_bytes: int
@@ -49,7 +50,9 @@ class Case:
 
     def placement(self) -> Placement:
         """Every tensor index of the targets holds its heads of all tokens; some may hold the same."""
-        return Placement(shards=[shard for index in range(self.target_tp) for shard in self._lane(index)])
+        shards = [shard for index in range(self.target_tp) for shard in self._lane(index)]
+        num_held = self.target_borders[0]
+        return Placement(shards=shards, held=[HeldTokens(token_end=num_held)] if num_held else [])
 
     def _lane(self, tensor_index: int) -> Iterator[ShardPlacement]:
         heads = tensor_source(self.num_kv_heads, tensor_index, self.target_tp).heads
@@ -76,7 +79,11 @@ def cases(draw: st.DrawFn) -> Case:
         draw(borders(num_tokens, source_sp * (2 if folded else 1))),
         folded,
         source_tp,
-        draw(borders(num_tokens, target_sp)),
+        draw(
+            borders(
+                num_tokens, target_sp, first=draw(st.sampled_from([0, 0, num_tokens // 2, num_tokens - 1]))
+            )
+        ),
         target_tp,
         head_bytes,
         draw(st.integers(num_kv_heads * head_bytes, 40 * num_kv_heads * head_bytes)),
@@ -92,10 +99,10 @@ def meshes(draw: st.DrawFn) -> tuple[int, int]:
 
 
 @st.composite
-def borders(draw: st.DrawFn, num_tokens: int, parts: int) -> tuple[int, ...]:
+def borders(draw: st.DrawFn, num_tokens: int, parts: int, first: int = 0) -> tuple[int, ...]:
     """Of that many parts, some of them empty."""
-    inner = draw(st.lists(st.integers(0, num_tokens), min_size=parts - 1, max_size=parts - 1))
-    return 0, *sorted(inner), num_tokens
+    inner = draw(st.lists(st.integers(first, num_tokens), min_size=parts - 1, max_size=parts - 1))
+    return first, *sorted(inner), num_tokens
 
 
 def check(case: Case) -> float:
@@ -110,7 +117,8 @@ def check(case: Case) -> float:
         for tensor_rank in range(case.source_tp):
             source = tensor_source(case.num_kv_heads, tensor_rank, case.source_tp)
             check_rank_has(case, source.heads, tensor_rank)
-            spans = cut_rows(hosted, source.rows(sum(map(len, hosted))))
+            first = num_before(hosted, case.target_borders[0])
+            spans = cut_rows(hosted, source.rows(sum(map(len, hosted)), first))
             parts = shares(placement, spans, source.heads, case.num_kv_heads)
             num_bytes += num_cells(parts) * case.head_bytes
             for slab in (slab for part in parts for slab in cut(part, case.head_bytes, case.max_slab_bytes)):

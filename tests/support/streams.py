@@ -24,6 +24,7 @@ class Asked:
     num_tokens: int
     seed: int | None
     """Of its sampling; None is greedy."""
+    num_choices: int = 1
 
     @property
     def options(self) -> GenerationOptions:
@@ -35,6 +36,8 @@ class Asked:
         }
         if self.seed is not None:
             options |= {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": self.seed}
+        if self.num_choices > 1:
+            options["n"] = self.num_choices
         return options
 
 

@@ -1,14 +1,17 @@
 """Which decodes are measured, and what they must cost. Pure."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from statistics import linear_regression, median, quantiles
 from typing import Any, Literal
 
 from sps2_engine.attention.decode_plan import DecodePlan, DecodeRow, place_tokens
 from sps2_engine.kv_pool import BLOCK_TOKENS
+from sps2_engine.mesh import TensorShare
 from sps2_engine.models import ModelConfig
+from sps2_engine.models.tensor_bytes import tensor_bytes
 
 SPS2, TRANSFORMERS = "sps2", "transformers"
 BASELINES = (TRANSFORMERS,)
@@ -26,9 +29,16 @@ class Engine:
     form: str
     """What travels ("q" or "kv"), or the cache of transformers ("dynamic" or "static")."""
     ranks: int
-    """Processes that share the rows, the cores dealt evenly among them."""
+    """Ranks among which rows and their KV lie."""
     dtype: str
     """fp32 or bf16."""
+    tensor: int = 1
+    """Tensor ranks: the processes that split the layers of each of these."""
+
+    @property
+    def processes(self) -> int:
+        """The cores are dealt evenly among them."""
+        return self.ranks * self.tensor
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,11 @@ class Sample:
     step_s: tuple[float, ...]
     """Time between tokens, step by step."""
     bytes_per_token: float
-    """Posted by all ranks in the measured steps, for each token of each row."""
+    """Posted by all ranks for attention in the measured steps, for each token of each row."""
     token_ids: tuple[tuple[int, ...], ...]
     """Tokens of each row, warm-up included."""
+    tensor_bytes_per_token: float = 0.0
+    """What tensor ranks posted to sum and gather; not among `bytes_per_token`."""
 
 
 def rows_of(
@@ -78,6 +90,15 @@ def planned_bytes_per_token(case: Case, config: ModelConfig) -> float:
     return away * kv_token_bytes(config) / case.batch
 
 
+def planned_tensor_bytes_per_token(case: Case, config: ModelConfig) -> float:
+    """The same of what tensor ranks sum and gather, for the rows of each home."""
+    tensor = case.engine.tensor
+    shares = [TensorShare(index, tensor) for index in range(tensor)]
+    homes = Counter(row.home for row in rows_of(case.context, case.batch, case.engine.ranks)[0])
+    posted = sum(tensor_bytes(config, share, count, count) for share in shares for count in homes.values())
+    return posted / case.batch
+
+
 def kv_token_bytes(config: ModelConfig) -> int:
     """Bytes of one token's KV, all layers."""
     return 2 * config.num_kv_heads * config.head_dim * KV_BYTES * config.num_layers
@@ -99,6 +120,7 @@ def list_cases(
     dtypes: Sequence[str],
     moves: Sequence[str],
     baselines: Sequence[str],
+    tensors: Sequence[int] = (1,),
 ) -> Iterator[Case]:
     """All cases, contexts and batches outermost, so that what is compared runs side by side in time.
 
@@ -106,10 +128,10 @@ def list_cases(
     """
     engines = [Engine("transformers", form, 1, "fp32") for form in CACHES if TRANSFORMERS in baselines]
     for dtype in dtypes:
-        for count in ranks:
+        for count, tensor in product(ranks, tensors):
             # One rank holds everything: nothing travels either way.
             forms = moves if count > 1 else moves[:1]
-            engines.extend(Engine("sps2", form, count, dtype) for form in forms)
+            engines.extend(Engine("sps2", form, count, dtype, tensor) for form in forms)
     for context in contexts:
         for batch in batches:
             for engine in engines:
@@ -164,6 +186,7 @@ class Row:
             "context": self.case.context,
             "batch": self.case.batch,
             "ranks": engine.ranks,
+            "tensor": engine.tensor,
             "threads": self.threads,
             "dtype": engine.dtype,
             "tokens_per_s": self.tokens_per_s,
@@ -172,6 +195,8 @@ class Row:
             "num_steps": len(self._steps),
             "bytes_per_token": sample.bytes_per_token,
             "planned_bytes_per_token": planned_bytes_per_token(self.case, self.config),
+            "tensor_bytes_per_token": sample.tensor_bytes_per_token,
+            "planned_tensor_bytes_per_token": planned_tensor_bytes_per_token(self.case, self.config),
             "read_bytes": floor_bytes,
             "read_bytes_per_s": floor_bytes / self.tbt_p50_s,
             "speedup": self._over(peer),
@@ -194,7 +219,7 @@ class Row:
 
 def slopes(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Bytes of a generated token over tokens of context, least squares, where there are several contexts."""
-    names = ("program", "form", "dtype", "ranks", "batch")
+    names = ("program", "form", "dtype", "ranks", "tensor", "batch")
     keyed = sorted(((tuple(row[name] for name in names), row) for row in rows), key=lambda pair: pair[0])
     found = []
     for key, group in groupby(keyed, key=lambda pair: pair[0]):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sps2_bench.decode.cases import BASELINES, MOVES, Case, Row, Sample, list_cases, slopes
-from sps2_bench.decode.plots import write_plots
+from sps2_bench.decode.plots import engine_size, write_plots
 from sps2_bench.decode.run import run_cases
 from sps2_bench.machine import describe_machine
 from sps2_bench.model_choice import chosen_config
@@ -23,6 +23,9 @@ def decode(
     contexts: Annotated[str, typer.Option(help="Tokens before the first step, such as 2k,16k.")] = "2k,16k",
     batches: Annotated[str, typer.Option(help="Rows that decode together.")] = "1,8",
     ranks: Annotated[str, typer.Option(help="Decode degrees; the cores are dealt among the ranks.")] = "1,2",
+    tensor: Annotated[
+        str, typer.Option(help="Tensor degrees: each of the ranks is so many, which split every layer.")
+    ] = "1",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both; KV stays fp32.")] = "fp32",
     move: Annotated[
         str, typer.Option(help="q, kv or both; kv brings all KV home in each step, to price it.")
@@ -42,6 +45,7 @@ def decode(
 
     The context is not computed: its KV is random, the same values for every program, and decoding is greedy, so
     that the token streams of all programs can be compared (`same_streams` counts the rows that are equal).
+    With --tensor each of the ranks is a few that split every layer; what these sum and gather is counted apart.
     Speed-ups are against transformers as `generate` runs it (dynamic cache), and with its static cache. With --plots
     the folder also gets the rows, decode.json.
 
@@ -60,6 +64,7 @@ def decode(
             parse_names(dtype, DTYPES),
             parse_names(move, MOVES),
             parse_names(baselines, BASELINES) if baselines else (),
+            parse_counts(tensor),
         )
     )
     config = chosen_config(model, random_model)
@@ -81,9 +86,9 @@ def _refuse_impossible(cases: list[Case], config: ModelConfig, steps: int, *, sh
     """Before any process is started."""
     cores = len(available_cpus())
     for case in cases:
-        if case.engine.ranks > cores and not share_cores:
+        if case.engine.processes > cores and not share_cores:
             raise typer.BadParameter(
-                f"{case.engine.ranks} ranks want as many cores; there are {cores} (--share-cores for bytes)"
+                f"{case.engine.processes} ranks want as many cores; there are {cores} (--share-cores for bytes)"
             )
         if case.context + steps > config.max_position:
             raise typer.BadParameter(
@@ -100,7 +105,7 @@ def _progress(round_: int, case: Case, sample: Sample) -> None:
 
 def _engine_name(case: Case) -> str:
     engine = case.engine
-    return f"{engine.program} {engine.form} {engine.dtype} on {engine.ranks}"
+    return f"{engine.program} {engine.form} {engine.dtype} on {engine.ranks}x{engine.tensor}"
 
 
 def _report(rows: list[dict[str, Any]], as_json: bool, plots: Path | None) -> None:
@@ -134,14 +139,20 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["program"],
         row["form"],
         row["dtype"],
-        f"{row['ranks']}x{row['threads']}",
+        engine_size(row),
         f"{row['tokens_per_s']:.1f}",
         f"{row['tbt_p50_s'] * 1e3:.2f}",
         f"{row['tbt_p99_s'] * 1e3:.2f}",
         f"{row['speedup']:.2f}" if compared else "",
         f"{row['speedup_static']:.2f}" if compared else "",
         f"{row['same_streams']}/{row['batch']}" if compared else "",
-        f"{row['bytes_per_token']:,.0f}",
-        f"{row['planned_bytes_per_token']:,.0f}",
+        _bytes(row, ""),
+        _bytes(row, "planned_"),
         f"{row['read_bytes_per_s'] / 1e9:.1f}",
     ]
+
+
+def _bytes(row: dict[str, Any], kind: str) -> str:
+    """Of a token, for attention; and what tensor ranks sum where there are some."""
+    sums = row[f"{kind}tensor_bytes_per_token"]
+    return f"{row[f'{kind}bytes_per_token']:,.0f}" + (f" + {sums:,.0f}" if sums else "")

@@ -24,11 +24,16 @@ def _series(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         what = f"moving {row['form']}" if row["program"] == "sps2" else f"{row['form']} cache"
-        label = (
-            f"{row['program']} {row['dtype']}, {what}, {row['ranks']}x{row['threads']}, batch {row['batch']}"
-        )
+        engine = f"{row['program']} {row['dtype']}, {what}, {engine_size(row)}"
+        label = f"{engine}, batch {row['batch']}"
         series.setdefault(label, []).append(row)
     return series
+
+
+def engine_size(row: dict[str, Any]) -> str:
+    """Ranks x threads of each, or ranks x tensor ranks x threads."""
+    tensor = f"{row['tensor']}x" if row["tensor"] > 1 else ""
+    return f"{row['ranks']}x{tensor}{row['threads']}"
 
 
 def _contexts(axes: Axes, rows: Rows, ylabel: str) -> None:

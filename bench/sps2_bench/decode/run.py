@@ -1,5 +1,6 @@
 """Runs the cases: engines stay alive, cases take turns, so that a drift of the machine hits all alike."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from sps2_bench.decode.cases import Case, Engine, Sample
 from sps2_bench.processes import Message
 from sps2_bench.team import Team
+from sps2_engine.layers.tensor_ranks import KIND as TENSOR
 
 Progress = Callable[[int, Case, Sample], None]
 
@@ -21,8 +23,13 @@ def make_team(engine: Engine, folder: Path, cpus: Sequence[int], *, share_cores:
         ValueError: there are more ranks than cores, and they may not share them.
     """
     module = "sps2_bench.decode." + ("rank" if engine.program == "sps2" else "transformers_peer")
-    settings = {"folder": str(folder), "dtype": engine.dtype, "form": engine.form}
-    return Team(module, settings, engine.ranks, cpus, share_cores=share_cores)
+    settings = {
+        "folder": str(folder),
+        "dtype": engine.dtype,
+        "form": engine.form,
+        "tensor": engine.tensor,
+    }
+    return Team(module, settings, engine.processes, cpus, share_cores=share_cores)
 
 
 def run_case(team: Team, case: Case, steps: int) -> Sample:
@@ -39,9 +46,15 @@ def merge(answers: Sequence[Message]) -> Sample:
     """One sample of what all ranks say; a step ends when the slowest rank's does."""
     streams = {int(row): tuple(ids) for answer in answers for row, ids in answer["streams"].items()}
     step_s = tuple(map(max, zip(*(answer["step_s"] for answer in answers), strict=True)))
-    posted = sum(answer["posted_bytes"] for answer in answers)
+    posted: Counter[str] = Counter()
+    for answer in answers:
+        posted.update(answer["posted_bytes"])
+    num_tokens, sums = len(step_s) * len(streams), posted.pop(TENSOR, 0)
     return Sample(
-        step_s, posted / (len(step_s) * len(streams)), tuple(streams[row] for row in sorted(streams))
+        step_s,
+        posted.total() / num_tokens,
+        tuple(streams[row] for row in sorted(streams)),
+        sums / num_tokens,
     )
 
 

@@ -100,6 +100,8 @@ class UpOptions:
     """What prefill ranks exchange: "auto", "heads" or "kv"."""
     prefill_tp: int = 1
     """Prefill ranks that split every layer between them; the rest of a group's ranks split the prompt."""
+    decode_tp: int = 1
+    """Decode ranks that split every layer between them; over the rest of a group's ranks KV is spread."""
     dtype: str = "fp32"
     """Element type of weights and KV."""
     kv_transport: str = "auto"
@@ -128,11 +130,13 @@ class UpOptions:
     """Seconds that each kind of process gets to finish its work."""
 
     def __post_init__(self) -> None:
-        if self.prefill.ranks % self.prefill_tp:
-            raise ValueError(
-                f"{self.prefill.ranks} prefill ranks cannot be cut into tensor groups of {self.prefill_tp}: "
-                f"make --prefill a multiple of {self.prefill_tp}, for example 1x{2 * self.prefill_tp}"
-            )
+        for role, pool in _pools(self):
+            tp = self.tp_of(role)
+            if pool.ranks % tp:
+                raise ValueError(
+                    f"{pool.ranks} {role} ranks cannot be cut into tensor groups of {tp}: "
+                    f"make --{role} a multiple of {tp}, for example 1x{2 * tp}"
+                )
 
     @property
     def model_name(self) -> str:
@@ -142,6 +146,10 @@ class UpOptions:
     def cpus_of(self, role: Role) -> Cores:
         """Cores that a pool is pinned to."""
         return self.prefill_cpus if role == "prefill" else self.decode_cpus
+
+    def tp_of(self, role: Role) -> int:
+        """Tensor ranks of the groups of a pool."""
+        return self.prefill_tp if role == "prefill" else self.decode_tp
 
     def threads_of(self, role: Role) -> int:
         """CPU threads of each rank of a pool."""
@@ -284,10 +292,10 @@ def _worker_spec(
         "--kv-tokens": options.kv_tokens,
         "--threads": options.threads_of(role),
         "--kv-transport": options.kv_transport,
+        "--tp": options.tp_of(role),
     }
     if role == "prefill":
         flags["--exchange"] = options.exchange
-        flags["--tp"] = options.prefill_tp
     if leader is not None:
         flags["--leader"] = leader
     arguments = [str(part) for pair in flags.items() for part in pair]

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from sps2.internal.v1.placement_pb2 import Placement, ShardPlacement
 from sps2_layout.layout import Span
+from sps2_layout.placement import covers, num_held
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def shares(placement: Placement, spans: Sequence[Span], heads: Span, num_kv_head
 
     Args:
         placement: Of the whole prompt.
-        spans: Tokens of the source, in order and disjoint.
+        spans: Tokens of the source, in order and disjoint, none of which the targets hold already.
         heads: Of the source.
         num_kv_heads: Of the model; what a shard holds that names no heads.
 
@@ -90,22 +91,41 @@ def shares(placement: Placement, spans: Sequence[Span], heads: Span, num_kv_head
 def lanes(placement: Placement, num_kv_heads: int) -> list[Lane]:
     """A placement by ranges of heads.
 
-    A lane ends where the next shard holds other heads, or begins at token 0 again.
+    A lane ends where the next shard holds other heads, or begins where all lanes begin: behind what is held already.
 
     Raises:
         ValueError: a lane leaves a gap or overlaps itself, or holds heads that the model does not have.
     """
     found: list[Lane] = []
+    first = num_held(placement)
     for index, shard in enumerate(placement.shards):
         heads, tokens = shard_heads(shard, num_kv_heads), Span(shard.token_begin, shard.token_end)
         last = found[-1] if found else None
-        if last is None or last.heads != heads or tokens.begin == 0 < last.tokens[-1].end:
+        if last is None or last.heads != heads or tokens.begin == first < last.tokens[-1].end:
             found.append(Lane(heads, index, [tokens]))
         elif tokens.begin != last.tokens[-1].end:
             raise ValueError(f"shard {index} begins at token {tokens.begin}, the one before ends elsewhere")
         else:
             last.tokens.append(tokens)
     return found
+
+
+def check_covers(placement: Placement, num_tokens: int, num_kv_heads: int) -> None:
+    """Verifies that every head of every token of a prompt is held already, or goes to a shard.
+
+    Raises:
+        ValueError: they do not, or are not in the order of a placement.
+    """
+    first = num_held(placement)
+    missing = set(range(num_kv_heads)) if first < num_tokens else set()
+    if not covers(placement, num_tokens):
+        raise ValueError("what is held and the shards must cover the prompt in order, without gaps")
+    for lane in lanes(placement, num_kv_heads):
+        if (lane.tokens[0].begin, lane.tokens[-1].end) != (first, num_tokens):
+            raise ValueError(f"heads {lane.heads} of some tokens go nowhere")
+        missing.difference_update(range(lane.heads.begin, lane.heads.end))
+    if missing:
+        raise ValueError(f"no shard holds heads {sorted(missing)}")
 
 
 def shard_heads(shard: ShardPlacement, num_kv_heads: int) -> Span:

@@ -24,9 +24,9 @@ class TensorSource:
     """Its place among the ranks that send the same heads."""
     num_replicas: int
 
-    def rows(self, num_rows: int) -> Span:
-        """Which of the source's rows it sends; over the replicas, each row once and of nearly equal number."""
-        ends = (num_rows * i // self.num_replicas for i in (self.replica, self.replica + 1))
+    def rows(self, num_rows: int, first: int = 0) -> Span:
+        """Which of the source's rows [first, num_rows) it sends: each replica about as many, each row once."""
+        ends = (first + (num_rows - first) * i // self.num_replicas for i in (self.replica, self.replica + 1))
         return Span(*ends)
 
 
@@ -62,6 +62,11 @@ def row_of(spans: Sequence[Span], token: int) -> int:
             return row + token - span.begin
         row += len(span)
     raise ValueError(f"token {token} lies in none of {list(spans)}")
+
+
+def num_before(spans: Sequence[Span], token: int) -> int:
+    """Rows whose tokens come before that token of the prompt."""
+    return sum(len(span.cut(0, token)) for span in spans)
 
 
 def cut_rows(spans: Sequence[Span], rows: Span) -> list[Span]:

@@ -59,11 +59,7 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Takes x [rows, in_features] to [rows, out_features] in the weight's dtype, to which x is converted."""
-        x = x.to(self.weight.dtype)
-        if self._few_rows is None or not self._few_rows.suits(x):
-            return functional.linear(x, self.weight, self.bias)
-        y = self._few_rows(x)
-        return y if self.bias is None else y.add_(self.bias)
+        return self._product(x.to(self.weight.dtype), self.bias)
 
     def add_to(self, out: Tensor, x: Tensor, ranks: TensorRanks = ALONE) -> None:
         """Does out [rows, out_features] += x [rows, in_features] Wᵀ + b, in the wider of their dtypes.
@@ -71,7 +67,7 @@ class Linear:
         The product needs no temporary where out has the weight's dtype and W all its columns.
         """
         if ranks.size > 1:
-            product = functional.linear(x.to(self.weight.dtype), self.weight).to(out.dtype)
+            product = self._product(x.to(self.weight.dtype)).to(out.dtype)
             ranks.sum(product)
             out.add_(product)
         elif out.dtype != self.weight.dtype:
@@ -87,3 +83,10 @@ class Linear:
     def pack(self) -> None:
         """Makes the form for few rows, where there is one; takes as much memory again. For ranks that decode."""
         self._few_rows = FewRows.of(self.weight)
+
+    def _product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X Wᵀ + b, with x in the weight's dtype."""
+        if self._few_rows is None or not self._few_rows.suits(x):
+            return functional.linear(x, self.weight, bias)
+        y = self._few_rows(x)
+        return y if bias is None else y.add_(bias)

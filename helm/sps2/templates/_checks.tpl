@@ -43,9 +43,9 @@
 {{- if and (eq $pool.placement "pod") (gt (int $pool.ranks) 16) }}
 {{- fail (printf "%s.ranks=%d is more than 16, the most that placement=pod puts into one pod; use lws" $name (int $pool.ranks)) }}
 {{- end }}
+{{- $tp := int (default 1 $pool.flags.tp) }}
+{{- if mod (int $pool.ranks) $tp }}
+{{- fail (printf "%s.ranks=%d is not a multiple of %s.flags.tp=%d" $name (int $pool.ranks) $name $tp) }}
 {{- end }}
-{{- $tp := int (default 1 $v.prefill.flags.tp) }}
-{{- if mod (int $v.prefill.ranks) $tp }}
-{{- fail (printf "prefill.ranks=%d is not a multiple of prefill.flags.tp=%d" (int $v.prefill.ranks) $tp) }}
 {{- end }}
 {{- end }}

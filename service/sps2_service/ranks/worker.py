@@ -47,6 +47,10 @@ class WorkerConfig(ServiceConfig):
     """HOST:PORT of the KV directory."""
     leader: str = ""
     """HOST:PORT of rank 0; every other rank needs it."""
+    tp: int = setting(1, minimum=1)
+    """Tensor ranks: parts that every layer is split into, each on a rank of its own; the same on all ranks of the
+    group, whose size must be a multiple. A group of 4 with 2 is 2 slices of the prompt (prefill), or 2 holders of
+    KV (decode), x 2 parts of the model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the engine computes; auto takes a GPU if there is one."""
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"
@@ -68,16 +72,16 @@ class WorkerConfig(ServiceConfig):
             raise ValueError(f"--rank {self.rank} is outside a group of {self.group_size}")
         if self.rank > 0 and not self.leader:
             raise ValueError(f"--leader is required for rank {self.rank}: the address of rank 0")
+        if self.group_size % self.tp:
+            raise ValueError(
+                f"a group of {self.group_size} ranks cannot be cut into tensor groups of {self.tp}: "
+                f"make its size a multiple of {self.tp}, or change --tp"
+            )
 
     @property
     def worker_id(self) -> str:
         """Name of this rank: "<group>/<rank>"."""
         return f"{self.group}/{self.rank}"
-
-    @property
-    def tensor_ranks(self) -> int:
-        """Parts that every layer is split into."""
-        return 1
 
     def engine_settings(self, model_hash: str) -> dict[str, Any]:
         """What the engine is told of this, by the names of `sps2_engine.runtime.options.EngineOptions`."""
@@ -93,7 +97,7 @@ class WorkerConfig(ServiceConfig):
             "kv_tokens": self.kv_tokens,
             "kv_transport": self.kv_transport,
             "collective_timeout_s": self.collective_timeout_s,
-            "tp": self.tensor_ranks,
+            "tp": self.tp,
         }
 
     @property
@@ -214,6 +218,7 @@ class RankSupervisor:
         info.capabilities.dtype = loaded.dtype if loaded else config.dtype
         info.capabilities.device = loaded.device if loaded else config.device
         info.capabilities.kv_blocks_total = loaded.kv_blocks_total if loaded else 0
+        info.capabilities.tensor_ranks = config.tp
         heartbeat = self._engine.heartbeat
         info.load.steps_done = heartbeat.steps_done
         info.load.kv_blocks_used = heartbeat.kv_blocks_used
@@ -239,7 +244,7 @@ class RankSupervisor:
         self._leader, self._coordinator = leader, service.coordinator
         self._server.add(service.servicer, service.descriptor)
         groups = group_service_pb2.DESCRIPTOR.services_by_name["GroupService"]
-        self._server.add(GroupServicer(leader, self._model_hash, config.tensor_ranks), groups)
+        self._server.add(GroupServicer(leader, self._model_hash, config.tp), groups)
         self._member = leader.join(0, self._engine.send)
 
     def _follow(self) -> None:
@@ -250,7 +255,7 @@ class RankSupervisor:
             group_size=config.group_size,
             process_incarnation=self._incarnation,
             model_hash=self._model_hash,
-            tensor_ranks=config.tensor_ranks,
+            tensor_ranks=config.tp,
         )
         self._follower = Follower(hello, config.leader, config.worker_id, config.tls)
         self._follower.attach(self._engine)

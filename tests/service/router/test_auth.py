@@ -94,6 +94,17 @@ async def test_tenants_reach_their_own_requests_and_operators_all(tokens: Path) 
             await up.assert_all_freed()
 
 
+async def test_tenants_share_no_blocks(tokens: Path) -> None:
+    async with Deployment(auth_tokens=tokens) as up:
+        request = pb.GenerateTextRequest(spec=prompt("z" * 200))
+        for token in ("a-token", "a-token", "o-token"):
+            await up.inference.GenerateText(request, metadata=metadata(token), timeout=10)
+        first, again, other = (list(one.block_hashes) for one in up.decode.reserved)
+        assert first == again
+        assert first
+        assert not set(first) & set(other)
+
+
 async def test_the_cluster_is_for_operators_and_health_for_all(tokens: Path) -> None:
     async with Deployment(auth_tokens=tokens) as up:
         stub: Any = cluster_service_pb2_grpc.ClusterServiceStub(up.channel)

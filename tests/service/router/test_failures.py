@@ -12,6 +12,8 @@ import pytest
 from google.rpc import error_details_pb2
 
 from sps2.v1 import generation_pb2
+from sps2_layout.block_hash import BLOCK_TOKENS, block_hashes
+from sps2_router.front_door import TENANT_SALT
 from support.fake_workers import NO_KV, PREEMPTED, FakeDecode, FakePrefill, Refusal, rank_died
 from support.router_deployment import (
     Code,
@@ -98,6 +100,16 @@ async def test_what_an_attempt_that_goes_on_is_asked_for(up: Deployment) -> None
     after.choice.ClearField("generated_token_ids")
     assert after.choice == before.choice
     assert [one.attempt.number for one in (before, after)] == [1, 2]
+
+
+async def test_every_attempt_names_the_prompts_full_blocks(up: Deployment) -> None:
+    """Those alone: what was generated since is not named."""
+    ids = [index % 50 for index in range(2 * BLOCK_TOKENS + 63)]
+    up.decode.fail_after = [(1, rank_died("decode-0/1"))]
+    await up.generate(generation_pb2.GenerationSpec(token_ids=generation_pb2.TokenIds(ids=ids)))
+    names = block_hashes(ids, "hash", TENANT_SALT)
+    assert len(names) == 2
+    assert [list(one.block_hashes) for one in up.decode.reserved] == [names, names]
 
 
 async def test_when_attempts_are_used_up_the_stream_ends_with_what_died(up: Deployment) -> None:

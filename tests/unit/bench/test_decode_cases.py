@@ -96,11 +96,15 @@ def test_the_document_compares_with_both_caches() -> None:
 def test_a_step_ends_with_the_slowest_rank() -> None:
     merged = merge(
         [
-            {"step_s": [0.1, 0.4], "posted_bytes": 30, "streams": {"1": [5, 6, 7]}},
-            {"step_s": [0.2, 0.3], "posted_bytes": 50, "streams": {"0": [8, 9, 1]}},
+            {"step_s": [0.1, 0.4], "posted_bytes": {"q_exchange": 30}, "streams": {"1": [5, 6, 7]}},
+            {
+                "step_s": [0.2, 0.3],
+                "posted_bytes": {"q_exchange": 50, "tensor": 20},
+                "streams": {"0": [8, 9, 1]},
+            },
         ]
     )
-    assert merged == Sample((0.2, 0.4), 20.0, ((8, 9, 1), (5, 6, 7)))
+    assert merged == Sample((0.2, 0.4), 20.0, ((8, 9, 1), (5, 6, 7)), 5.0)
 
 
 def test_slopes_and_plots(tmp_path: Path) -> None:

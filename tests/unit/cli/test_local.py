@@ -68,6 +68,7 @@ def test_every_rank_is_started_once_with_its_leader() -> None:
         "--kv-tokens": "65536",
         "--threads": "4",
         "--kv-transport": "auto",
+        "--tp": "1",
         "--leader": "at-decode-0/0",
     }
     assert "--leader" not in leaders[0].command
@@ -80,14 +81,14 @@ def test_every_rank_is_started_once_with_its_leader() -> None:
     assert last.at("h:9").listen == "h:9"
 
 
-def test_prefill_ranks_that_split_layers() -> None:
-    options = replace(OPTIONS, prefill=Pool(1, 4), prefill_tp=2)
+def test_ranks_that_split_layers() -> None:
+    options = replace(OPTIONS, prefill=Pool(1, 4), prefill_tp=2, decode=Pool(1, 6), decode_tp=3)
     specs = leader_specs(options, Commands(), "d:1")
-    assert [flags(spec.command[3:]).get("--tp") for spec in specs] == ["2", None], (
-        "decode ranks are never split"
-    )
+    assert [flags(spec.command[3:])["--tp"] for spec in specs] == ["2", "3"]
     with pytest.raises(ValueError, match="make --prefill a multiple of 4, for example 1x8"):
         replace(OPTIONS, prefill=Pool(1, 6), prefill_tp=4)
+    with pytest.raises(ValueError, match="make --decode a multiple of 2, for example 1x4"):
+        replace(OPTIONS, decode=Pool(1, 3), decode_tp=2)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "1;2", "1,,2"])

@@ -44,6 +44,7 @@ class InstantRanks:
 
     coordinator: DecodeCoordinator
     size: int = NUM_RANKS
+    tp: int = 1
     name: str = "decode-0"
     state: GroupState = GroupState.FORMED
     missing: str = ""
@@ -78,7 +79,7 @@ class InstantRanks:
                 self._say(rank, rows_reserved=engine_pb2.RowsReserved(rows=[reserve.row]))
                 self._say(rank, row_received=engine_pb2.RowReceived(row=reserve.row))
         for rank in range(self.size) if plan.run else ():
-            made = [row for row in self.num_tokens if self.homes[row] == rank]
+            made = [row for row in self.num_tokens if self.homes[row] * self.tp == rank]
             tokens = [self._token(row) for row in made]
             self._say(
                 rank,
@@ -96,14 +97,28 @@ class InstantRanks:
         self.coordinator.on_event(rank, engine_pb2.EngineEvent.FromString(sent))
 
 
-def make(kv_blocks: int, *, debug: bool = False) -> tuple[DecodeCoordinator, InstantRanks]:
-    coordinator = DecodeCoordinator(NoDirectory(), "hash", 128, debug_invariants=debug)  # type: ignore[arg-type]
-    ranks = InstantRanks(coordinator)
+def make(
+    *kv_blocks: int, tp: int = 1, num_kv_heads: int = 1, debug: bool = False
+) -> tuple[DecodeCoordinator, InstantRanks]:
+    """A leader of ranks with so many blocks each, or of two of one number."""
+    coordinator = DecodeCoordinator(NoDirectory(), "hash", 128, tp=tp, debug_invariants=debug)  # type: ignore[arg-type]
+    each = kv_blocks if len(kv_blocks) > 1 else kv_blocks * NUM_RANKS
+    ranks = InstantRanks(coordinator, len(each), tp)
     coordinator.attach(ranks)  # type: ignore[arg-type]
-    loaded = engine_pb2.EngineLoaded(
-        kv_blocks_total=kv_blocks, num_layers=2, num_kv_heads=1, head_dim=8, device="cpu", dtype="fp32"
-    )
-    coordinator.on_formed(1, [loaded] * NUM_RANKS)
+    loaded = [
+        engine_pb2.EngineLoaded(
+            process_incarnation=f"life of {rank}",
+            transfer_address=f"host:{rank}",
+            kv_blocks_total=count,
+            num_layers=2,
+            num_kv_heads=num_kv_heads,
+            head_dim=8,
+            device="cpu",
+            dtype="fp32",
+        )
+        for rank, count in enumerate(each)
+    ]
+    coordinator.on_formed(1, loaded)
     return coordinator, ranks
 
 
@@ -125,7 +140,7 @@ async def start(coordinator: DecodeCoordinator, request: decode_service_pb2.Rese
 
 
 async def test_control_of_64_rows_is_a_small_part_of_a_step() -> None:
-    coordinator, ranks = make(kv_blocks=2_000)
+    coordinator, ranks = make(2_000)
     lives = [await start(coordinator, reserve(f"r{index}", index, 300, 200)) for index in range(64)]
     async with asyncio.timeout(50):
         for live in lives:
@@ -138,7 +153,7 @@ async def test_control_of_64_rows_is_a_small_part_of_a_step() -> None:
 
 
 async def test_ranks_are_told_how_many_blocks_they_use_when_asked_to_check() -> None:
-    coordinator, ranks = make(kv_blocks=20, debug=True)
+    coordinator, ranks = make(20, debug=True)
     live = await start(coordinator, reserve("r", 1, 256, 100))
     assert list(ranks.plans[0].blocks_used) == [3, 2]
     async with asyncio.timeout(20):
@@ -152,7 +167,7 @@ async def test_ranks_are_told_how_many_blocks_they_use_when_asked_to_check() -> 
 async def test_who_found_no_room_keeps_its_place_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 blocks on each rank: 10 are held, 18 are waited for, and 9 come later again and again."""
     monkeypatch.setattr(module, "LINE_LEASE_S", 0.05)
-    coordinator, _ = make(kv_blocks=20)
+    coordinator, _ = make(20)
     await coordinator.reserve(reserve("first", 1, 16 * 64, 64))
     long = reserve("long", 2, 34 * 64, 64)
     with pytest.raises(Unavailable, match="no KV room"):
@@ -166,7 +181,7 @@ async def test_who_found_no_room_keeps_its_place_for_a_while(monkeypatch: pytest
 
 
 async def test_who_is_more_urgent_takes_the_room_of_one_that_is_not() -> None:
-    coordinator, _ = make(kv_blocks=5)
+    coordinator, _ = make(5)
     usual = await coordinator.reserve(reserve("usual", 1_000, 8 * 64, 64))
     late = reserve("late", 2_000, 8 * 64, 64)
     with pytest.raises(Unavailable, match="no KV room"):
@@ -183,7 +198,7 @@ async def test_who_is_more_urgent_takes_the_room_of_one_that_is_not() -> None:
 
 async def refused(request: decode_service_pb2.ResizeAttemptRequest) -> ServiceError:
     """What the leader of two ranks makes of it, while "live", of three blocks, decodes."""
-    coordinator, _ = make(kv_blocks=20)
+    coordinator, _ = make(20)
     live = await start(coordinator, reserve("live", 1, 128, 1_000))
     with pytest.raises(ServiceError) as caught:
         await coordinator.resize(request)
@@ -208,7 +223,7 @@ async def test_what_is_refused(options: dict[str, object], kind: type[ServiceErr
 
 
 async def test_a_request_of_less_than_a_block_cannot_be_spread() -> None:
-    coordinator, _ = make(kv_blocks=20)
+    coordinator, _ = make(20)
     live = await start(coordinator, reserve("short", 1, 10, 20))
     with pytest.raises(FailedPrecondition, match="fewer KV blocks"):
         await coordinator.resize(decode_service_pb2.ResizeAttemptRequest(request_id="short", degree=2))
@@ -216,7 +231,7 @@ async def test_a_request_of_less_than_a_block_cannot_be_spread() -> None:
 
 
 async def test_a_resize_returns_when_tokens_come_from_where_it_led() -> None:
-    coordinator, ranks = make(kv_blocks=20)
+    coordinator, ranks = make(20)
     live = await start(coordinator, reserve("live", 1, 512, 300))
     assert live.row.tenant.spread.holders == (0, 1)
     async with asyncio.timeout(20):
@@ -237,4 +252,41 @@ async def test_a_fenced_leader_gives_no_room_and_serves_on() -> None:
         await coordinator.reserve(reserve("two", 2, 64))
     await coordinator.commit(live, decode_service_pb2.StartDecode(first_token_id=7))
     assert [token async for token in coordinator.tokens(live)]
+    coordinator.release(live)
+
+
+async def test_tensor_ranks_stand_where_one_rank_would() -> None:
+    """Two sequence indices of two ranks each; the first has room for 6 blocks, as its second rank does."""
+    coordinator, _ = make(9, 6, 4, 5, tp=2, num_kv_heads=4)
+    with pytest.raises(FailedPrecondition, match="REQUEST_TOO_LARGE"):
+        await coordinator.reserve(reserve("too large", 1, 9 * 64, 2 * 64))
+    live = await coordinator.reserve(reserve("fits", 2, 8 * 64, 64))
+    shards = live.reserve.placement.shards
+    assert [(one.rank, one.token_begin, one.head_begin, one.head_end) for one in shards] == [
+        (2, 0, 0, 2),
+        (0, 256, 0, 2),
+        (3, 0, 2, 4),
+        (1, 256, 2, 4),
+    ]
+    assert {(one.rank, one.transfer_address, one.fence.process_incarnation) for one in shards} == {
+        (rank, f"host:{rank}", f"life of {rank}") for rank in range(4)
+    }
+    live.received.discard(3)
+    start_decode = asyncio.ensure_future(
+        coordinator.commit(live, decode_service_pb2.StartDecode(first_token_id=1))
+    )
+    await asyncio.sleep(0)
+    assert not start_decode.done(), "one tensor rank lacks its KV"
+    coordinator.on_event(3, engine_pb2.EngineEvent(row_received=engine_pb2.RowReceived(row=live.row.row_id)))
+    async with asyncio.timeout(20):
+        await start_decode
+        assert [one.token.index async for one in coordinator.tokens(live)] == list(range(1, 64))
+        with pytest.raises(NotFound):
+            await coordinator.resize(
+                decode_service_pb2.ResizeAttemptRequest(request_id="gone", degree=2, ranks=[0, 1])
+            )
+        with pytest.raises(InvalidArgument, match="below 2"):
+            await coordinator.resize(
+                decode_service_pb2.ResizeAttemptRequest(request_id="gone", degree=2, ranks=[1, 2])
+            )
     coordinator.release(live)

@@ -10,6 +10,7 @@ import torch
 from sps2.internal.v1 import engine_pb2
 from sps2.internal.v1.placement_pb2 import Attempt
 from sps2_decode_worker.loop import DecodeRole
+from sps2_engine.mesh import WHOLE_MODEL
 
 
 class Link:
@@ -27,6 +28,9 @@ class Receiver:
 
     num_reserved = 0
 
+    def hold(self, *_: object) -> list[int]:
+        return []
+
     def reserve(self, *_: object) -> list[object]:
         self.num_reserved += 1
         return []
@@ -39,7 +43,7 @@ class Receiver:
 )
 def test_new_rows_need_a_lease(told: float | None, answer: str) -> None:
     link, receiver = Link(), Receiver()
-    options: Any = SimpleNamespace(name="decode-0/1")
+    options: Any = SimpleNamespace(name="decode-0/1", share=WHOLE_MODEL)
     role = DecodeRole(options, torch.device("cpu"), torch.float32, link)  # type: ignore[arg-type]
     role._receiver = receiver  # type: ignore[assignment]
     if told is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sps2.internal.v1.engine_pb2 import ReserveRow
-from sps2.internal.v1.placement_pb2 import Placement, ShardPlacement
+from sps2.internal.v1.placement_pb2 import HeldTokens, Placement, ShardPlacement
 from sps2.internal.v1.prefill_service_pb2 import TokenChoice
 from sps2.v1.generation_pb2 import FINISH_REASON_LENGTH, SamplingSpec
 from sps2_decode_worker.receive import Receiver
@@ -25,7 +25,7 @@ def rows_of(holder: Receiver, num_tokens: int, home: int) -> list[RowState]:
         placement=Placement(shards=[ShardPlacement(token_end=num_tokens), ShardPlacement(rank=1)]),
         choice=TokenChoice(sampling=SamplingSpec(top_p=1), max_tokens=70, num_choices=3),
     )
-    return holder.reserve(reserve, 0, lambda: None)
+    return holder.reserve(reserve, 0, (), lambda: None)
 
 
 def slots_of(row: RowState, num_tokens: int) -> list[int]:
@@ -113,7 +113,7 @@ def test_a_row_that_comes_back_has_its_place_in_the_text() -> None:
             sampling=SamplingSpec(top_p=1, presence_penalty=1), max_tokens=5, generated_token_ids=[4, 5, 4]
         ),
     )
-    (row,) = holder.reserve(reserve, 0, lambda: None)
+    (row,) = holder.reserve(reserve, 0, (), lambda: None)
     row.admit(6, torch.device("cpu"))
     assert (row.position, row.at_home.num_outputs) == (10, 4)
     assert row.at_home.take(7) == FINISH_REASON_LENGTH
@@ -122,3 +122,47 @@ def test_a_row_that_comes_back_has_its_place_in_the_text() -> None:
     row.at_home.edits.apply(logits)
     assert logits.tolist() == [0, 0, 0, 0, -1, -1, -1, -1, 0]
     holder.release(row)
+
+
+def sharer(num_held: int, num_tokens: int) -> ReserveRow:
+    """A row at home on rank 0 whose first tokens are row 4's, which has them there."""
+    return ReserveRow(
+        row=9,
+        home=0,
+        num_prompt_tokens=num_tokens,
+        placement=Placement(
+            held=[HeldTokens(token_end=num_held)],
+            shards=[ShardPlacement(token_begin=num_held, token_end=num_tokens)],
+        ),
+        choice=TokenChoice(sampling=SamplingSpec(top_p=1), max_tokens=70),
+        held_from=4,
+    )
+
+
+def test_what_is_taken_over_outlives_who_brought_it() -> None:
+    """130 tokens of which 128 are there: one block for the rest, one for the output. They may leave at once."""
+    holder = receiver(NUM_BLOCKS)
+    donors = rows_of(holder, 130, home=0)
+    used, reserve = holder.blocks_used, sharer(128, 130)
+    held = holder.hold(reserve, 0, {row.row_id: row for row in donors})
+    for row in donors:
+        holder.release(row)
+    assert holder.blocks_used == 2
+    (row,) = holder.reserve(reserve, 0, held, lambda: None)
+    assert (row.blocks[:2], row.num_local) == (donors[0].blocks[:2], 130)
+    assert holder.blocks_used == 4 <= used
+    row.admit(1, torch.device("cpu"))
+    assert row.append_slot() // BLOCK_TOKENS == row.blocks[2]
+    holder.check([row], 4)
+    with pytest.raises(AssertionError, match="4 blocks are used, the leader counts 5"):
+        holder.check([row], 5)
+    holder.release(row)
+    assert holder.blocks_used == 0
+
+
+def test_only_full_blocks_of_the_prompt_are_taken_over() -> None:
+    holder = receiver(NUM_BLOCKS)
+    donors = {row.row_id: row for row in rows_of(holder, 130, home=0)}
+    with pytest.raises(ValueError, match="row 4 has no 3 blocks"):
+        holder.hold(sharer(192, 200), 0, donors)
+    assert holder.hold(sharer(128, 130), 1, donors) == ()

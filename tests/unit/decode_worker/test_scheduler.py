@@ -52,7 +52,7 @@ def test_the_last_token_by_length_needs_no_step_beyond() -> None:
 def test_a_prompt_is_spread_over_the_ranks_with_most_room() -> None:
     scheduler = make(10, 20, 20)
     (row,) = scheduler.reserve(Asked(300, 64))
-    assert row.shards == {2: (0, 128), 1: (128, 300)}
+    assert row.tenant.places.shards == {2: (0, 128), 1: (128, 300)}
     assert row.home == 1
     assert row.blocks == {1: 4, 2: 2}
     assert scheduler.free == [10, 16, 18]
@@ -100,7 +100,7 @@ def test_choices_share_what_they_do_not_write() -> None:
 def test_choices_share_all_blocks_of_other_holders() -> None:
     scheduler = make(10, 10)
     rows = scheduler.reserve(Asked(256, 1, 4))
-    assert rows[0].shards == {1: (0, 128), 0: (128, 256)}
+    assert rows[0].tenant.places.shards == {1: (0, 128), 0: (128, 256)}
     assert scheduler.free == [10 - 2 - 4, 10 - 2]
 
 

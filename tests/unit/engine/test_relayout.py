@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from sps2.internal.v1.placement_pb2 import Placement, ShardPlacement
-from sps2_engine.kv_transfer.relayout import Part, cut, lanes, num_cells, shares
+from sps2_engine.kv_transfer.relayout import Part, check_covers, cut, lanes, num_cells, shares
 from sps2_engine.kv_transfer.rows import TensorSource, cut_rows, row_of, tensor_source
 from sps2_layout.layout import Span
 
@@ -80,6 +80,19 @@ def test_a_gap_in_the_placement_is_refused() -> None:
     broken.shards[1].token_begin = 128
     with pytest.raises(ValueError, match="shard 1 begins at token 128"):
         shares(broken, [Span(0, 10)], ALL, 4)
+
+
+def test_a_placement_covers_every_head_of_every_token() -> None:
+    halves = Placement(
+        shards=[*placement(0, 64, 200, heads=(0, 2)).shards, *placement(0, 200, heads=(2, 4)).shards]
+    )
+    check_covers(halves, 200, 4)
+    with pytest.raises(ValueError, match=r"no shard holds heads \[4\]"):
+        check_covers(halves, 200, 5)
+    with pytest.raises(ValueError, match="must cover the prompt"):
+        check_covers(halves, 201, 4)
+    with pytest.raises(ValueError, match="must cover the prompt"):
+        check_covers(Placement(), 200, 4)
 
 
 @pytest.mark.parametrize("heads", [(0, 5), (2, 1), (4, 4), (-1, 2)])

@@ -22,7 +22,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"router": {"flags": {"max-queued-tokens": 0}}}, "/router/flags/max-queued-tokens"),
     ({"router": {"flags": {"directory": "elsewhere:1"}}}, "'directory' not allowed"),
     ({"prefill": {"flags": {"exchange": "tokens"}}}, "/prefill/flags/exchange"),
-    ({"decode": {"flags": {"tp": 2}}}, "'tp' not allowed"),
+    ({"decode": {"flags": {"exchange": "kv"}}}, "'exchange' not allowed"),
     ({"decode": {"ranks": 0}}, "/decode/ranks"),
     ({"decode": {"placement": "daemonset"}}, "/decode/placement"),
     ({"prefill": {"env": {"HF_TOKEN": "hf_x"}}}, "HF_TOKEN"),
@@ -45,6 +45,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"decode": {"exclusiveTopologyKey": "rack"}}, "decode.exclusiveTopologyKey"),
     ({"prefill": {"ranks": 32}}, "prefill.ranks=32"),
     ({"prefill": {"ranks": 3, "flags": {"tp": 2}}}, "prefill.flags.tp=2"),
+    ({"decode": {"ranks": 3, "flags": {"tp": 2}}}, "decode.flags.tp=2"),
     ({"gateway": {"enabled": True}}, "gateway"),
 ]
 

@@ -109,11 +109,28 @@ def test_out_of_order_is_a_bug(events: list[DecodeResponse | PrefillResponse]) -
         [(0, 64), (65, 100)],
         [(0, 64), (60, 100)],
         [(0, 64), (64, 60), (60, 100)],
+        [(0, 100), (0, 64)],
+        [(0, 100), (64, 100)],
     ],
 )
 def test_a_placement_covers_the_prompt_exactly(ranges: list[tuple[int, int]]) -> None:
     with pytest.raises(Internal, match="BAD_PLACEMENT"):
         feed(placement(*ranges))
+
+
+def test_a_placement_covers_the_prompt_once_for_each_range_of_heads() -> None:
+    _, steps = feed(placement((0, 64), (64, 100), (0, 64), (64, 100)), STARTED)
+    assert steps == feed(PLACED, STARTED)[1]
+
+
+def test_a_placement_may_begin_with_what_is_held() -> None:
+    placed = placement((64, 100))
+    placed.placement.held.add(token_end=64)
+    handshake, steps = feed(placed)
+    assert (handshake.placement, steps) == (placed.placement, [Step.PREFILL])
+    placed.placement.held[0].token_end = 63
+    with pytest.raises(Internal, match="BAD_PLACEMENT"):
+        feed(placed)
 
 
 def test_timings_are_differences_of_the_milestones() -> None:

@@ -152,6 +152,7 @@ class WorkerCapabilities(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
+    TENSOR_RANKS_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Model name."""
     model_hash: _builtins.str
@@ -162,6 +163,8 @@ class WorkerCapabilities(_message.Message):
     """"cpu" or "cuda"."""
     kv_blocks_total: _builtins.int
     """KV blocks of 64 tokens that the rank can hold."""
+    tensor_ranks: _builtins.int
+    """Tensor ranks of its group: parts that every layer is split into. Rank r holds part r mod tensor_ranks; 0 is 1."""
     def __init__(
         self,
         *,
@@ -170,10 +173,11 @@ class WorkerCapabilities(_message.Message):
         dtype: _builtins.str = ...,
         device: _builtins.str = ...,
         kv_blocks_total: _builtins.int = ...,
+        tensor_ranks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "kv_blocks_total", b"kv_blocks_total", "model_hash", b"model_hash", "model_name", b"model_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "kv_blocks_total", b"kv_blocks_total", "model_hash", b"model_hash", "model_name", b"model_name", "tensor_ranks", b"tensor_ranks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -238,7 +242,7 @@ class WorkerLoad(_message.Message):
     @_builtins.property
     def bytes_posted(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Bytes that the rank has really posted since it started, by kind:
-        "all_to_all", "q_exchange", "kv_transfer", "control".
+        "all_to_all", "q_exchange", "tensor", "kv_move", "kv_transfer", "control".
         """
 
     def __init__(

@@ -21,7 +21,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ResizeRequestRequest(_message.Message):
-    """ResizeRequestRequest says over how many ranks, or over which."""
+    """ResizeRequestRequest says over how many ranks, or over which. Where the ranks of a group split layers (tensor_ranks of
+    its capabilities), a rank is a sequence index here, and so it is in the response: rank r has r / tensor_ranks.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -27,7 +27,7 @@ from sps2.internal.v1 import prefill_service_pb2 as sps2_dot_internal_dot_v1_dot
 from sps2.v1 import generation_pb2 as sps2_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%sps2/internal/v1/decode_service.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a&sps2/internal/v1/prefill_service.proto\x1a\x18sps2/v1/generation.proto\"e\n\x14ResizeAttemptRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61ttempt_number\x18\x02 \x01(\x05\x12\x0e\n\x06\x64\x65gree\x18\x03 \x01(\x05\x12\x11\n\x05ranks\x18\x04 \x03(\x05\x42\x02\x10\x01\"\x90\x01\n\x15ResizeAttemptResponse\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04home\x18\x02 \x01(\x05\x12\x13\n\x07holders\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x18\n\x10num_blocks_moved\x18\x04 \x01(\x03\x12\x15\n\rlongest_gap_s\x18\x05 \x01(\x01\x12\x14\n\x0cmedian_gap_s\x18\x06 \x01(\x01\"\xa5\x01\n\rDecodeRequest\x12.\n\x07reserve\x18\x01 \x01(\x0b\x32\x1b.sps2.internal.v1.ReserveKvH\x00\x12.\n\x05start\x18\x02 \x01(\x0b\x32\x1d.sps2.internal.v1.StartDecodeH\x00\x12,\n\x04stop\x18\x03 \x01(\x0b\x32\x1c.sps2.internal.v1.StopChoiceH\x00\x42\x06\n\x04step\"\x89\x02\n\tReserveKv\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\x05\x12-\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x1d.sps2.internal.v1.TokenChoice\x12\x12\n\nmodel_hash\x18\x04 \x01(\t\x12\x15\n\rprefill_group\x18\x05 \x01(\t\x12\x34\n\tattention\x18\x06 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\x12\x13\n\x0b\x61sked_at_us\x18\x07 \x01(\x03\x12\x10\n\x08priority\x18\x08 \x01(\x05\"e\n\x0bStartDecode\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\x05\x12 \n\x14more_first_token_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x1c\n\x10\x66inished_choices\x18\x03 \x03(\x05\x42\x02\x10\x01\"\"\n\nStopChoice\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\x05\"\xec\x01\n\x0e\x44\x65\x63odeResponse\x12\x30\n\tplacement\x18\x01 \x01(\x0b\x32\x1b.sps2.internal.v1.PlacementH\x00\x12\x36\n\tcommitted\x18\x02 \x01(\x0b\x32!.sps2.internal.v1.DecodeCommittedH\x00\x12\x31\n\x06tokens\x18\x03 \x01(\x0b\x32\x1f.sps2.internal.v1.DecodedTokensH\x00\x12\x34\n\x08\x66inished\x18\x04 \x01(\x0b\x32 .sps2.internal.v1.DecodeFinishedH\x00\x42\x07\n\x05\x65vent\"\x11\n\x0f\x44\x65\x63odeCommitted\"\x94\x01\n\rDecodedTokens\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\x05\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x14\n\x0c\x63hoice_index\x18\x03 \x01(\x05\x12\'\n\x08logprobs\x18\x04 \x03(\x0b\x32\x15.sps2.v1.TokenLogprob\x12\x18\n\x10q_exchange_bytes\x18\x05 \x01(\x04\"|\n\x0e\x44\x65\x63odeFinished\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.sps2.v1.FinishReason\x12\x18\n\x10q_exchange_bytes\x18\x02 \x01(\x04\x12\x13\n\x0bnum_holders\x18\x03 \x01(\x05\x12\x14\n\x0c\x63hoice_index\x18\x04 \x01(\x05\x32\xc2\x01\n\rDecodeService\x12O\n\x06\x44\x65\x63ode\x12\x1f.sps2.internal.v1.DecodeRequest\x1a .sps2.internal.v1.DecodeResponse(\x01\x30\x01\x12`\n\rResizeAttempt\x12&.sps2.internal.v1.ResizeAttemptRequest\x1a\'.sps2.internal.v1.ResizeAttemptResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%sps2/internal/v1/decode_service.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a&sps2/internal/v1/prefill_service.proto\x1a\x18sps2/v1/generation.proto\"e\n\x14ResizeAttemptRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61ttempt_number\x18\x02 \x01(\x05\x12\x0e\n\x06\x64\x65gree\x18\x03 \x01(\x05\x12\x11\n\x05ranks\x18\x04 \x03(\x05\x42\x02\x10\x01\"\x90\x01\n\x15ResizeAttemptResponse\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04home\x18\x02 \x01(\x05\x12\x13\n\x07holders\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x18\n\x10num_blocks_moved\x18\x04 \x01(\x03\x12\x15\n\rlongest_gap_s\x18\x05 \x01(\x01\x12\x14\n\x0cmedian_gap_s\x18\x06 \x01(\x01\"\xa5\x01\n\rDecodeRequest\x12.\n\x07reserve\x18\x01 \x01(\x0b\x32\x1b.sps2.internal.v1.ReserveKvH\x00\x12.\n\x05start\x18\x02 \x01(\x0b\x32\x1d.sps2.internal.v1.StartDecodeH\x00\x12,\n\x04stop\x18\x03 \x01(\x0b\x32\x1c.sps2.internal.v1.StopChoiceH\x00\x42\x06\n\x04step\"\x9f\x02\n\tReserveKv\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\x05\x12-\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x1d.sps2.internal.v1.TokenChoice\x12\x12\n\nmodel_hash\x18\x04 \x01(\t\x12\x15\n\rprefill_group\x18\x05 \x01(\t\x12\x34\n\tattention\x18\x06 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\x12\x13\n\x0b\x61sked_at_us\x18\x07 \x01(\x03\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x14\n\x0c\x62lock_hashes\x18\t \x03(\x0c\"e\n\x0bStartDecode\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\x05\x12 \n\x14more_first_token_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x1c\n\x10\x66inished_choices\x18\x03 \x03(\x05\x42\x02\x10\x01\"\"\n\nStopChoice\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\x05\"\xec\x01\n\x0e\x44\x65\x63odeResponse\x12\x30\n\tplacement\x18\x01 \x01(\x0b\x32\x1b.sps2.internal.v1.PlacementH\x00\x12\x36\n\tcommitted\x18\x02 \x01(\x0b\x32!.sps2.internal.v1.DecodeCommittedH\x00\x12\x31\n\x06tokens\x18\x03 \x01(\x0b\x32\x1f.sps2.internal.v1.DecodedTokensH\x00\x12\x34\n\x08\x66inished\x18\x04 \x01(\x0b\x32 .sps2.internal.v1.DecodeFinishedH\x00\x42\x07\n\x05\x65vent\"\x11\n\x0f\x44\x65\x63odeCommitted\"\x94\x01\n\rDecodedTokens\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\x05\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x14\n\x0c\x63hoice_index\x18\x03 \x01(\x05\x12\'\n\x08logprobs\x18\x04 \x03(\x0b\x32\x15.sps2.v1.TokenLogprob\x12\x18\n\x10q_exchange_bytes\x18\x05 \x01(\x04\"|\n\x0e\x44\x65\x63odeFinished\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.sps2.v1.FinishReason\x12\x18\n\x10q_exchange_bytes\x18\x02 \x01(\x04\x12\x13\n\x0bnum_holders\x18\x03 \x01(\x05\x12\x14\n\x0c\x63hoice_index\x18\x04 \x01(\x05\x32\xc2\x01\n\rDecodeService\x12O\n\x06\x44\x65\x63ode\x12\x1f.sps2.internal.v1.DecodeRequest\x1a .sps2.internal.v1.DecodeResponse(\x01\x30\x01\x12`\n\rResizeAttempt\x12&.sps2.internal.v1.ResizeAttemptRequest\x1a\'.sps2.internal.v1.ResizeAttemptResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,19 +51,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST']._serialized_start=410
   _globals['_DECODEREQUEST']._serialized_end=575
   _globals['_RESERVEKV']._serialized_start=578
-  _globals['_RESERVEKV']._serialized_end=843
-  _globals['_STARTDECODE']._serialized_start=845
-  _globals['_STARTDECODE']._serialized_end=946
-  _globals['_STOPCHOICE']._serialized_start=948
-  _globals['_STOPCHOICE']._serialized_end=982
-  _globals['_DECODERESPONSE']._serialized_start=985
-  _globals['_DECODERESPONSE']._serialized_end=1221
-  _globals['_DECODECOMMITTED']._serialized_start=1223
-  _globals['_DECODECOMMITTED']._serialized_end=1240
-  _globals['_DECODEDTOKENS']._serialized_start=1243
-  _globals['_DECODEDTOKENS']._serialized_end=1391
-  _globals['_DECODEFINISHED']._serialized_start=1393
-  _globals['_DECODEFINISHED']._serialized_end=1517
-  _globals['_DECODESERVICE']._serialized_start=1520
-  _globals['_DECODESERVICE']._serialized_end=1714
+  _globals['_RESERVEKV']._serialized_end=865
+  _globals['_STARTDECODE']._serialized_start=867
+  _globals['_STARTDECODE']._serialized_end=968
+  _globals['_STOPCHOICE']._serialized_start=970
+  _globals['_STOPCHOICE']._serialized_end=1004
+  _globals['_DECODERESPONSE']._serialized_start=1007
+  _globals['_DECODERESPONSE']._serialized_end=1243
+  _globals['_DECODECOMMITTED']._serialized_start=1245
+  _globals['_DECODECOMMITTED']._serialized_end=1262
+  _globals['_DECODEDTOKENS']._serialized_start=1265
+  _globals['_DECODEDTOKENS']._serialized_end=1413
+  _globals['_DECODEFINISHED']._serialized_start=1415
+  _globals['_DECODEFINISHED']._serialized_end=1539
+  _globals['_DECODESERVICE']._serialized_start=1542
+  _globals['_DECODESERVICE']._serialized_end=1736
 # @@protoc_insertion_point(module_scope)

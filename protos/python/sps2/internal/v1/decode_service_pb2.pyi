@@ -23,7 +23,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ResizeAttemptRequest(_message.Message):
-    """ResizeAttemptRequest says over how many ranks, or over which."""
+    """ResizeAttemptRequest says over how many ranks, or over which. Where the ranks of a group split layers, a rank is a
+    sequence index here, and so it is in the response: rank r of the group has r / tensor ranks.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -155,6 +157,7 @@ class ReserveKv(_message.Message):
     ATTENTION_FIELD_NUMBER: _builtins.int
     ASKED_AT_US_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
     """Tokens that prefill delivers: the prompt's and those generated in earlier attempts."""
     model_hash: _builtins.str
@@ -180,6 +183,13 @@ class ReserveKv(_message.Message):
     def attention(self) -> _placement_pb2.AttentionLayout:
         """The mask under which the prompt is prefilled, for the directory's record."""
 
+    @_builtins.property
+    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Names of the prompt's full blocks of 64 tokens, from the first on: SHA-256 over model hash, tenant salt, the name
+        of the block before and the tokens. Where the group holds blocks of the same names that were made under the same
+        mask, the attempt shares them. Without names it shares nothing.
+        """
+
     def __init__(
         self,
         *,
@@ -191,10 +201,11 @@ class ReserveKv(_message.Message):
         attention: _placement_pb2.AttentionLayout | None = ...,
         asked_at_us: _builtins.int = ...,
         priority: _builtins.int = ...,
+        block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at_us", b"asked_at_us", "attempt", b"attempt", "attention", b"attention", "choice", b"choice", "model_hash", b"model_hash", "num_prompt_tokens", b"num_prompt_tokens", "prefill_group", b"prefill_group", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at_us", b"asked_at_us", "attempt", b"attempt", "attention", b"attention", "block_hashes", b"block_hashes", "choice", b"choice", "model_hash", b"model_hash", "num_prompt_tokens", b"num_prompt_tokens", "prefill_group", b"prefill_group", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -344,7 +344,9 @@ Global___Shutdown: _TypeAlias = Shutdown  # noqa: Y015
 
 @_typing.final
 class StepPlan(_message.Message):
-    """StepPlan changes the set of rows and, if `run`, computes one step over them."""
+    """StepPlan changes the set of rows and, if `run`, computes one step over them. Its ranks, but for those of the shards of
+    a placement, are sequence indices: on a mesh all tensor ranks of one do the same, each with its heads.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -495,12 +497,17 @@ class ReserveRow(_message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     CHOICE_ROWS_FIELD_NUMBER: _builtins.int
+    HELD_FROM_FIELD_NUMBER: _builtins.int
     row: _builtins.int
     """Number of the row, unique within the epoch."""
     home: _builtins.int
     """Rank that runs the dense layers for it and takes its new tokens."""
     num_prompt_tokens: _builtins.int
     """Tokens that prefill delivers."""
+    held_from: _builtins.int
+    """Row whose first blocks on each rank are what `placement.held` says. It may leave with the same plan: blocks are
+    taken over before any row leaves. 0 where nothing is held.
+    """
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -527,10 +534,11 @@ class ReserveRow(_message.Message):
         num_prompt_tokens: _builtins.int = ...,
         choice: _prefill_service_pb2.TokenChoice | None = ...,
         choice_rows: _abc.Iterable[_builtins.int] | None = ...,
+        held_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "choice_rows", b"choice_rows", "home", b"home", "num_prompt_tokens", b"num_prompt_tokens", "placement", b"placement", "row", b"row"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "choice_rows", b"choice_rows", "held_from", b"held_from", "home", b"home", "num_prompt_tokens", b"num_prompt_tokens", "placement", b"placement", "row", b"row"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,17 +26,17 @@ from sps2.internal.v1 import placement_pb2 as sps2_dot_internal_dot_v1_dot_place
 from sps2.v1 import cluster_pb2 as sps2_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sps2/internal/v1/kv_directory_service.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a\x15sps2/v1/cluster.proto\"<\n\x15RegisterWorkerRequest\x12#\n\x06worker\x18\x01 \x01(\x0b\x32\x13.sps2.v1.WorkerInfo\"G\n\x16RegisterWorkerResponse\x12\x13\n\x0blease_ttl_s\x18\x01 \x01(\x01\x12\x18\n\x10renew_interval_s\x18\x02 \x01(\x01\"E\n\x11RenewLeaseRequest\x12\x30\n\x08renewals\x18\x01 \x03(\x0b\x32\x1e.sps2.internal.v1.LeaseRenewal\"\xaf\x01\n\x0cLeaseRenewal\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.sps2.v1.WorkerState\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12!\n\x04load\x18\x05 \x01(\x0b\x32\x13.sps2.v1.WorkerLoad\x12\x18\n\x10transfer_address\x18\x06 \x01(\t\"E\n\x12RenewLeaseResponse\x12/\n\x08statuses\x18\x01 \x03(\x0e\x32\x1d.sps2.internal.v1.LeaseStatus\"I\n\x17\x44\x65registerWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65registerWorkerResponse\"3\n\x10\x44rawEpochRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12\x10\n\x08previous\x18\x02 \x01(\x04\"\"\n\x11\x44rawEpochResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x15\n\x13WatchWorkersRequest\"\xac\x01\n\x14WatchWorkersResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x34\n\x08snapshot\x18\x02 \x01(\x0b\x32 .sps2.internal.v1.WorkerSnapshotH\x00\x12&\n\x07updated\x18\x03 \x01(\x0b\x32\x13.sps2.v1.WorkerInfoH\x00\x12\x1b\n\x11removed_worker_id\x18\x04 \x01(\tH\x00\x42\x07\n\x05\x65vent\"J\n\x0eWorkerSnapshot\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x12\n\nrecovering\x18\x02 \x01(\x08\"o\n\x10RequestAdmission\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\t\x12\x16\n\x0erouter_address\x18\x03 \x01(\t\x12\r\n\x05nonce\x18\x04 \x01(\x0c\x12\x0f\n\x07renewal\x18\x05 \x01(\x08\"_\n\x14\x41\x64mitRequestsRequest\x12\x36\n\nadmissions\x18\x01 \x03(\x0b\x32\".sps2.internal.v1.RequestAdmission\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"w\n\x0f\x41\x64missionResult\x12\x31\n\x06status\x18\x01 \x01(\x0e\x32!.sps2.internal.v1.AdmissionStatus\x12\x31\n\x05other\x18\x02 \x01(\x0b\x32\".sps2.internal.v1.RequestAdmission\"K\n\x15\x41\x64mitRequestsResponse\x12\x32\n\x07results\x18\x01 \x03(\x0b\x32!.sps2.internal.v1.AdmissionResult\"<\n\x15\x44ismissRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\t\"\x18\n\x16\x44ismissRequestResponse\"\x94\x01\n\x0cRequestShard\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0blayer_begin\x18\x03 \x01(\x05\x12\x11\n\tlayer_end\x18\x04 \x01(\x05\x12\x13\n\x0btoken_begin\x18\x05 \x01(\x05\x12\x11\n\ttoken_end\x18\x06 \x01(\x05\x12\x12\n\nnum_blocks\x18\x07 \x01(\x05\"\xce\x01\n\rRequestRecord\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x15\n\rprefill_group\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65\x63ode_group\x18\x03 \x01(\t\x12.\n\x06shards\x18\x04 \x03(\x0b\x32\x1e.sps2.internal.v1.RequestShard\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\"W\n\x13RecordShardsRequest\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"\x16\n\x14RecordShardsResponse\"*\n\x14LocateRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x7f\n\x15LocateRequestResponse\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\x12\x35\n\tadmission\x18\x02 \x01(\x0b\x32\".sps2.internal.v1.RequestAdmission\"C\n\x15ReleaseRequestRequest\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\"\x18\n\x16ReleaseRequestResponse\"\x83\x01\n\x0cPrefixHolder\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x34\n\tattention\x18\x04 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\"S\n\x13RecordPrefixRequest\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\"\x16\n\x14RecordPrefixResponse\"!\n\x11\x46indPrefixRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"D\n\x12\x46indPrefixResponse\x12.\n\x07matches\x18\x01 \x03(\x0b\x32\x1d.sps2.internal.v1.PrefixMatch\"O\n\x0bPrefixMatch\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x10\n\x08num_keys\x18\x02 \x01(\x05\"R\n\x12\x45victPrefixRequest\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\"\x15\n\x13\x45victPrefixResponse\"\x18\n\x16GetClusterStateRequest\"\xb3\x01\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x14\n\x0cnum_requests\x18\x02 \x01(\x03\x12\x10\n\x08revision\x18\x03 \x01(\x04\x12\x1d\n\x15\x64irectory_incarnation\x18\x04 \x01(\t\x12\x12\n\nrecovering\x18\x05 \x01(\x08\x12\x17\n\x0fnum_prefix_keys\x18\x06 \x01(\x03*\x94\x01\n\x0bLeaseStatus\x12\x1c\n\x18LEASE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14LEASE_STATUS_RENEWED\x10\x01\x12\x1a\n\x16LEASE_STATUS_NOT_FOUND\x10\x02\x12\x16\n\x12LEASE_STATUS_STALE\x10\x03\x12\x19\n\x15LEASE_STATUS_DEGRADED\x10\x04*\x91\x01\n\x0f\x41\x64missionStatus\x12 \n\x1c\x41\x44MISSION_STATUS_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41\x44MISSION_STATUS_ADMITTED\x10\x01\x12\x1f\n\x1b\x41\x44MISSION_STATUS_SUPERSEDES\x10\x02\x12\x1c\n\x18\x41\x44MISSION_STATUS_REFUSED\x10\x03\x32\xdd\n\n\x12KvDirectoryService\x12\x63\n\x0eRegisterWorker\x12\'.sps2.internal.v1.RegisterWorkerRequest\x1a(.sps2.internal.v1.RegisterWorkerResponse\x12W\n\nRenewLease\x12#.sps2.internal.v1.RenewLeaseRequest\x1a$.sps2.internal.v1.RenewLeaseResponse\x12i\n\x10\x44\x65registerWorker\x12).sps2.internal.v1.DeregisterWorkerRequest\x1a*.sps2.internal.v1.DeregisterWorkerResponse\x12T\n\tDrawEpoch\x12\".sps2.internal.v1.DrawEpochRequest\x1a#.sps2.internal.v1.DrawEpochResponse\x12_\n\x0cWatchWorkers\x12%.sps2.internal.v1.WatchWorkersRequest\x1a&.sps2.internal.v1.WatchWorkersResponse0\x01\x12`\n\rAdmitRequests\x12&.sps2.internal.v1.AdmitRequestsRequest\x1a\'.sps2.internal.v1.AdmitRequestsResponse\x12\x63\n\x0e\x44ismissRequest\x12\'.sps2.internal.v1.DismissRequestRequest\x1a(.sps2.internal.v1.DismissRequestResponse\x12]\n\x0cRecordShards\x12%.sps2.internal.v1.RecordShardsRequest\x1a&.sps2.internal.v1.RecordShardsResponse\x12`\n\rLocateRequest\x12&.sps2.internal.v1.LocateRequestRequest\x1a\'.sps2.internal.v1.LocateRequestResponse\x12\x63\n\x0eReleaseRequest\x12\'.sps2.internal.v1.ReleaseRequestRequest\x1a(.sps2.internal.v1.ReleaseRequestResponse\x12]\n\x0cRecordPrefix\x12%.sps2.internal.v1.RecordPrefixRequest\x1a&.sps2.internal.v1.RecordPrefixResponse\x12W\n\nFindPrefix\x12#.sps2.internal.v1.FindPrefixRequest\x1a$.sps2.internal.v1.FindPrefixResponse\x12Z\n\x0b\x45victPrefix\x12$.sps2.internal.v1.EvictPrefixRequest\x1a%.sps2.internal.v1.EvictPrefixResponse\x12\x66\n\x0fGetClusterState\x12(.sps2.internal.v1.GetClusterStateRequest\x1a).sps2.internal.v1.GetClusterStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sps2/internal/v1/kv_directory_service.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a\x15sps2/v1/cluster.proto\"<\n\x15RegisterWorkerRequest\x12#\n\x06worker\x18\x01 \x01(\x0b\x32\x13.sps2.v1.WorkerInfo\"G\n\x16RegisterWorkerResponse\x12\x13\n\x0blease_ttl_s\x18\x01 \x01(\x01\x12\x18\n\x10renew_interval_s\x18\x02 \x01(\x01\"E\n\x11RenewLeaseRequest\x12\x30\n\x08renewals\x18\x01 \x03(\x0b\x32\x1e.sps2.internal.v1.LeaseRenewal\"\xaf\x01\n\x0cLeaseRenewal\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.sps2.v1.WorkerState\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12!\n\x04load\x18\x05 \x01(\x0b\x32\x13.sps2.v1.WorkerLoad\x12\x18\n\x10transfer_address\x18\x06 \x01(\t\"E\n\x12RenewLeaseResponse\x12/\n\x08statuses\x18\x01 \x03(\x0e\x32\x1d.sps2.internal.v1.LeaseStatus\"I\n\x17\x44\x65registerWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65registerWorkerResponse\"3\n\x10\x44rawEpochRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12\x10\n\x08previous\x18\x02 \x01(\x04\"\"\n\x11\x44rawEpochResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x15\n\x13WatchWorkersRequest\"\xac\x01\n\x14WatchWorkersResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x34\n\x08snapshot\x18\x02 \x01(\x0b\x32 .sps2.internal.v1.WorkerSnapshotH\x00\x12&\n\x07updated\x18\x03 \x01(\x0b\x32\x13.sps2.v1.WorkerInfoH\x00\x12\x1b\n\x11removed_worker_id\x18\x04 \x01(\tH\x00\x42\x07\n\x05\x65vent\"J\n\x0eWorkerSnapshot\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x12\n\nrecovering\x18\x02 \x01(\x08\"o\n\x10RequestAdmission\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\t\x12\x16\n\x0erouter_address\x18\x03 \x01(\t\x12\r\n\x05nonce\x18\x04 \x01(\x0c\x12\x0f\n\x07renewal\x18\x05 \x01(\x08\"_\n\x14\x41\x64mitRequestsRequest\x12\x36\n\nadmissions\x18\x01 \x03(\x0b\x32\".sps2.internal.v1.RequestAdmission\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"w\n\x0f\x41\x64missionResult\x12\x31\n\x06status\x18\x01 \x01(\x0e\x32!.sps2.internal.v1.AdmissionStatus\x12\x31\n\x05other\x18\x02 \x01(\x0b\x32\".sps2.internal.v1.RequestAdmission\"K\n\x15\x41\x64mitRequestsResponse\x12\x32\n\x07results\x18\x01 \x03(\x0b\x32!.sps2.internal.v1.AdmissionResult\"<\n\x15\x44ismissRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\t\"\x18\n\x16\x44ismissRequestResponse\"\x94\x01\n\x0cRequestShard\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0blayer_begin\x18\x03 \x01(\x05\x12\x11\n\tlayer_end\x18\x04 \x01(\x05\x12\x13\n\x0btoken_begin\x18\x05 \x01(\x05\x12\x11\n\ttoken_end\x18\x06 \x01(\x05\x12\x12\n\nnum_blocks\x18\x07 \x01(\x05\"\xe9\x01\n\rRequestRecord\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x15\n\rprefill_group\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65\x63ode_group\x18\x03 \x01(\t\x12.\n\x06shards\x18\x04 \x03(\x0b\x32\x1e.sps2.internal.v1.RequestShard\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\x12\x19\n\x11num_shared_tokens\x18\x06 \x01(\x05\"W\n\x13RecordShardsRequest\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"\x16\n\x14RecordShardsResponse\"*\n\x14LocateRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x7f\n\x15LocateRequestResponse\x12/\n\x06record\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.RequestRecord\x12\x35\n\tadmission\x18\x02 \x01(\x0b\x32\".sps2.internal.v1.RequestAdmission\"C\n\x15ReleaseRequestRequest\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\"\x18\n\x16ReleaseRequestResponse\"\x83\x01\n\x0cPrefixHolder\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1b\n\x13process_incarnation\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x34\n\tattention\x18\x04 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\"S\n\x13RecordPrefixRequest\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\"\x16\n\x14RecordPrefixResponse\"!\n\x11\x46indPrefixRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"D\n\x12\x46indPrefixResponse\x12.\n\x07matches\x18\x01 \x03(\x0b\x32\x1d.sps2.internal.v1.PrefixMatch\"O\n\x0bPrefixMatch\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x10\n\x08num_keys\x18\x02 \x01(\x05\"R\n\x12\x45victPrefixRequest\x12.\n\x06holder\x18\x01 \x01(\x0b\x32\x1e.sps2.internal.v1.PrefixHolder\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\"\x15\n\x13\x45victPrefixResponse\"\x18\n\x16GetClusterStateRequest\"\xb3\x01\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x14\n\x0cnum_requests\x18\x02 \x01(\x03\x12\x10\n\x08revision\x18\x03 \x01(\x04\x12\x1d\n\x15\x64irectory_incarnation\x18\x04 \x01(\t\x12\x12\n\nrecovering\x18\x05 \x01(\x08\x12\x17\n\x0fnum_prefix_keys\x18\x06 \x01(\x03*\x94\x01\n\x0bLeaseStatus\x12\x1c\n\x18LEASE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14LEASE_STATUS_RENEWED\x10\x01\x12\x1a\n\x16LEASE_STATUS_NOT_FOUND\x10\x02\x12\x16\n\x12LEASE_STATUS_STALE\x10\x03\x12\x19\n\x15LEASE_STATUS_DEGRADED\x10\x04*\x91\x01\n\x0f\x41\x64missionStatus\x12 \n\x1c\x41\x44MISSION_STATUS_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41\x44MISSION_STATUS_ADMITTED\x10\x01\x12\x1f\n\x1b\x41\x44MISSION_STATUS_SUPERSEDES\x10\x02\x12\x1c\n\x18\x41\x44MISSION_STATUS_REFUSED\x10\x03\x32\xdd\n\n\x12KvDirectoryService\x12\x63\n\x0eRegisterWorker\x12\'.sps2.internal.v1.RegisterWorkerRequest\x1a(.sps2.internal.v1.RegisterWorkerResponse\x12W\n\nRenewLease\x12#.sps2.internal.v1.RenewLeaseRequest\x1a$.sps2.internal.v1.RenewLeaseResponse\x12i\n\x10\x44\x65registerWorker\x12).sps2.internal.v1.DeregisterWorkerRequest\x1a*.sps2.internal.v1.DeregisterWorkerResponse\x12T\n\tDrawEpoch\x12\".sps2.internal.v1.DrawEpochRequest\x1a#.sps2.internal.v1.DrawEpochResponse\x12_\n\x0cWatchWorkers\x12%.sps2.internal.v1.WatchWorkersRequest\x1a&.sps2.internal.v1.WatchWorkersResponse0\x01\x12`\n\rAdmitRequests\x12&.sps2.internal.v1.AdmitRequestsRequest\x1a\'.sps2.internal.v1.AdmitRequestsResponse\x12\x63\n\x0e\x44ismissRequest\x12\'.sps2.internal.v1.DismissRequestRequest\x1a(.sps2.internal.v1.DismissRequestResponse\x12]\n\x0cRecordShards\x12%.sps2.internal.v1.RecordShardsRequest\x1a&.sps2.internal.v1.RecordShardsResponse\x12`\n\rLocateRequest\x12&.sps2.internal.v1.LocateRequestRequest\x1a\'.sps2.internal.v1.LocateRequestResponse\x12\x63\n\x0eReleaseRequest\x12\'.sps2.internal.v1.ReleaseRequestRequest\x1a(.sps2.internal.v1.ReleaseRequestResponse\x12]\n\x0cRecordPrefix\x12%.sps2.internal.v1.RecordPrefixRequest\x1a&.sps2.internal.v1.RecordPrefixResponse\x12W\n\nFindPrefix\x12#.sps2.internal.v1.FindPrefixRequest\x1a$.sps2.internal.v1.FindPrefixResponse\x12Z\n\x0b\x45victPrefix\x12$.sps2.internal.v1.EvictPrefixRequest\x1a%.sps2.internal.v1.EvictPrefixResponse\x12\x66\n\x0fGetClusterState\x12(.sps2.internal.v1.GetClusterStateRequest\x1a).sps2.internal.v1.GetClusterStateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sps2.internal.v1.kv_directory_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEASESTATUS']._serialized_start=3025
-  _globals['_LEASESTATUS']._serialized_end=3173
-  _globals['_ADMISSIONSTATUS']._serialized_start=3176
-  _globals['_ADMISSIONSTATUS']._serialized_end=3321
+  _globals['_LEASESTATUS']._serialized_start=3052
+  _globals['_LEASESTATUS']._serialized_end=3200
+  _globals['_ADMISSIONSTATUS']._serialized_start=3203
+  _globals['_ADMISSIONSTATUS']._serialized_end=3348
   _globals['_REGISTERWORKERREQUEST']._serialized_start=122
   _globals['_REGISTERWORKERREQUEST']._serialized_end=182
   _globals['_REGISTERWORKERRESPONSE']._serialized_start=184
@@ -76,39 +76,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REQUESTSHARD']._serialized_start=1540
   _globals['_REQUESTSHARD']._serialized_end=1688
   _globals['_REQUESTRECORD']._serialized_start=1691
-  _globals['_REQUESTRECORD']._serialized_end=1897
-  _globals['_RECORDSHARDSREQUEST']._serialized_start=1899
-  _globals['_RECORDSHARDSREQUEST']._serialized_end=1986
-  _globals['_RECORDSHARDSRESPONSE']._serialized_start=1988
-  _globals['_RECORDSHARDSRESPONSE']._serialized_end=2010
-  _globals['_LOCATEREQUESTREQUEST']._serialized_start=2012
-  _globals['_LOCATEREQUESTREQUEST']._serialized_end=2054
-  _globals['_LOCATEREQUESTRESPONSE']._serialized_start=2056
-  _globals['_LOCATEREQUESTRESPONSE']._serialized_end=2183
-  _globals['_RELEASEREQUESTREQUEST']._serialized_start=2185
-  _globals['_RELEASEREQUESTREQUEST']._serialized_end=2252
-  _globals['_RELEASEREQUESTRESPONSE']._serialized_start=2254
-  _globals['_RELEASEREQUESTRESPONSE']._serialized_end=2278
-  _globals['_PREFIXHOLDER']._serialized_start=2281
-  _globals['_PREFIXHOLDER']._serialized_end=2412
-  _globals['_RECORDPREFIXREQUEST']._serialized_start=2414
-  _globals['_RECORDPREFIXREQUEST']._serialized_end=2497
-  _globals['_RECORDPREFIXRESPONSE']._serialized_start=2499
-  _globals['_RECORDPREFIXRESPONSE']._serialized_end=2521
-  _globals['_FINDPREFIXREQUEST']._serialized_start=2523
-  _globals['_FINDPREFIXREQUEST']._serialized_end=2556
-  _globals['_FINDPREFIXRESPONSE']._serialized_start=2558
-  _globals['_FINDPREFIXRESPONSE']._serialized_end=2626
-  _globals['_PREFIXMATCH']._serialized_start=2628
-  _globals['_PREFIXMATCH']._serialized_end=2707
-  _globals['_EVICTPREFIXREQUEST']._serialized_start=2709
-  _globals['_EVICTPREFIXREQUEST']._serialized_end=2791
-  _globals['_EVICTPREFIXRESPONSE']._serialized_start=2793
-  _globals['_EVICTPREFIXRESPONSE']._serialized_end=2814
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=2816
-  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=2840
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=2843
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=3022
-  _globals['_KVDIRECTORYSERVICE']._serialized_start=3324
-  _globals['_KVDIRECTORYSERVICE']._serialized_end=4697
+  _globals['_REQUESTRECORD']._serialized_end=1924
+  _globals['_RECORDSHARDSREQUEST']._serialized_start=1926
+  _globals['_RECORDSHARDSREQUEST']._serialized_end=2013
+  _globals['_RECORDSHARDSRESPONSE']._serialized_start=2015
+  _globals['_RECORDSHARDSRESPONSE']._serialized_end=2037
+  _globals['_LOCATEREQUESTREQUEST']._serialized_start=2039
+  _globals['_LOCATEREQUESTREQUEST']._serialized_end=2081
+  _globals['_LOCATEREQUESTRESPONSE']._serialized_start=2083
+  _globals['_LOCATEREQUESTRESPONSE']._serialized_end=2210
+  _globals['_RELEASEREQUESTREQUEST']._serialized_start=2212
+  _globals['_RELEASEREQUESTREQUEST']._serialized_end=2279
+  _globals['_RELEASEREQUESTRESPONSE']._serialized_start=2281
+  _globals['_RELEASEREQUESTRESPONSE']._serialized_end=2305
+  _globals['_PREFIXHOLDER']._serialized_start=2308
+  _globals['_PREFIXHOLDER']._serialized_end=2439
+  _globals['_RECORDPREFIXREQUEST']._serialized_start=2441
+  _globals['_RECORDPREFIXREQUEST']._serialized_end=2524
+  _globals['_RECORDPREFIXRESPONSE']._serialized_start=2526
+  _globals['_RECORDPREFIXRESPONSE']._serialized_end=2548
+  _globals['_FINDPREFIXREQUEST']._serialized_start=2550
+  _globals['_FINDPREFIXREQUEST']._serialized_end=2583
+  _globals['_FINDPREFIXRESPONSE']._serialized_start=2585
+  _globals['_FINDPREFIXRESPONSE']._serialized_end=2653
+  _globals['_PREFIXMATCH']._serialized_start=2655
+  _globals['_PREFIXMATCH']._serialized_end=2734
+  _globals['_EVICTPREFIXREQUEST']._serialized_start=2736
+  _globals['_EVICTPREFIXREQUEST']._serialized_end=2818
+  _globals['_EVICTPREFIXRESPONSE']._serialized_start=2820
+  _globals['_EVICTPREFIXRESPONSE']._serialized_end=2841
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=2843
+  _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=2867
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=2870
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=3049
+  _globals['_KVDIRECTORYSERVICE']._serialized_start=3351
+  _globals['_KVDIRECTORYSERVICE']._serialized_end=4724
 # @@protoc_insertion_point(module_scope)

@@ -619,10 +619,13 @@ class RequestRecord(_message.Message):
     DECODE_GROUP_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
+    NUM_SHARED_TOKENS_FIELD_NUMBER: _builtins.int
     prefill_group: _builtins.str
     """Prefill group."""
     decode_group: _builtins.str
     """Decode group."""
+    num_shared_tokens: _builtins.int
+    """Tokens from the prompt's first on whose blocks it took over from another attempt."""
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -643,10 +646,11 @@ class RequestRecord(_message.Message):
         decode_group: _builtins.str = ...,
         shards: _abc.Iterable[Global___RequestShard] | None = ...,
         attention: _placement_pb2.AttentionLayout | None = ...,
+        num_shared_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "decode_group", b"decode_group", "prefill_group", b"prefill_group", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "decode_group", b"decode_group", "num_shared_tokens", b"num_shared_tokens", "prefill_group", b"prefill_group", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,29 +24,31 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n sps2/internal/v1/placement.proto\x12\x10sps2.internal.v1\"-\n\x07\x41ttempt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\"_\n\x05\x46\x65nce\x12\x1b\n\x13process_incarnation\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x07\x61ttempt\x18\x03 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\"L\n\tPlacement\x12\r\n\x05group\x18\x01 \x01(\t\x12\x30\n\x06shards\x18\x02 \x03(\x0b\x32 .sps2.internal.v1.ShardPlacement\"\xae\x01\n\x0eShardPlacement\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x13\n\x0btoken_begin\x18\x02 \x01(\x05\x12\x11\n\ttoken_end\x18\x03 \x01(\x05\x12\x18\n\x10transfer_address\x18\x04 \x01(\t\x12&\n\x05\x66\x65nce\x18\x05 \x01(\x0b\x32\x17.sps2.internal.v1.Fence\x12\x12\n\nhead_begin\x18\x06 \x01(\x05\x12\x10\n\x08head_end\x18\x07 \x01(\x05\"\x9c\x01\n\x0f\x41ttentionLayout\x12\x12\n\nnum_tokens\x18\x01 \x01(\x05\x12\x15\n\rnum_prefilled\x18\x02 \x01(\x05\x12,\n\x05\x65xact\x18\x03 \x01(\x0b\x32\x1b.sps2.internal.v1.ExactMaskH\x00\x12(\n\x03\x63sa\x18\x04 \x01(\x0b\x32\x19.sps2.internal.v1.CsaMaskH\x00\x42\x06\n\x04mask\"\x0b\n\tExactMask\"\xc4\x01\n\x07\x43saMask\x12\x12\n\nnum_shards\x18\x01 \x01(\x05\x12\x14\n\x0cshard_tokens\x18\x02 \x01(\x05\x12*\n\x06levels\x18\x03 \x03(\x0b\x32\x1a.sps2.internal.v1.CsaLevel\x12/\n\nquery_mode\x18\x04 \x01(\x0e\x32\x1b.sps2.internal.v1.QueryMode\x12\x0c\n\x04tail\x18\x05 \x01(\x05\x12\r\n\x05sinks\x18\x06 \x01(\x05J\x04\x08\x07\x10\x08R\x0fmass_correction\")\n\x08\x43saLevel\x12\r\n\x05group\x18\x01 \x01(\x05\x12\x0e\n\x06stride\x18\x02 \x01(\x05*U\n\tQueryMode\x12\x1a\n\x16QUERY_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12QUERY_MODE_SAMPLED\x10\x01\x12\x14\n\x10QUERY_MODE_DENSE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n sps2/internal/v1/placement.proto\x12\x10sps2.internal.v1\"-\n\x07\x41ttempt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\"_\n\x05\x46\x65nce\x12\x1b\n\x13process_incarnation\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x07\x61ttempt\x18\x03 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\"x\n\tPlacement\x12\r\n\x05group\x18\x01 \x01(\t\x12\x30\n\x06shards\x18\x02 \x03(\x0b\x32 .sps2.internal.v1.ShardPlacement\x12*\n\x04held\x18\x03 \x03(\x0b\x32\x1c.sps2.internal.v1.HeldTokens\"B\n\nHeldTokens\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x13\n\x0btoken_begin\x18\x02 \x01(\x05\x12\x11\n\ttoken_end\x18\x03 \x01(\x05\"\xae\x01\n\x0eShardPlacement\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x13\n\x0btoken_begin\x18\x02 \x01(\x05\x12\x11\n\ttoken_end\x18\x03 \x01(\x05\x12\x18\n\x10transfer_address\x18\x04 \x01(\t\x12&\n\x05\x66\x65nce\x18\x05 \x01(\x0b\x32\x17.sps2.internal.v1.Fence\x12\x12\n\nhead_begin\x18\x06 \x01(\x05\x12\x10\n\x08head_end\x18\x07 \x01(\x05\"\x9c\x01\n\x0f\x41ttentionLayout\x12\x12\n\nnum_tokens\x18\x01 \x01(\x05\x12\x15\n\rnum_prefilled\x18\x02 \x01(\x05\x12,\n\x05\x65xact\x18\x03 \x01(\x0b\x32\x1b.sps2.internal.v1.ExactMaskH\x00\x12(\n\x03\x63sa\x18\x04 \x01(\x0b\x32\x19.sps2.internal.v1.CsaMaskH\x00\x42\x06\n\x04mask\"\x0b\n\tExactMask\"\xc4\x01\n\x07\x43saMask\x12\x12\n\nnum_shards\x18\x01 \x01(\x05\x12\x14\n\x0cshard_tokens\x18\x02 \x01(\x05\x12*\n\x06levels\x18\x03 \x03(\x0b\x32\x1a.sps2.internal.v1.CsaLevel\x12/\n\nquery_mode\x18\x04 \x01(\x0e\x32\x1b.sps2.internal.v1.QueryMode\x12\x0c\n\x04tail\x18\x05 \x01(\x05\x12\r\n\x05sinks\x18\x06 \x01(\x05J\x04\x08\x07\x10\x08R\x0fmass_correction\")\n\x08\x43saLevel\x12\r\n\x05group\x18\x01 \x01(\x05\x12\x0e\n\x06stride\x18\x02 \x01(\x05*U\n\tQueryMode\x12\x1a\n\x16QUERY_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12QUERY_MODE_SAMPLED\x10\x01\x12\x14\n\x10QUERY_MODE_DENSE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sps2.internal.v1.placement_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_QUERYMODE']._serialized_start=867
-  _globals['_QUERYMODE']._serialized_end=952
+  _globals['_QUERYMODE']._serialized_start=979
+  _globals['_QUERYMODE']._serialized_end=1064
   _globals['_ATTEMPT']._serialized_start=54
   _globals['_ATTEMPT']._serialized_end=99
   _globals['_FENCE']._serialized_start=101
   _globals['_FENCE']._serialized_end=196
   _globals['_PLACEMENT']._serialized_start=198
-  _globals['_PLACEMENT']._serialized_end=274
-  _globals['_SHARDPLACEMENT']._serialized_start=277
-  _globals['_SHARDPLACEMENT']._serialized_end=451
-  _globals['_ATTENTIONLAYOUT']._serialized_start=454
-  _globals['_ATTENTIONLAYOUT']._serialized_end=610
-  _globals['_EXACTMASK']._serialized_start=612
-  _globals['_EXACTMASK']._serialized_end=623
-  _globals['_CSAMASK']._serialized_start=626
-  _globals['_CSAMASK']._serialized_end=822
-  _globals['_CSALEVEL']._serialized_start=824
-  _globals['_CSALEVEL']._serialized_end=865
+  _globals['_PLACEMENT']._serialized_end=318
+  _globals['_HELDTOKENS']._serialized_start=320
+  _globals['_HELDTOKENS']._serialized_end=386
+  _globals['_SHARDPLACEMENT']._serialized_start=389
+  _globals['_SHARDPLACEMENT']._serialized_end=563
+  _globals['_ATTENTIONLAYOUT']._serialized_start=566
+  _globals['_ATTENTIONLAYOUT']._serialized_end=722
+  _globals['_EXACTMASK']._serialized_start=724
+  _globals['_EXACTMASK']._serialized_end=735
+  _globals['_CSAMASK']._serialized_start=738
+  _globals['_CSAMASK']._serialized_end=934
+  _globals['_CSALEVEL']._serialized_start=936
+  _globals['_CSALEVEL']._serialized_end=977
 # @@protoc_insertion_point(module_scope)

@@ -109,12 +109,19 @@ class Placement(_message.Message):
 
     GROUP_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """Decode group."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardPlacement]:
-        """Shards in token order; together they cover [0, prompt tokens) without gaps. Where shards name heads:
-        first all shards of one range of heads, then those of the next, each range covering the prompt.
+        """Shards in token order; together they cover what follows `held`, [last held, prompt tokens), without gaps. Where
+        shards name heads: first all shards of one range of heads, then those of the next, each covering as much.
+        """
+
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldTokens]:
+        """Tokens that the group holds already, because an earlier attempt has brought them, in whole blocks: in token
+        order, from token 0 on and without gaps. None of their KV is sent.
         """
 
     def __init__(
@@ -122,14 +129,45 @@ class Placement(_message.Message):
         *,
         group: _builtins.str = ...,
         shards: _abc.Iterable[Global___ShardPlacement] | None = ...,
+        held: _abc.Iterable[Global___HeldTokens] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "held", b"held", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Placement: _TypeAlias = Placement  # noqa: Y015
+
+@_typing.final
+class HeldTokens(_message.Message):
+    """HeldTokens are tokens that a decode rank holds already."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    TOKEN_BEGIN_FIELD_NUMBER: _builtins.int
+    TOKEN_END_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Decode rank; where tensor ranks split layers, the sequence index of those that hold it."""
+    token_begin: _builtins.int
+    """First token, a multiple of 64."""
+    token_end: _builtins.int
+    """One past the last token, a multiple of 64."""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        token_begin: _builtins.int = ...,
+        token_end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "token_begin", b"token_begin", "token_end", b"token_end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldTokens: _TypeAlias = HeldTokens  # noqa: Y015
 
 @_typing.final
 class ShardPlacement(_message.Message):
