@@ -8,7 +8,7 @@ SUITE  ?=
 # A suite is a folder or a file of tests/acceptance.
 SUITE_PATH = $(if $(SUITE),$(firstword $(wildcard tests/acceptance/$(SUITE) tests/acceptance/test_$(SUITE).py)))
 STAMP  := $(VENV)/.sps2-setup-$(EXTRAS)
-ROOTS  := service layout kernels engine router prefill_worker decode_worker kv_directory client cli $(wildcard bench gateway) scripts tests
+ROOTS  := service layout kernels engine router prefill_worker decode_worker kv_directory client cli $(wildcard bench gateway) scripts examples tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint fmt types imports proto proto-check chart helm acceptance audit clean
@@ -43,11 +43,13 @@ imports: setup  ## check that imports run downward only
 types: setup  ## mypy --strict
 	$(VENV)/bin/mypy $(ROOTS)
 
-proto: setup  ## regenerate the stubs under protos/python
+proto: setup  ## regenerate the stubs under protos/python, and docs/api.md
 	$(PY) scripts/generate_protos.py
+	$(PY) scripts/generate_api_docs.py
 
 proto-check: setup  ## fail when the committed stubs differ from the protos
 	$(PY) scripts/generate_protos.py --check
+	$(PY) scripts/generate_api_docs.py --check
 
 chart: setup  ## regenerate the chart's README and the flags in its schema
 	$(PY) -m scripts.generate_chart

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sps2_cli.connect import open_async_client
 from sps2_cli.documents import generation_document
 from sps2_cli.exits import ExitCode, error_document, exit_code
 from sps2_cli.prompts import Prompt
@@ -22,7 +23,7 @@ async def run_batch(server: str, prompts: Sequence[Prompt], timeout: Timeouts, c
     """
     codes: dict[int, ExitCode] = {}
     queue = iter(enumerate(prompts))
-    async with AsyncClient(server) as client, asyncio.TaskGroup() as tasks:
+    async with open_async_client(server) as client, asyncio.TaskGroup() as tasks:
         for _ in range(min(concurrency, len(prompts))):
             tasks.create_task(_work(client, queue, timeout, codes))
     return codes[min(codes)] if codes else ExitCode.DONE

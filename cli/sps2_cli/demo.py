@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sps2_cli.connect import open_client
 from sps2_cli.documents import bytes_line, duration, generation_document
 from sps2_cli.exits import ExitCode, reporting
 from sps2_cli.facts import Task, is_right, load_facts, plant
@@ -76,7 +77,7 @@ def demo(
         with (
             reporting(as_json=as_json),
             deployment(folder, prefill, decode, ready_timeout) as address,
-            Client(address) as client,
+            open_client(address) as client,
         ):
             text = excerpt(client, (folder / "prompt.txt").read_text(encoding="utf-8"), prompt_tokens)
             task = plant(text, load_facts(folder / "facts.json"), random.Random(seed))

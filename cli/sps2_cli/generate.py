@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from sps2_cli.batch import run_batch
+from sps2_cli.connect import open_client
 from sps2_cli.documents import generation_document, usage_line
 from sps2_cli.exits import reporting
 from sps2_cli.options import DEFAULT_ADDRESS, Json, Server, parse_logit_bias, parse_token_ids
-from sps2_cli.prompts import STDIN, Prompt, PromptError, parse_lines, read_text
+from sps2_cli.prompts import STDIN, Prompt, PromptError, as_chat, parse_lines, read_text
 from sps2_cli.terminal import waiting
-from sps2_client import Client, Event, GenerationOptions, Stream, TextDelta, Timeouts
+from sps2_client import Event, GenerationOptions, Stream, TextDelta, Timeouts
 
 
 def generate(
@@ -26,8 +27,14 @@ def generate(
     token_ids: Annotated[str | None, typer.Option(help="The prompt as token ids, as in 5,17,9.")] = None,
     prompts_file: Annotated[
         str | None,
-        typer.Option(help="JSON lines: a string, or {prompt | token_ids, max_tokens, ...}; - is stdin."),
+        typer.Option(
+            help="JSON lines: a string, or {prompt | token_ids | messages, max_tokens, ...}; - is stdin."
+        ),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message, for the model's chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system's message before it.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once, with --prompts-file.")] = 4,
     max_tokens: Annotated[
         int | None, typer.Option(help="Most tokens to generate.", show_default="256")
@@ -97,6 +104,7 @@ def generate(
     sps2 generate --prompt "A name for a cat:" --temperature 1 --n 5 --stop "." --max-tokens 16
     cat book.txt | sps2 generate -
     sps2 generate --prompt-file book.txt --profile exact --json
+    sps2 generate --chat --system "Be brief." --prompt "What is a cat?"
     sps2 generate --prompts-file prompts.jsonl --concurrency 8 > answers.jsonl
     ```
     """
@@ -125,6 +133,8 @@ def generate(
         }
         limits = Timeouts(timeout, first_token_timeout, between_tokens_timeout)
         prompts = _prompts(stdin, prompt, prompt_file, token_ids, prompts_file, options)
+        if chat or system is not None:
+            prompts = [_chat(prompts[0], prompts_file, system, chat=chat)]
     except ValueError as error:  # PromptError, and numbers that are none
         raise typer.BadParameter(str(error)) from error
     if prompts_file is not None:
@@ -133,7 +143,7 @@ def generate(
         raise typer.Exit(asyncio.run(run_batch(server, prompts, limits, concurrency)))
     if request_id is not None:
         options["request_id"] = request_id
-    with reporting(as_json=as_json), Client(server) as client:
+    with reporting(as_json=as_json), open_client(server) as client:
         only = prompts[0]
         with client.stream(only.text, timeout=limits, **only.options) as stream:
             _print_answer(stream, as_json=as_json, several=(n or 1) > 1)
@@ -160,6 +170,15 @@ def _prompts(
         return [Prompt(None, options)]
     source = stdin or prompt_file
     return [Prompt(prompt if source is None else read_text(source), options)]
+
+
+def _chat(prompt: Prompt, prompts_file: str | None, system: str | None, *, chat: bool) -> Prompt:
+    if not chat:
+        raise PromptError("--system goes with --chat")
+    if prompts_file is not None or prompt.text is None:
+        raise PromptError("--chat goes with a prompt that is text; lines of --prompts-file have `messages`")
+    prompt.options["messages"] = as_chat(prompt.text, system)
+    return Prompt(None, prompt.options)
 
 
 def _print_answer(stream: Stream, *, as_json: bool, several: bool) -> None:

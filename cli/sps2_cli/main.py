@@ -2,6 +2,7 @@
 
 import typer
 
+from sps2_cli.connect import connect_options
 from sps2_cli.demo import demo
 from sps2_cli.drain import drain
 from sps2_cli.generate import generate
@@ -33,6 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(connect_options)
 app.command()(up)
 app.command()(generate)
 app.command()(status)

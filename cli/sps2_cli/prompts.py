@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from sps2_client import GenerationOptions
+from sps2_client import ChatMessage, GenerationOptions
 
 STDIN = "-"
 
@@ -42,8 +42,14 @@ def read_text(source: str) -> str:
         raise PromptError(f"{source} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
+def as_chat(text: str, system: str | None) -> list[ChatMessage]:
+    """A prompt as a user's turn, behind what the system says."""
+    before: list[ChatMessage] = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": text}]
+
+
 def parse_lines(lines: Iterable[str], defaults: GenerationOptions) -> list[Prompt]:
-    """One prompt for each line: a JSON string, or an object with `prompt` or `token_ids` and any options.
+    """One prompt for each line: a JSON string, or an object with `prompt`, `token_ids` or `messages` and any options.
 
     Raises:
         PromptError: a line is wrong; names its number.
@@ -67,11 +73,12 @@ def _parse_line(line: str, defaults: GenerationOptions) -> Prompt:
     if not isinstance(record, dict):
         raise PromptError("neither a string nor an object")
     text = record.pop("prompt", None)
+    sources = [text, record.get("token_ids"), record.get("messages")]
     unknown = record.keys() - get_type_hints(GenerationOptions).keys()
     if unknown:
         raise PromptError(f"unknown keys {', '.join(sorted(unknown))}")
-    if (text is None) == (record.get("token_ids") is None):
-        raise PromptError("give exactly one of prompt and token_ids")
+    if sources.count(None) != 2:
+        raise PromptError("give exactly one of prompt, token_ids and messages")
     if text is not None and not isinstance(text, str):
         raise PromptError("prompt is not a string")
     if isinstance(bias := record.get("logit_bias"), dict):

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from sps2_cli.connect import open_client
 from sps2_cli.documents import duration
 from sps2_cli.exits import reporting
 from sps2_cli.options import DEFAULT_ADDRESS, Json, Server
-from sps2_client import Client
 
 
 def resize(
@@ -32,7 +32,7 @@ def resize(
     sps2 resize my-request --degree 2 --rank 1 --rank 3
     ```
     """
-    with reporting(as_json=as_json), Client(server) as client:
+    with reporting(as_json=as_json), open_client(server) as client:
         done = client.resize(request_id, degree, ranks=rank or ())
         if as_json:
             sys.stdout.write(json.dumps(asdict(done)) + "\n")

@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
+from sps2_cli.connect import open_client
 from sps2_cli.documents import status_document
 from sps2_cli.exits import reporting
 from sps2_cli.options import DEFAULT_ADDRESS, Json, Server
@@ -37,7 +38,7 @@ def status(
     sps2 status --json | jq '.pools.decode[].ranks[].kv_blocks_used'
     ```
     """
-    with reporting(as_json=as_json), Client(server) as client:
+    with reporting(as_json=as_json), open_client(server) as client:
         documents = _documents(client, server, interval if watch else None)
         if as_json:
             for document in documents:

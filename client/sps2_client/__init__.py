@@ -12,6 +12,7 @@ with Client("127.0.0.1:50051") as client:
 from sps2_client._async_client import AsyncClient
 from sps2_client._async_stream import AsyncStream
 from sps2_client._client import Client
+from sps2_client._credentials import TLS, Token
 from sps2_client._errors import (
     Aborted,
     AlreadyExists,
@@ -41,17 +42,19 @@ from sps2_client._errors import (
     Unimplemented,
 )
 from sps2_client._options import Timeouts
-from sps2_client._requests import GenerationOptions
+from sps2_client._requests import ChatMessage, GenerationOptions
 from sps2_client._stream import Stream
 from sps2_client._types import (
     BytesMoved,
     Choice,
+    ClusterChange,
     ClusterState,
     Event,
     Finished,
     FinishReason,
     Generation,
     Model,
+    Progress,
     Resized,
     TextDelta,
     Timings,
@@ -62,6 +65,7 @@ from sps2_client._types import (
 )
 
 __all__ = [
+    "TLS",
     "Aborted",
     "AlreadyExists",
     "AsyncClient",
@@ -69,8 +73,10 @@ __all__ = [
     "BetweenTokensTimeout",
     "BytesMoved",
     "Cancelled",
+    "ChatMessage",
     "Choice",
     "Client",
+    "ClusterChange",
     "ClusterState",
     "ConnectionFailed",
     "ConnectionLost",
@@ -89,6 +95,7 @@ __all__ = [
     "NotFound",
     "OutOfRange",
     "PermissionDenied",
+    "Progress",
     "ProtocolError",
     "Received",
     "Resized",
@@ -101,6 +108,7 @@ __all__ = [
     "Timeout",
     "Timeouts",
     "Timings",
+    "Token",
     "TokenLogprob",
     "TotalTimeout",
     "Unauthenticated",

@@ -1,11 +1,19 @@
 """Messages of the wire to the SDK's dataclasses. Pure."""
 
-from sps2.v1 import cluster_pb2, cluster_service_pb2, generation_pb2, model_service_pb2
+from sps2.v1 import (
+    cluster_pb2,
+    cluster_service_pb2,
+    generation_pb2,
+    inference_service_pb2,
+    model_service_pb2,
+)
 from sps2_client._types import (
     BytesMoved,
+    ClusterChange,
     ClusterState,
     FinishReason,
     Model,
+    Progress,
     Resized,
     Timings,
     TokenLogprob,
@@ -27,6 +35,11 @@ STATES: dict[int, str] = {
     cluster_pb2.WORKER_STATE_STARTING: "starting",
     cluster_pb2.WORKER_STATE_READY: "ready",
     cluster_pb2.WORKER_STATE_DRAINING: "draining",
+}
+
+PHASES: dict[int, str] = {
+    number: name.removeprefix("GENERATION_PHASE_").lower()
+    for name, number in inference_service_pb2.GenerationPhase.items()
 }
 
 
@@ -118,4 +131,27 @@ def cluster_state(message: cluster_service_pb2.GetClusterStateResponse) -> Clust
         directory_connected=message.directory_connected,
         num_requests_live=message.num_requests_live,
         num_requests_by_group=dict(message.num_requests_by_group),
+    )
+
+
+def progress(message: inference_service_pb2.WatchGenerationResponse) -> Progress:
+    """How far a request is."""
+    return Progress(
+        phase=PHASES.get(message.phase, "unspecified"),
+        queue_position=message.queue_position,
+        prefill_fraction=message.prefill_fraction,
+        num_tokens=message.num_tokens,
+        attempt=message.attempt,
+    )
+
+
+def cluster_change(message: cluster_service_pb2.WatchClusterStateResponse) -> ClusterChange:
+    """What has changed of the cluster."""
+    return ClusterChange(
+        revision=message.revision,
+        snapshot=message.snapshot,
+        updated=tuple(worker(one) for one in message.updated),
+        removed=tuple(message.removed_worker_ids),
+        directory_connected=message.directory_connected,
+        num_requests_live=message.num_requests_live,
     )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 DEFAULT_UNARY_TIMEOUT_S = 10.0
 """For calls that only look something up."""
+DEFAULT_WATCH_TIMEOUT_S = 3600.0
+"""For calls that stream what happens."""
 RESIZE_TIMEOUT_S = 70.0
 """A little longer than the service itself waits for a resize."""
 

@@ -5,9 +5,18 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import TypedDict, Unpack
 
-from sps2.v1 import generation_pb2, inference_service_pb2
+from sps2.v1 import generation_pb2, inference_service_pb2, tokenizer_service_pb2
 
 NONCE_BYTES = 16
+
+
+class ChatMessage(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    """Who speaks: "system", "user", "assistant", or what else the model's template knows."""
+    content: str
+    """What is said."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -15,6 +24,8 @@ class GenerationOptions(TypedDict, total=False):
 
     token_ids: Sequence[int] | None
     """The prompt as token ids, in place of text."""
+    messages: Sequence[ChatMessage] | None
+    """The prompt as a conversation, for the model's own chat template, in place of text."""
     max_tokens: int | None
     """Most tokens to generate; None is the service's default (256)."""
     temperature: float | None
@@ -68,15 +79,15 @@ def stream_request(
     earlier try instead of clashing with it.
 
     Raises:
-        ValueError: neither or both of prompt and token_ids, or a value that the wire cannot carry.
+        ValueError: not exactly one of prompt, token_ids and messages, or a value that the wire cannot carry.
         TypeError: an unknown option, or a value of a wrong type; `stop` is a list, also of one string.
     """
     unknown = options.keys() - GenerationOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    token_ids = options.get("token_ids")
-    if (prompt is None) == (token_ids is None):
-        raise ValueError("give exactly one of prompt and token_ids")
+    token_ids, messages = options.get("token_ids"), options.get("messages")
+    if [prompt, token_ids, messages].count(None) != 2:
+        raise ValueError("give exactly one of prompt, token_ids and messages")
     if isinstance(
         options.get("stop"), str
     ):  # it is a sequence of strings, too, but not the one that is meant
@@ -111,7 +122,36 @@ def stream_request(
     )
     if prompt is not None:
         spec.text = prompt
+    elif messages is not None:
+        spec.chat.CopyFrom(chat_messages(messages))
     else:
         spec.token_ids.ids.extend(token_ids or ())
         spec.token_ids.SetInParent()  # an empty list is the service's to refuse
     return inference_service_pb2.StreamGenerateTextRequest(spec=spec)
+
+
+def chat_messages(messages: Sequence[ChatMessage]) -> generation_pb2.ChatMessages:
+    """A conversation as the wire has it.
+
+    Raises:
+        TypeError: a message has not exactly `role` and `content`, or they are no strings.
+    """
+    for message in messages:
+        if set(message) != {"role", "content"}:
+            raise TypeError("a message is a dictionary of role and content")
+    turns = (generation_pb2.ChatMessage(role=one["role"], content=one["content"]) for one in messages)
+    return generation_pb2.ChatMessages(messages=turns)
+
+
+def tokenize_request(
+    text: str | None, messages: Sequence[ChatMessage] | None, model: str
+) -> tokenizer_service_pb2.TokenizeTextRequest:
+    """The request of `tokenize`.
+
+    Raises:
+        ValueError: neither or both of text and messages.
+    """
+    if (text is None) == (messages is None):
+        raise ValueError("give exactly one of text and messages")
+    chat = None if messages is None else chat_messages(messages)
+    return tokenizer_service_pb2.TokenizeTextRequest(model=model, text=text or "", chat=chat)

@@ -108,6 +108,23 @@ Event: TypeAlias = TextDelta | Finished | UsageReport
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a live request has come."""
+
+    phase: str
+    """ "queued", "reserving" (it waits for room for its KV), "prefilling", "transferring", "decoding", "ended", or
+    "unspecified" where the service knows a phase that this SDK does not."""
+    queue_position: int
+    """Requests of its router that get a place before it."""
+    prefill_fraction: float
+    """Part of the prompt that is computed, 0 to 1."""
+    num_tokens: int
+    """Tokens sent to its client, of all choices."""
+    attempt: int
+    """Try that is under way, from 1; 0 before the first."""
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One whole answer."""
 
@@ -244,3 +261,21 @@ class ClusterState:
     """Requests that this router is serving."""
     num_requests_by_group: Mapping[str, int]
     """The same by group name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterChange:
+    """The cluster's state (first), or what has changed of it."""
+
+    revision: int
+    """Of the workers' state after it, as the directory counts."""
+    snapshot: bool
+    """Whether `updated` has every worker."""
+    updated: tuple[Worker, ...]
+    """Workers that are new or have changed, ordered by id."""
+    removed: tuple[str, ...]
+    """Ids of workers that have left."""
+    directory_connected: bool
+    """Whether the router's view is live."""
+    num_requests_live: int
+    """Requests that this router is serving."""

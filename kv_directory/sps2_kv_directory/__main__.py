@@ -13,7 +13,7 @@ from sps2_kv_directory.store import Store
 from sps2_kv_directory.watch import WatchHub
 from sps2_service.config import load_config
 from sps2_service.run import EXIT_FAILED, prepare_process, run_service
-from sps2_service.server import ServiceServer
+from sps2_service.server import ServerOptions, server_for
 
 SERVICE = kv_directory_service_pb2.DESCRIPTOR.services_by_name["KvDirectoryService"]
 
@@ -41,7 +41,7 @@ async def serve(config: DirectoryConfig) -> int:
         await server.set_serving(False)
         hub.close()  # watches never end by themselves; the other calls are short
 
-    server = ServiceServer(with_reflection=config.reflection)
+    server = server_for(config, ServerOptions(max_connection_age_s=config.max_connection_age_s))
     server.add(servicer, SERVICE)
     try:
         return await run_service(server, config, background=background, drain=drain)

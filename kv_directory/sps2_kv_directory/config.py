@@ -45,6 +45,9 @@ class DirectoryConfig(ServiceConfig):
     """File that holds the password for Redis, in place of the variable."""
     namespace: str = "sps2"
     """First part of every key; one Redis may hold several directories."""
+    max_connection_age_s: float | None = setting(1800.0, minimum=1)
+    """Seconds after which a connection is closed once its calls have ended, so that callers find new replicas; empty:
+    never."""
     lease_ttl_s: float = setting(5.0, minimum=0.5)
     """Seconds until a worker's lease ends without renewal."""
     renew_interval_s: float = setting(1.0, minimum=0.05)
@@ -59,6 +62,7 @@ class DirectoryConfig(ServiceConfig):
     """Longest wait for Redis; then renewals are answered DEGRADED and other calls UNAVAILABLE."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_url(self.redis)  # raises ValueError
         if self.redis_password is not None and self.redis_password_file is not None:
             raise ValueError("give the password of Redis or its file, not both")

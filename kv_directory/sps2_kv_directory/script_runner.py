@@ -27,11 +27,11 @@ T = TypeVar("T")
 # The order in which the prelude names them.
 KEY_NAMES = (
     "directory", "workers", "worker_leases", "changes", "requests", "request_leases", "epochs",
-    "prefixes", "prefix_index", "sweeps",
+    "prefixes", "prefix_index", "sweeps", "admissions", "admission_leases",
 )  # fmt: skip
 SCRIPT_NAMES = (
     "register", "renew", "deregister", "draw_epoch", "record_shards", "locate", "release", "state", "changes",
-    "expire", "record_prefix", "find_prefix", "evict_prefix",
+    "expire", "record_prefix", "find_prefix", "evict_prefix", "admit", "dismiss",
 )  # fmt: skip
 # Refusals of a living server that say "not now"; any other refusal is a bug in a script.
 AWAY_PREFIXES = ("OOM", "MISCONF", "BUSY", "LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN")

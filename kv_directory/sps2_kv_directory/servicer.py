@@ -13,6 +13,7 @@ from sps2_kv_directory.membership import Membership
 from sps2_kv_directory.store import Store
 from sps2_kv_directory.validation import (
     MAX_REQUEST_ID_CHARS,
+    check_admissions,
     check_attempt,
     check_epoch,
     check_holder,
@@ -88,9 +89,24 @@ class KvDirectoryServicer:
         return pb.RecordShardsResponse()
 
     async def LocateRequest(self, request: pb.LocateRequestRequest, _: Context) -> pb.LocateRequestResponse:
-        """Finds the newest attempt."""
+        """Finds the router that serves it, and its newest attempt."""
         check_id("request_id", request.request_id, MAX_REQUEST_ID_CHARS)
-        return pb.LocateRequestResponse(record=await self._store.locate(request.request_id))
+        return await self._store.locate(request.request_id)
+
+    async def AdmitRequests(self, request: pb.AdmitRequestsRequest, _: Context) -> pb.AdmitRequestsResponse:
+        """Tells which router serves which request."""
+        check_admissions(request.admissions)
+        results = await self._store.admit(request.admissions, request_lease_s(request.lease_s))
+        return pb.AdmitRequestsResponse(results=results)
+
+    async def DismissRequest(
+        self, request: pb.DismissRequestRequest, _: Context
+    ) -> pb.DismissRequestResponse:
+        """Forgets an admission."""
+        check_id("request_id", request.request_id, MAX_REQUEST_ID_CHARS)
+        check_id("call_id", request.call_id)
+        await self._store.dismiss(request.request_id, request.call_id)
+        return pb.DismissRequestResponse()
 
     async def ReleaseRequest(
         self, request: pb.ReleaseRequestRequest, _: Context

@@ -10,6 +10,8 @@
     prefixes         hash    key of a block -> its holders and their layouts
     prefix_index     zset    worker, token, key: what each worker told under which token
     sweeps           list    worker, token: what is void and is forgotten bit by bit
+    admissions       hash    request id -> the call that a router serves it by
+    admission_leases zset    request id -> end of its lease
 
 Every command raises Unavailable within its timeout when Redis is away.
 """
@@ -18,10 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sps2.internal.v1.kv_directory_service_pb2 import (
+    AdmissionResult,
+    AdmissionStatus,
     LeaseRenewal,
     LeaseStatus,
+    LocateRequestResponse,
     PrefixHolder,
     PrefixMatch,
+    RequestAdmission,
     RequestRecord,
 )
 from sps2.internal.v1.placement_pb2 import Attempt, AttentionLayout
@@ -85,10 +91,14 @@ class Expired:
     num_prefix_keys: int
     """Told by workers, or in epochs, that ended."""
 
+    num_admissions: int = 0
+    """Of calls whose router is gone."""
+
     @property
     def more(self) -> bool:
         """Whether there may be more to end now."""
-        return EXPIRIES_PER_SCRIPT in (self.num_workers, self.num_requests, self.num_prefix_keys)
+        counts = (self.num_workers, self.num_requests, self.num_prefix_keys, self.num_admissions)
+        return EXPIRIES_PER_SCRIPT in counts
 
 
 class Store:
@@ -155,19 +165,40 @@ class Store:
                 "STALE_ATTEMPT", f"attempt {attempt.number} was overtaken by a newer attempt or epoch"
             )
 
-    async def locate(self, request_id: str) -> RequestRecord:
-        """The newest attempt of a request.
+    async def admit(self, admissions: Sequence[RequestAdmission], lease_s: float) -> list[AdmissionResult]:
+        """Admits calls, or renews their leases; answers in order."""
+        args: list[str | bytes] = []
+        for one in admissions:
+            args += [one.request_id, one.call_id, one.nonce, str(int(one.renewal)), one.SerializeToString()]
+        reply = await self._runner.run("admit", round(lease_s * 1e6), *args)
+        return [_admission_result(*one) for one in zip(reply[::2], reply[1::2], strict=True)]
+
+    async def dismiss(self, request_id: str, call_id: str) -> None:
+        """Forgets an admission.
 
         Raises:
-            NotFound: none is recorded.
-            Unavailable: none has been recorded again since the data were lost.
+            NotFound: the request is not this call's.
         """
-        record = await self._runner.run("locate", request_id)
-        if record is None:
-            raise NotFound("UNKNOWN_REQUEST", "no attempt of this request is recorded")
-        if record == 0:
+        if await self._runner.run("dismiss", request_id, call_id) == LeaseStatus.LEASE_STATUS_NOT_FOUND:
+            raise NotFound("UNKNOWN_REQUEST", "this call is not admitted")
+
+    async def locate(self, request_id: str) -> LocateRequestResponse:
+        """The call that serves a request and its newest attempt, as far as they are known.
+
+        Raises:
+            NotFound: neither is recorded.
+            Unavailable: neither has been recorded again since the data were lost.
+        """
+        found = await self._runner.run("locate", request_id)
+        if found is None:
+            raise NotFound("UNKNOWN_REQUEST", "nothing of this request is recorded")
+        if found == 0:
             raise Unavailable("RECOVERING", "the directory lost its data; try again", retry_after=1.0)
-        return RequestRecord.FromString(record)
+        record, admission = found
+        return LocateRequestResponse(
+            record=RequestRecord.FromString(record) if record else None,
+            admission=RequestAdmission.FromString(admission) if admission else None,
+        )
 
     async def release(self, attempt: Attempt) -> None:
         """Forgets an attempt and older ones.
@@ -261,6 +292,12 @@ def _check_holder(status: "LeaseStatus.ValueType", holder: PrefixHolder) -> None
         raise Aborted(
             "STALE_EPOCH", f"worker {holder.worker_id!r} is in a newer incarnation or epoch than this one"
         )
+
+
+def _admission_result(status: int, other: bytes) -> AdmissionResult:
+    return AdmissionResult(
+        status=AdmissionStatus.ValueType(status), other=RequestAdmission.FromString(other) if other else None
+    )
 
 
 def _match(worker_id: bytes, incarnation: bytes, epoch: bytes, layout: bytes, num_keys: int) -> PrefixMatch:

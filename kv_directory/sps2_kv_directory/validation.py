@@ -3,7 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from sps2.internal.v1.kv_directory_service_pb2 import LeaseRenewal, PrefixHolder, RequestRecord
+from sps2.internal.v1.kv_directory_service_pb2 import (
+    LeaseRenewal,
+    PrefixHolder,
+    RequestAdmission,
+    RequestRecord,
+)
 from sps2.internal.v1.placement_pb2 import Attempt
 from sps2.v1.cluster_pb2 import WorkerInfo, WorkerState
 from sps2_service.errors import InvalidArgument
@@ -12,6 +17,8 @@ MAX_ID_CHARS = 128
 MAX_REQUEST_ID_CHARS = 64
 MAX_RENEWALS = 1024
 MAX_SHARDS = 4096
+MAX_ADMISSIONS = 256
+MAX_NONCE_BYTES = 32
 MAX_PREFIX_KEYS = 64
 MAX_PREFIX_KEY_BYTES = 64
 MAX_LAYOUT_BYTES = 1024
@@ -51,6 +58,19 @@ def check_renewals(renewals: Sequence[LeaseRenewal]) -> None:
         check_id(f"{field}.worker_id", renewal.worker_id)
         check_id(f"{field}.process_incarnation", renewal.process_incarnation)
         _check_vital(field, renewal)
+
+
+def check_admissions(admissions: Sequence[RequestAdmission]) -> None:
+    """At most MAX_ADMISSIONS calls."""
+    _require(len(admissions) <= MAX_ADMISSIONS, "admissions", f"must not be more than {MAX_ADMISSIONS}")
+    for index, one in enumerate(admissions):
+        field = f"admissions[{index}]"
+        check_id(f"{field}.request_id", one.request_id, MAX_REQUEST_ID_CHARS)
+        check_id(f"{field}.call_id", one.call_id)
+        check_id(f"{field}.router_address", one.router_address)
+        _require(
+            len(one.nonce) <= MAX_NONCE_BYTES, f"{field}.nonce", f"must not exceed {MAX_NONCE_BYTES} bytes"
+        )
 
 
 def check_attempt(field: str, attempt: Attempt) -> None:

@@ -1,12 +1,15 @@
 """python -m sps2_router: one router process."""
 
 import asyncio
+import os
 import sys
 
 from sps2_layout.profile_file import ProfileError
 from sps2_router.app import Router, served_model
+from sps2_router.chat_template import ChatTemplateError
 from sps2_router.config import RouterConfig
 from sps2_router.tokenizer import ModelTokenizer, TokenizerAbsentError
+from sps2_service.bearer import TokenFileError
 from sps2_service.config import load_config
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.model_folder import ModelFolder, ModelFolderError
@@ -22,21 +25,30 @@ async def serve(config: RouterConfig) -> int:
     """Runs until SIGTERM; the exit code."""
     model = served_model(ModelFolder(config.model), config.model_name)
     tokenizer = ModelTokenizer.from_folder(config.model, config.tokenizer_threads)
-    async with DirectoryClient(config.directory) as directory:
-        router = Router(config, model, tokenizer, directory.membership())
+    async with DirectoryClient(config.directory, tls=config.tls) as directory:
+        router = Router(config, model, tokenizer, directory.membership(), directory)
         try:
-            return await run_service(router.server, config, background=router.follow, drain=router.drain)
+            return await run_service(
+                router.server,
+                config,
+                on_started=router.started,
+                background=router.follow,
+                drain=router.drain,
+            )
         finally:
             await router.close()
 
 
 def main() -> int:
     """Entry point; exit code 1 and one line for a model folder or profile that cannot be served."""
+    os.environ["USE_TORCH"] = (
+        "0"  # transformers, which renders chat templates, would import it where it is installed
+    )
     config = load_config(RouterConfig, prog="python -m sps2_router", examples=EXAMPLES)
     prepare_process("router", config)
     try:
         return asyncio.run(serve(config))
-    except (ModelFolderError, TokenizerAbsentError, ProfileError) as error:
+    except (ModelFolderError, TokenizerAbsentError, ChatTemplateError, ProfileError, TokenFileError) as error:
         sys.stderr.write(f"sps2_router: {error}\n")
         return 1
 

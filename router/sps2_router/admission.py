@@ -5,12 +5,14 @@ loop only, so nothing here is locked.
 """
 
 import asyncio
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from sps2_router.progress import Progress
 from sps2_router.scope import CallScope
-from sps2_service.errors import Aborted, AlreadyExists, Cancelled, NotFound, Unavailable
+from sps2_service.errors import Aborted, AlreadyExists, Unavailable
 
 RETRY_SOON_S = 1.0
 
@@ -33,6 +35,14 @@ class LiveRequest:
     nonce: bytes
     scope: CallScope
     """Ends the call that serves it."""
+    tenant: str = ""
+    """Whose it is; empty where no tokens are asked for."""
+    call_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Of the call, among those of all routers."""
+    progress: Progress = field(default_factory=Progress)
+    """How far it has come."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the call is over."""
     last_attempt: int = 0
     """Number of the newest attempt; a call that takes this one's place counts on from here."""
 
@@ -72,7 +82,9 @@ class Admission:
         await self._empty.wait()
 
     @contextmanager
-    def register(self, request_id: str, nonce: bytes, scope: CallScope) -> Iterator[LiveRequest]:
+    def register(
+        self, request_id: str, nonce: bytes, scope: CallScope, tenant: str = ""
+    ) -> Iterator[LiveRequest]:
         """Holds the id while the block runs.
 
         A live request with the same id and nonce (not empty) is ended: this call is its retry, in its place.
@@ -81,7 +93,7 @@ class Admission:
             AlreadyExists: the id is live and the nonce is another.
             Unavailable: draining, or too many live requests.
         """
-        entry = LiveRequest(request_id, nonce, scope)
+        entry = LiveRequest(request_id, nonce, scope, tenant)
         earlier = self._live.get(request_id)
         self._check_door(replaces=earlier is not None)
         if earlier is not None:
@@ -91,6 +103,8 @@ class Admission:
         try:
             yield entry
         finally:
+            entry.progress.ended = True
+            entry.ended.set()
             if self._live.get(request_id) is entry:
                 del self._live[request_id]
             if not self._live:
@@ -132,23 +146,21 @@ class Admission:
         finally:
             self._num_queued_tokens -= num_prompt_tokens
 
-    def cancel(self, request_id: str) -> None:
-        """Ends a live request with CANCELLED.
+    def find(self, request_id: str) -> LiveRequest | None:
+        """The live request of this id, if it is here."""
+        return self._live.get(request_id)
 
-        Raises:
-            NotFound: no live request has this id here.
-        """
-        entry = self._live.get(request_id)
-        if entry is None:
-            raise NotFound("REQUEST_NOT_FOUND", f"no live request {request_id!r} on this router")
-        entry.scope.end(Cancelled("CANCELLED", f"request {request_id!r} was cancelled by CancelGeneration"))
+
+def request_id_live(request_id: str) -> AlreadyExists:
+    """Another call has the id, here or on another router."""
+    return AlreadyExists(
+        "REQUEST_ID_LIVE",
+        f"request id {request_id!r} is live; use another id, or the same nonce to retry that call",
+    )
 
 
 def _supersede(earlier: LiveRequest, entry: LiveRequest) -> None:
-    if not entry.nonce or entry.nonce != earlier.nonce:
-        raise AlreadyExists(
-            "REQUEST_ID_LIVE",
-            f"request id {entry.request_id!r} is live; use another id, or the same nonce to retry that call",
-        )
+    if not entry.nonce or entry.nonce != earlier.nonce or entry.tenant != earlier.tenant:
+        raise request_id_live(entry.request_id)
     entry.last_attempt = earlier.last_attempt
     earlier.scope.end(Aborted("SUPERSEDED", f"a retry of request {entry.request_id!r} took its place"))

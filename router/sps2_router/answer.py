@@ -41,6 +41,11 @@ class Answer:
         """That of the first attempt that committed."""
         self._bytes = generation_pb2.BytesMoved()
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens sent so far, of all choices."""
+        return sum(choice.num_tokens for choice in self._choices)
+
     async def relay(self, attempt: Attempt, request: Request) -> None:
         """Sends all that an attempt makes for the choices of `request`, the whole one or a part.
 

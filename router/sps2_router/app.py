@@ -14,12 +14,15 @@ from sps2.v1 import (
 from sps2_layout.profile_file import load_profile
 from sps2_router.admission import Admission
 from sps2_router.channels import LeaderChannels
+from sps2_router.claims import Claims, RequestDirectory
 from sps2_router.cluster_servicer import ClusterServicer
 from sps2_router.config import RouterConfig
 from sps2_router.dispatch import Dispatcher
 from sps2_router.front_door import FrontDoor
 from sps2_router.group_log import GroupLog
+from sps2_router.live_requests import LiveRequests
 from sps2_router.model_servicer import ModelServicer
+from sps2_router.peers import Peers
 from sps2_router.policies.base import Policy
 from sps2_router.policies.least_loaded import LeastLoaded
 from sps2_router.scheduler import Scheduler
@@ -27,15 +30,18 @@ from sps2_router.servicer import InferenceServicer
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.tokenizer_servicer import TokenizerServicer
 from sps2_router.types import ServedModel
+from sps2_service.bearer import BearerInterceptor, Tokens
 from sps2_service.directory_client import Membership
 from sps2_service.errors import Unavailable
 from sps2_service.model_folder import ModelFolder
-from sps2_service.server import ServiceServer
+from sps2_service.server import ServerOptions, ServiceServer
 
 POLICIES: dict[str, Callable[[], Policy]] = {"least_loaded": LeastLoaded}
 
 # How often health is looked at besides every change of the view: it also depends on time alone.
 HEALTH_INTERVAL_S = 0.5
+
+OPERATORS_ONLY = ("/sps2.v1.ClusterService/",)
 
 log = structlog.get_logger(__name__)
 
@@ -43,8 +49,17 @@ log = structlog.get_logger(__name__)
 class RouterServer(ServiceServer):
     """A server that is SERVING only while there are groups to serve with."""
 
-    def __init__(self, *, ready: Callable[[], bool], with_reflection: bool = False) -> None:
-        super().__init__(with_reflection=with_reflection)
+    def __init__(self, config: RouterConfig, ready: Callable[[], bool]) -> None:
+        """Raises TokenFileError."""
+        super().__init__(
+            tls=config.tls,
+            peers=config.tls_peers,
+            with_reflection=config.reflection,
+            options=ServerOptions(max_connection_age_s=config.max_connection_age_s),
+            interceptors=[BearerInterceptor(Tokens(config.auth_tokens), OPERATORS_ONLY)]
+            if config.auth_tokens
+            else [],
+        )
         self._ready = ready
         self._wanted = False
         self._said: bool | None = None
@@ -66,23 +81,37 @@ class Router:
     """One router. Made inside a running event loop; `server` is to be run, with `follow` beside it."""
 
     def __init__(
-        self, config: RouterConfig, model: ServedModel, tokenizer: ModelTokenizer, view: Membership
+        self,
+        config: RouterConfig,
+        model: ServedModel,
+        tokenizer: ModelTokenizer,
+        view: Membership,
+        directory: RequestDirectory,
     ) -> None:
         self._view = view
+        self._address = config.advertise
         self._tokenizer = tokenizer
         self._admission = Admission(config.admission_limits)
         self._scheduler = Scheduler(
             view, POLICIES[config.policy](), model.model_hash, config.scheduler_limits
         )
-        self._channels = LeaderChannels(self._live_addresses)
+        self._channels = LeaderChannels(self._live_addresses, config.tls)
         dispatcher = Dispatcher(
             self._admission, self._scheduler, self._channels, tokenizer, config.retry_limits
         )
         ladder = load_profile(config.profile)
-        door = FrontDoor(model, tokenizer, self._admission, dispatcher, config.time_limits, ladder)
-        self.server = RouterServer(ready=self._ready, with_reflection=config.reflection)
+        self._claims = Claims(directory, lambda: self._address)
+        peers = Peers(directory, self._channels, lambda: self._address)
+        door = FrontDoor(
+            model, tokenizer, self._admission, dispatcher, config.time_limits, ladder, self._claims, peers
+        )
+        self.server = RouterServer(config, self._ready)
         for servicer, file, name in (
-            (InferenceServicer(door, self._admission), inference_service_pb2, "InferenceService"),
+            (
+                InferenceServicer(door, LiveRequests(self._admission, peers)),
+                inference_service_pb2,
+                "InferenceService",
+            ),
             (ModelServicer(model), model_service_pb2, "ModelService"),
             (TokenizerServicer(model, tokenizer), tokenizer_service_pb2, "TokenizerService"),
             (
@@ -93,11 +122,16 @@ class Router:
         ):
             self.server.add(servicer, file.DESCRIPTOR.services_by_name[name])
 
+    async def started(self, address: str) -> None:
+        """Takes the address that it is bound to, unless it was told another one to be reached at."""
+        self._address = self._address or address
+
     async def follow(self) -> None:
         """Keeps the view, the scheduler and health up to date, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._view.run())
             tasks.create_task(self._follow_changes())
+            tasks.create_task(self._claims.run())
 
     async def _follow_changes(self) -> None:
         groups = GroupLog()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import grpc
 
 from sps2_service.channel import open_channel
+from sps2_service.tls import Tls
 
 
 @dataclass
@@ -18,8 +19,9 @@ class _Entry:
 class LeaderChannels:
     """Channels by address."""
 
-    def __init__(self, live_addresses: Callable[[], Collection[str]]) -> None:
-        """`live_addresses` gives the addresses that the membership view has now."""
+    def __init__(self, live_addresses: Callable[[], Collection[str]], tls: Tls | None = None) -> None:
+        """`live_addresses` gives the addresses that the membership view has now; `tls` None: plaintext."""
+        self._tls = tls
         self._live_addresses = live_addresses
         self._entries: dict[str, _Entry] = {}
 
@@ -29,7 +31,7 @@ class LeaderChannels:
         entry = self._entries.get(address)
         if entry is None:
             await self._close_unused()
-            entry = self._entries.setdefault(address, _Entry(open_channel(address)))
+            entry = self._entries.setdefault(address, _Entry(open_channel(address, tls=self._tls)))
         entry.num_users += 1
         try:
             yield entry.channel

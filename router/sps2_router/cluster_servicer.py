@@ -1,5 +1,7 @@
 """ClusterService on the wire: the router's view of the cluster, for operators."""
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -7,6 +9,7 @@ import grpc
 from sps2.v1 import cluster_service_pb2 as pb
 from sps2_router.admission import Admission
 from sps2_router.channels import LeaderChannels
+from sps2_router.cluster_watch import watch_cluster
 from sps2_router.drains import drain_group
 from sps2_router.resizes import resize_request
 from sps2_router.scheduler import Scheduler, WorkersView
@@ -34,6 +37,14 @@ class ClusterServicer:
             num_requests_live=self._admission.num_live,
             num_requests_by_group=self._scheduler.num_requests_by_group,
         )
+
+    async def WatchClusterState(  # noqa: N802
+        self, _: pb.WatchClusterStateRequest, __: Context
+    ) -> AsyncIterator[pb.WatchClusterStateResponse]:
+        """See cluster_service.proto."""
+        async with aclosing(watch_cluster(self._view, lambda: self._admission.num_live)) as changes:
+            async for change in changes:
+                yield change
 
     async def ResizeRequest(self, request: pb.ResizeRequestRequest, _: Context) -> pb.ResizeRequestResponse:  # noqa: N802
         """See cluster_service.proto."""

@@ -20,6 +20,14 @@ class RouterConfig(ServiceConfig):
     """Folder of the served model; its tokenizer and config are read, never its weights."""
     directory: str = setting()
     """HOST:PORT of the KV directory."""
+    advertise: str = ""
+    """HOST:PORT at which other routers reach this one; empty: the address it is bound to."""
+    auth_tokens: Path | None = None
+    """File of bearer tokens, read again when it changes: lines of TENANT SHA256 [operator] [until=TIME]. Without it
+    everybody may call."""
+    max_connection_age_s: float | None = setting(1800.0, minimum=1)
+    """Seconds after which a connection is closed once its calls have ended, so that clients find new routers; empty:
+    never."""
     model_name: str = ""
     """Name that requests use; empty: the folder's name."""
     profile: str = DEFAULT.name

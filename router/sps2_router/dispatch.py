@@ -53,6 +53,7 @@ class Dispatcher:
             ServiceError: what the last attempt has failed with, when they are used up.
         """
         answer = Answer(request, self._decoder, arrived_at, send)
+        live.progress.count_tokens = lambda: answer.num_tokens
         with ExitStack() as queue:
             queue.enter_context(self._admission.queue(request.num_prompt_tokens))
             await self._attempts(request, live, answer, Retries(self._limits), queue.close)
@@ -113,13 +114,14 @@ class Dispatcher:
         async with AsyncExitStack() as stack:
             try:
                 with live.scope.waiting():
-                    taken = await stack.enter_async_context(self._seat(request, retries))
+                    taken = await stack.enter_async_context(self._seat(request, live, retries))
             except Unavailable as error:
                 raise retries.no_group(error) from None
             retries.asked_at_us = retries.asked_at_us or _now_us()
             attempt = await stack.enter_async_context(
                 self._attempt(request, live, taken, retries.asked_at_us, on_prefill_started)
             )
+            live.progress.begun(attempt.handshake, attempt.number)
             try:
                 await attempt.commit()
                 await answer.relay(attempt, request)
@@ -130,7 +132,9 @@ class Dispatcher:
                 retries.had_room |= attempt.handshake.phase is not Phase.RESERVING
         return None
 
-    def _seat(self, request: Request, retries: Retries) -> AbstractAsyncContextManager[Seat]:
+    def _seat(
+        self, request: Request, live: LiveRequest, retries: Retries
+    ) -> AbstractAsyncContextManager[Seat]:
         # A request that lost its group waits for one; a new one is told at once that there is none.
         is_new = retries.asked_at_us is None
         return self._scheduler.seat(
@@ -139,6 +143,7 @@ class Dispatcher:
             turn=turn_us(retries.asked_at_us or _now_us(), request.priority),
             wait_s=self._limits.queue_wait_s if is_new else None,
             patient=bool(retries.avoid),
+            on_queued=live.progress.queued,
         )
 
     @asynccontextmanager

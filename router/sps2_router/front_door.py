@@ -6,23 +6,25 @@ The one place that knows the order: fields, id, tokenizing, context length, bloc
 import asyncio
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sps2.v1 import generation_pb2
 from sps2_layout.block_hash import block_hashes
 from sps2_layout.profiles import Ladder
-from sps2_router.admission import Admission
+from sps2_router.admission import Admission, LiveRequest
 from sps2_router.answer import Send
+from sps2_router.call import Call
+from sps2_router.claims import Claims
 from sps2_router.dispatch import Dispatcher
+from sps2_router.peers import Peers
+from sps2_router.prompt_ids import ids_of_chat, ids_of_text
+from sps2_router.relay import Event
 from sps2_router.scope import CallScope
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.types import ServedModel
-from sps2_router.validation import check_fields, check_text_length, resolve
+from sps2_router.validation import check_fields, resolve
 from sps2_service.telemetry import bound_request
-
-TENANT_SALT = b"sps2"
-"""Blocks are shared among requests of one salt: all of a deployment's, while requests name no tenant."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class FrontDoor:
         dispatcher: Dispatcher,
         limits: TimeLimits,
         ladder: Ladder,
+        claims: Claims,
+        peers: Peers,
     ) -> None:
         """`ladder` is the attention profile of requests that name none."""
         self._model = model
@@ -54,13 +58,15 @@ class FrontDoor:
         self._dispatcher = dispatcher
         self._limits = limits
         self._ladder = ladder
+        self._claims = claims
+        self._peers = peers
 
-    async def generate(self, spec: generation_pb2.GenerationSpec, time_left: float | None, send: Send) -> str:
+    async def generate(self, spec: generation_pb2.GenerationSpec, call: Call, send: Send) -> str:
         """Serves one call and returns the request's id.
 
         Args:
             spec: As it came.
-            time_left: Seconds until the client's deadline; None without one.
+            call: What came with it.
             send: Gets each event; not called before the commit point.
 
         Raises:
@@ -69,22 +75,53 @@ class FrontDoor:
         arrived_at = asyncio.get_running_loop().time()
         check_fields(spec, self._model)
         request_id = spec.request_id or uuid.uuid4().hex
-        total_s = self._limits.total_s if time_left is None else min(time_left, self._limits.total_s)
+        tenant, limit = call.caller.tenant, self._limits.total_s
+        total_s = limit if call.time_left is None else min(call.time_left, limit)
         with (
             bound_request(request_id),
             CallScope(total_s=total_s, silence_s=self._limits.silence_s) as scope,
-            self._admission.register(request_id, spec.nonce, scope) as live,
+            self._admission.register(request_id, spec.nonce, scope, tenant) as live,
         ):
-            prompt_ids = await self._prompt_ids(spec)
-            seed = secrets.randbits(64)
-            request = resolve(spec, request_id, prompt_ids, self._model, seed, self._ladder)
-            # On a thread: 1.5 ms for 64k tokens, which the streams of others need not wait for.
-            hashes = await asyncio.to_thread(block_hashes, prompt_ids, self._model.model_hash, TENANT_SALT)
-            await self._dispatcher.serve(replace(request, block_hashes=hashes), live, arrived_at, send)
+            async with self._claims.hold(
+                live, lambda earlier: self._peers.supersede(earlier, call.authorization)
+            ) as settled:
+                await self._serve(spec, live, arrived_at, _after(settled, send))
         return request_id
+
+    async def _serve(
+        self, spec: generation_pb2.GenerationSpec, live: LiveRequest, arrived_at: float, send: Send
+    ) -> None:
+        prompt_ids = await self._prompt_ids(spec)
+        seed = secrets.randbits(64)
+        request = resolve(spec, live.request_id, prompt_ids, self._model, seed, self._ladder)
+        # On a thread: 1.5 ms for 64k tokens, which the streams of others need not wait for.
+        salt = tenant_salt(live.tenant)
+        hashes = await asyncio.to_thread(block_hashes, prompt_ids, self._model.model_hash, salt)
+        request = replace(request, block_hashes=hashes, tenant=live.tenant)
+        await self._dispatcher.serve(request, live, arrived_at, send)
 
     async def _prompt_ids(self, spec: generation_pb2.GenerationSpec) -> Sequence[int]:
         if spec.HasField("text"):
-            check_text_length(spec.text, self._tokenizer.longest_token, self._model)
-            return await self._tokenizer.encode(spec.text)
+            return await ids_of_text(spec.text, self._tokenizer, self._model, "spec.text")
+        if spec.HasField("chat"):
+            return await ids_of_chat(spec.chat, self._tokenizer, self._model, "spec.chat")
         return spec.token_ids.ids
+
+
+def tenant_salt(tenant: str) -> bytes:
+    """Blocks are shared among requests of one salt: a tenant's own, or all where no tokens are asked for."""
+    return b"sps2" + tenant.encode()
+
+
+def _after(settled: Callable[[], Awaitable[None]], send: Send) -> Send:
+    """The same, but nothing goes out before it is settled whose the request is."""
+    is_settled = False
+
+    async def send_after(event: Event) -> None:
+        nonlocal is_settled
+        if not is_settled:
+            await settled()
+            is_settled = True
+        await send(event)
+
+    return send_after

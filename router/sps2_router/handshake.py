@@ -51,6 +51,8 @@ class Handshake:
     placement: placement_pb2.Placement | None = None
     first_token: prefill_service_pb2.FirstToken | None = None
     prefill_started_at: float | None = None
+    prefill_fraction: float = 0.0
+    """Of the prompt, as last heard."""
     first_token_at: float | None = None
     committed_at: float | None = None
     delivered: prefill_service_pb2.PrefillDelivered = field(
@@ -91,6 +93,7 @@ class Handshake:
             return Step.NOTHING
         if self.placement is not None and event in {"started", "progress"}:
             self._note_start(now)
+            self.prefill_fraction = max(self.prefill_fraction, response.progress.fraction)
             return Step.NOTHING
         if self.phase is Phase.PREFILLING and event == "first_token":
             self._note_start(now)
@@ -106,6 +109,7 @@ class Handshake:
         if len(choices) != self.num_choices:
             raise Internal("CHOICE_COUNT", f"prefill sampled {len(choices)} of {self.num_choices} choices")
         self.first_token = token
+        self.prefill_fraction = 1.0
         self.first_token_at = now
         if all(choice.finish_reason for choice in choices):
             self.phase = Phase.FINISHED

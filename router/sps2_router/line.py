@@ -16,6 +16,11 @@ class Place:
         """Set when it has become the first."""
         self._line = line
 
+    @property
+    def position(self) -> int:
+        """Waiters before it."""
+        return self._line.position(self)
+
     async def first(self) -> None:
         """Returns when nobody is before it, perhaps at once; another may come before it later."""
         while self._line.first is not self:
@@ -34,6 +39,10 @@ class Line:
     def first(self) -> Place | None:
         """Whose turn it is."""
         return self._places[0] if self._places else None
+
+    def position(self, place: Place) -> int:
+        """Waiters before one; 0 also when it waits no more."""
+        return self._places.index(place) if place in self._places else 0
 
     @contextmanager
     def place(self, turn: int) -> Iterator[Place]:

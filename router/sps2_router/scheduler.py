@@ -7,7 +7,7 @@ Knows groups and counts; nothing about calls. Used on one event loop only.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,6 +28,8 @@ class WorkersView(Protocol):
 
     connected: bool
     """Whether the view is being kept up; otherwise it is what was last heard."""
+    revision: int
+    """Of the workers' state, as the directory counts."""
 
     @property
     def workers(self) -> Mapping[str, cluster_pb2.WorkerInfo]:
@@ -104,6 +106,7 @@ class Scheduler:
         turn: int = 0,
         wait_s: float | None = None,
         patient: bool = False,
+        on_queued: Callable[[Place], None] = lambda _: None,
     ) -> AsyncIterator[Seat]:
         """Waits for its turn and for a group with room, and holds the place while the block runs.
 
@@ -113,6 +116,7 @@ class Scheduler:
             turn: The lower goes first; of equal ones the one that came first.
             wait_s: Longest wait in seconds; None is without end.
             patient: Wait for a pair of ready groups instead of failing when there is none.
+            on_queued: Gets its place in the line.
 
         Raises:
             Unavailable: no ready groups, or the wait was too long.
@@ -122,6 +126,7 @@ class Scheduler:
         try:
             async with asyncio.timeout(wait_s):
                 with self._line.place(turn) as place:
+                    on_queued(place)
                     seat = Seat(await self._next_pair(place, avoid, patient=patient), num_prompt_tokens)
                     self._seats.add(seat)
         except TimeoutError:

@@ -1,12 +1,15 @@
 """InferenceService on the wire: unpack, call, pack."""
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 
 from sps2.v1 import inference_service_pb2 as pb
-from sps2_router.admission import Admission
+from sps2_router.call import Call
 from sps2_router.front_door import FrontDoor
+from sps2_router.live_requests import LiveRequests
 from sps2_router.relay import Event
 from sps2_router.validation import check_request_id
 
@@ -20,9 +23,9 @@ class InferenceServicer:
     typed error can take its place, also while a client that does not read holds up a write.
     """
 
-    def __init__(self, door: FrontDoor, admission: Admission) -> None:
+    def __init__(self, door: FrontDoor, live_requests: LiveRequests) -> None:
         self._door = door
-        self._admission = admission
+        self._live_requests = live_requests
 
     async def GenerateText(  # noqa: N802
         self, request: pb.GenerateTextRequest, context: Context
@@ -47,19 +50,28 @@ class InferenceServicer:
                 case "usage":
                     answer.usage.CopyFrom(event.usage)
 
-        answer.request_id = await self._door.generate(request.spec, context.time_remaining(), add)
+        answer.request_id = await self._door.generate(request.spec, Call.of(context), add)
         for choice, parts in zip(choices, texts, strict=True):
             choice.text = "".join(parts)
         return answer
 
     async def StreamGenerateText(self, request: pb.StreamGenerateTextRequest, context: Context) -> None:  # noqa: N802
         """See inference_service.proto."""
-        await self._door.generate(request.spec, context.time_remaining(), context.write)
+        await self._door.generate(request.spec, Call.of(context), context.write)
+
+    async def WatchGeneration(  # noqa: N802
+        self, request: pb.WatchGenerationRequest, context: Context
+    ) -> AsyncIterator[pb.WatchGenerationResponse]:
+        """See inference_service.proto."""
+        check_request_id(request.request_id, "request_id")
+        async with aclosing(self._live_requests.watch(request.request_id, Call.of(context))) as responses:
+            async for response in responses:
+                yield response
 
     async def CancelGeneration(  # noqa: N802
-        self, request: pb.CancelGenerationRequest, _: Context
+        self, request: pb.CancelGenerationRequest, context: Context
     ) -> pb.CancelGenerationResponse:
         """See inference_service.proto."""
         check_request_id(request.request_id, "request_id")
-        self._admission.cancel(request.request_id)
+        await self._live_requests.cancel(request.request_id, Call.of(context))
         return pb.CancelGenerationResponse()

@@ -5,9 +5,10 @@ from typing import Any
 import grpc
 
 from sps2.v1 import tokenizer_service_pb2 as pb
+from sps2_router.prompt_ids import ids_of_chat, ids_of_text
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.types import ServedModel
-from sps2_router.validation import check_model, check_text_length, check_token_ids
+from sps2_router.validation import check_model, check_token_ids
 from sps2_service.errors import InvalidArgument
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -23,10 +24,13 @@ class TokenizerServicer:
     async def TokenizeText(self, request: pb.TokenizeTextRequest, _: Context) -> pb.TokenizeTextResponse:  # noqa: N802
         """See tokenizer_service.proto."""
         check_model(request.model, self._model)
-        if not request.text:
-            raise InvalidArgument.of_field("text", "is empty; send at least one character")
-        check_text_length(request.text, self._tokenizer.longest_token, self._model, "text")
-        return pb.TokenizeTextResponse(token_ids=await self._tokenizer.encode(request.text))
+        if request.text and request.HasField("chat"):
+            raise InvalidArgument.of_field("chat", "is set and text too; send one of them")
+        if request.HasField("chat"):
+            ids = await ids_of_chat(request.chat, self._tokenizer, self._model, "chat")
+        else:
+            ids = await ids_of_text(request.text, self._tokenizer, self._model, "text")
+        return pb.TokenizeTextResponse(token_ids=ids)
 
     async def DetokenizeTokens(  # noqa: N802
         self, request: pb.DetokenizeTokensRequest, _: Context

@@ -84,6 +84,8 @@ class Request:
     """Tokens that its only choice has from earlier attempts; an attempt goes on behind them."""
     priority: int = 0
     """Steps of 10 s that it goes before others; see `sps2_service.turns`."""
+    tenant: str = ""
+    """Whose it is; empty where no tokens are asked for."""
 
     def __post_init__(self) -> None:
         """A request without a prompt cannot be served."""

@@ -16,6 +16,8 @@ from sps2_service.turns import MAX_PRIORITY
 
 MAX_REQUEST_ID_CHARS = 64
 MAX_NONCE_BYTES = 32
+MAX_CHAT_MESSAGES = 1024
+MAX_ROLE_CHARS = 64
 DEFAULT_MAX_TOKENS = 256
 
 
@@ -76,6 +78,8 @@ def _check_prompt(spec: generation_pb2.GenerationSpec, model: ServedModel) -> No
         case "text":
             if not spec.text:
                 raise InvalidArgument.of_field("spec.text", "is empty; send at least one character")
+        case "chat":
+            check_chat(spec.chat, "spec.chat")
         case "token_ids":
             ids = spec.token_ids.ids
             if not ids:
@@ -83,7 +87,7 @@ def _check_prompt(spec: generation_pb2.GenerationSpec, model: ServedModel) -> No
             _check_room(len(ids), model)  # before millions of them are looked at
             check_token_ids(ids, "spec.token_ids.ids", model)
         case _:
-            raise InvalidArgument.of_field("spec.prompt", "is missing; set one of text and token_ids")
+            raise InvalidArgument.of_field("spec.prompt", "is missing; set one of text, token_ids and chat")
 
 
 def check_token_ids(ids: Sequence[int], field: str, model: ServedModel) -> None:
@@ -96,17 +100,36 @@ def check_token_ids(ids: Sequence[int], field: str, model: ServedModel) -> None:
         )
 
 
-def check_text_length(text: str, longest_token: int, model: ServedModel, field: str = "spec.text") -> None:
+def check_chat(chat: generation_pb2.ChatMessages, field: str) -> None:
+    """Raises InvalidArgument unless there are messages with roles, and no template of the caller's."""
+    if chat.chat_template:
+        raise InvalidArgument.of_field(
+            f"{field}.chat_template", "is set; only the model's own template is run: leave it empty"
+        )
+    if not 1 <= len(chat.messages) <= MAX_CHAT_MESSAGES:
+        raise InvalidArgument.of_field(
+            f"{field}.messages", f"has {len(chat.messages)} messages; send 1 to {MAX_CHAT_MESSAGES}"
+        )
+    for index, message in enumerate(chat.messages):
+        role = message.role
+        if not (0 < len(role) <= MAX_ROLE_CHARS and role.isascii() and role.isprintable()):
+            raise InvalidArgument.of_field(
+                f"{field}.messages[{index}].role",
+                f"must be 1 to {MAX_ROLE_CHARS} printable ASCII characters, such as user or assistant",
+            )
+
+
+def check_text_length(num_chars: int, longest_token: int, model: ServedModel, field: str) -> None:
     """Refuses what cannot fit the context before time and memory are spent on tokenizing it.
 
     Raises:
         OutOfRange: more characters than `context_length` tokens of `longest_token` characters have.
     """
     limit = model.context_length * longest_token
-    if len(text) > limit:
+    if num_chars > limit:
         raise _too_long(
             field,
-            f"is {len(text)} characters long; no text of more than {limit} fits the context of "
+            f"is {num_chars} characters long; no text of more than {limit} fits the context of "
             f"{model.context_length} tokens: shorten it",
             model.context_length,
         )
@@ -135,7 +158,7 @@ def resolve(
         InvalidArgument: the text has no tokens, or min_tokens is above max_tokens.
     """
     if not prompt_ids:
-        raise InvalidArgument.of_field("spec.text", "has no tokens; send text that is not empty")
+        raise InvalidArgument.of_field("spec.prompt", "has no tokens; send text that is not empty")
     max_tokens = _fit(spec.stop, len(prompt_ids), model)
     choice = resolve_choice(spec, model, max_tokens, drawn_seed)
     chosen = NAMED[spec.attention_profile] if spec.attention_profile else ladder

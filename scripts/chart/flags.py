@@ -22,6 +22,7 @@ CONFIGS: dict[str, type[ServiceConfig]] = {
 
 OWNED = frozenset(
     {
+        "advertise",
         "listen", "announce-fd", "parent-pid", "drain-s", "grace-s", "model", "model-name", "directory", "profile",
         "redis", "redis-password-file", "namespace", "group", "rank", "group-size", "leader", "device",
     }

@@ -9,6 +9,8 @@ from typing import Any
 
 import grpc
 
+from sps2_service.tls import Tls
+
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
 _ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
@@ -59,21 +61,25 @@ class ChannelOptions:
 def open_channel(
     target: str,
     *,
-    credentials: grpc.ChannelCredentials | None = None,
+    tls: Tls | None = None,
     options: ChannelOptions = ChannelOptions(),
 ) -> grpc.aio.Channel:
     """An aio channel; connects on its first call. Close it, or use it as `async with`.
 
     Args:
         target: `HOST:PORT` (all addresses of HOST, in turn), or any gRPC target: `unix:/path`, `dns:///...`.
-        credentials: None for plaintext.
+        tls: None for plaintext.
         options: See ChannelOptions.
+
+    Raises:
+        OSError: a file of `tls` cannot be read.
     """
     if "://" not in target and not target.startswith(("unix:", "unix-abstract:", "ipv4:", "ipv6:", "dns:")):
         target = f"dns:///{target}"
-    if credentials is None:
+    if tls is None:
         return grpc.aio.insecure_channel(target, options=options.arguments())
-    return grpc.aio.secure_channel(target, credentials, options=options.arguments())
+    arguments = [*options.arguments(), *tls.channel_arguments()]
+    return grpc.aio.secure_channel(target, tls.channel_credentials(), options=arguments)
 
 
 def deadline(context: "grpc.aio.ServicerContext[Any, Any]", cap: float) -> float:

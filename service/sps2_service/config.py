@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sps2_service.config_fields import Bounds, Field, fields_of
+from sps2_service.tls import Tls
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -67,10 +68,41 @@ class ServiceConfig:
     """Seconds that calls still running after the drain get before they are cancelled."""
     reflection: bool = False
     """Serve gRPC reflection, for grpcurl and the like."""
+    tls_cert: Path | None = None
+    """Certificate chain of this service, PEM; with --tls-key and --tls-ca all gRPC is TLS."""
+    tls_key: Path | None = None
+    """Private key of --tls-cert, PEM."""
+    tls_ca: Path | None = None
+    """Certificates (PEM) of who signs those of the other services, and of callers."""
+    tls_client_certs: bool = True
+    """Under TLS: callers must show a certificate of --tls-ca."""
+    tls_peers: tuple[str, ...] = ()
+    """Names of which a caller's certificate must have one; empty: any certificate of --tls-ca will do."""
+    tls_server_name: str = ""
+    """Name that the certificates of called services must have; empty: the host that is called."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe lines that are logged."""
     log_format: Literal["auto", "json", "text"] = "auto"
     """Log lines on stderr; auto is text on a terminal and JSON elsewhere."""
+
+    def __post_init__(self) -> None:
+        files = {"--tls-cert": self.tls_cert, "--tls-key": self.tls_key, "--tls-ca": self.tls_ca}
+        if None in files.values() and set(files.values()) != {None}:
+            raise ValueError("give all of --tls-cert, --tls-key and --tls-ca, or none")
+        for flag, path in files.items():
+            if path is not None and not path.is_file():
+                raise ValueError(f"{flag} {path}: no such file")
+        if self.tls_peers and not (self.tls_cert and self.tls_client_certs):
+            raise ValueError("--tls-peers needs TLS with client certificates")
+
+    @property
+    def tls(self) -> Tls | None:
+        """What the flags say of TLS; None for plaintext."""
+        if self.tls_cert is None or self.tls_key is None or self.tls_ca is None:
+            return None
+        return Tls(
+            self.tls_cert, self.tls_key, self.tls_ca, self.tls_server_name, client_certs=self.tls_client_certs
+        )
 
 
 def load_config(

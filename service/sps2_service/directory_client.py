@@ -21,6 +21,7 @@ from sps2_service.directory_recorder import Recorder
 from sps2_service.directory_registration import Registration, Standing
 from sps2_service.directory_rpc import DirectoryOptions, call
 from sps2_service.errors import DeadlineExceeded, NotFound, ServiceError, Unavailable
+from sps2_service.tls import Tls
 
 __all__ = ["DirectoryClient", "DirectoryOptions", "Membership", "Registration", "Standing"]
 
@@ -41,10 +42,12 @@ class DirectoryClient:
         tasks.create_task(membership.run())
     """
 
-    def __init__(self, address: str, options: DirectoryOptions | None = None) -> None:
-        """`address`: HOST:PORT of the replicas; nothing is sent yet."""
+    def __init__(
+        self, address: str, options: DirectoryOptions | None = None, *, tls: Tls | None = None
+    ) -> None:
+        """`address`: HOST:PORT of the replicas; nothing is sent yet. `tls` None: plaintext."""
         self._options = options = options or DirectoryOptions()
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, tls=tls)
         self._stub = KvDirectoryServiceStub(self._channel)
         self._recorder = Recorder(options.max_queued_records)
         self._recorded: dict[str, pb.RecordShardsRequest] = {}
@@ -152,12 +155,34 @@ class DirectoryClient:
         Raises:
             ServiceError: the directory is away, or has lost its data and may learn of it yet.
         """
+        reply = await self._locate(request_id, timeout_s)
+        return reply.record if reply is not None and reply.HasField("record") else None
+
+    async def locate_call(self, request_id: str) -> pb.RequestAdmission | None:
+        """The call that a router serves a request by; None when none is known. Raises like `locate`."""
+        reply = await self._locate(request_id, None)
+        return reply.admission if reply is not None and reply.HasField("admission") else None
+
+    async def _locate(self, request_id: str, timeout_s: float | None) -> pb.LocateRequestResponse | None:
         request = pb.LocateRequestRequest(request_id=request_id)
         try:
-            reply = await call(self._stub.LocateRequest, request, timeout_s or self._options.timeout_s)
+            return await call(self._stub.LocateRequest, request, timeout_s or self._options.timeout_s)
         except NotFound:
             return None
-        return reply.record
+
+    async def admit(
+        self, admissions: Sequence[pb.RequestAdmission], lease_s: float
+    ) -> Sequence[pb.AdmissionResult]:
+        """Tells which calls this router serves, at most 256; answers in order. Raises ServiceError."""
+        request = pb.AdmitRequestsRequest(admissions=admissions, lease_s=lease_s)
+        return (await call(self._stub.AdmitRequests, request, self._options.timeout_s)).results
+
+    def dismiss(self, request_id: str, call_id: str) -> None:
+        """Forgets an admission; returns at once."""
+        request = pb.DismissRequestRequest(request_id=request_id, call_id=call_id)
+        self._recorder.submit(
+            request_id, lambda: call(self._stub.DismissRequest, request, self._options.timeout_s)
+        )
 
     # --- prefixes ------------------------------------------------------------------------------------------
 

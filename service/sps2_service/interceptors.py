@@ -86,6 +86,21 @@ def wrap_handler(handler: Handler, method: str) -> Handler:
     return make(call, request_deserializer=None, response_serializer=handler.response_serializer)
 
 
+def guarded(handler: Handler, check: Callable[[Context], None]) -> Handler:
+    """The same handler behind a check, which runs in the call's own task and may raise ServiceError."""
+    behavior, make = _behavior_and_factory(handler)
+
+    def checked(request: Any, context: Context) -> Any:
+        check(context)
+        return behavior(request, context)
+
+    return make(
+        checked,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
 async def _relay(responses: AsyncGenerator[Any, Any], context: Context) -> None:
     # Written from here instead of yielded to gRPC: when the call is cancelled in the middle of a write, the
     # servicer's generator is closed now, and not when the garbage collector gets to it.

@@ -14,7 +14,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sps2_service.channel import MAX_MESSAGE_BYTES
+from sps2_service.config import ServiceConfig
 from sps2_service.interceptors import StatusInterceptor
+from sps2_service.tls import PeerNamesInterceptor, Tls
 
 MAX_METADATA_BYTES = 8 * 1024
 LIVENESS = "liveness"
@@ -117,18 +119,23 @@ class ServiceServer:
     def __init__(
         self,
         *,
-        credentials: grpc.ServerCredentials | None = None,
+        tls: Tls | None = None,
+        peers: tuple[str, ...] = (),
         with_reflection: bool = False,
         options: ServerOptions = ServerOptions(),
         interceptors: Sequence["grpc.aio.ServerInterceptor[Any, Any]"] = (),
     ) -> None:
-        """`credentials` None serves plaintext; `interceptors` may raise ServiceError to refuse a call."""
+        """`interceptors` may raise ServiceError to refuse a call.
+
+        `tls` None serves plaintext; `peers` are the names of which a caller's certificate must have one.
+        """
+        named = [PeerNamesInterceptor(peers)] if peers else []
         self.grpc_server = grpc.aio.server(
-            interceptors=[StatusInterceptor(), *interceptors],
+            interceptors=[StatusInterceptor(), *named, *interceptors],
             options=options.arguments(),
             maximum_concurrent_rpcs=options.max_concurrent_rpcs,
         )
-        self._credentials = credentials
+        self._tls = tls
         self._with_reflection = with_reflection
         self._names = [""]  # the empty name is the server as a whole
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # not in the stubs
@@ -151,10 +158,10 @@ class ServiceServer:
             names = [*self._names[1:], health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
             reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self.grpc_server)
         try:
-            if self._credentials is None:
+            if self._tls is None:
                 port = self.grpc_server.add_insecure_port(listen)
             else:
-                port = self.grpc_server.add_secure_port(listen, self._credentials)
+                port = self.grpc_server.add_secure_port(listen, self._tls.server_credentials())
         except RuntimeError as error:
             raise CannotListenError(
                 f"cannot listen on {listen}: is the address in use or malformed?"
@@ -174,3 +181,10 @@ class ServiceServer:
         """NOT_SERVING for good; no new calls; running ones get `grace` seconds before they are cancelled."""
         await self._health.enter_graceful_shutdown()
         await self.grpc_server.stop(grace)
+
+
+def server_for(config: ServiceConfig, options: ServerOptions = ServerOptions()) -> ServiceServer:
+    """A server with what every service can be told."""
+    return ServiceServer(
+        tls=config.tls, peers=config.tls_peers, with_reflection=config.reflection, options=options
+    )

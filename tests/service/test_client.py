@@ -343,3 +343,35 @@ def test_an_async_client_serves_several_event_loops() -> None:
 async def test_usage_is_not_taken_twice(generate: Generate) -> None:
     error = await failing(generate, play([*good_events(), usage()]))
     assert (error.reason, error.message) == ("EVENT_AFTER_FINISH", "a second Usage")
+
+
+def test_a_blocking_watch() -> None:
+    with FakeRouter() as router, Client(router.address) as client:
+        first, last = client.watch("r")
+        assert (first.phase, first.queue_position, last.phase, last.num_tokens) == ("queued", 2, "ended", 3)
+        with pytest.raises(NotFound):
+            next(client.watch("unknown"))
+        whole, change = client.watch_cluster()
+        assert (whole.revision, whole.snapshot, whole.updated[0].worker_id) == (4, True, "decode-0/0")
+        assert (change.revision, change.removed) == (5, ("decode-0/0",))
+
+
+async def test_an_async_watch() -> None:
+    with FakeRouter() as router:
+        async with AsyncClient(router.address) as client:
+            assert [one.phase async for one in client.watch("r")] == ["queued", "ended"]
+            with pytest.raises(NotFound):
+                await anext(client.watch("unknown"))
+            assert [one.revision async for one in client.watch_cluster()] == [4, 5]
+
+
+def test_messages_are_sent_as_they_are() -> None:
+    with FakeRouter() as router, Client(router.address) as client:
+        client.generate(messages=[{"role": "user", "content": "hi"}])
+        (turn,) = router.requests[0].spec.chat.messages
+        assert (turn.role, turn.content) == ("user", "hi")
+        for bad in ({"prompt": "x", "messages": []}, {"prompt": "x", "token_ids": [1]}, {}):
+            with pytest.raises(ValueError, match="exactly one of prompt, token_ids and messages"):
+                client.generate(**bad)
+        with pytest.raises(TypeError, match="role and content"):
+            client.generate(messages=[{"role": "user"}])  # type: ignore[typeddict-item]

@@ -35,7 +35,9 @@ def up(processes: Callable[..., ManagedProcess], model: Path) -> Callable[..., M
     def start(*options: str) -> ManagedProcess:
         program = [sys.executable, "-P", REPO_ROOT / "tests/support/stand_ins.py", "up", "--model", model]
         command = [*program, "--listen", "127.0.0.1:0", "--json", *SMALL, *options]
-        return processes(command, name="up", env={"PYTHONPATH": str(REPO_ROOT / "tests")})
+        # Before what this process was told, which may be another checkout than the one that is installed.
+        path = os.pathsep.join([str(REPO_ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        return processes(command, name="up", env={"PYTHONPATH": path})
 
     return start
 

@@ -481,7 +481,7 @@ class DirectoryMachine(RuleBasedStateMachine):
             await first.changes(self.seen.log, self.seen.revision),
             await first.state(),
             await second.find_prefix(CHAIN),
-            [await second.locate(request) for request in self.model.requests],
+            [(await second.locate(request)).record for request in self.model.requests],
         )
 
     def teardown(self) -> None:

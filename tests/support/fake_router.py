@@ -192,6 +192,22 @@ class FakeRouter(
             context.abort(grpc.StatusCode.NOT_FOUND, "no such request")
         return inference.CancelGenerationResponse()
 
+    def WatchGeneration(  # noqa: N802
+        self, request: inference.WatchGenerationRequest, context: grpc.ServicerContext
+    ) -> Iterator[inference.WatchGenerationResponse]:
+        if request.request_id == "unknown":
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such request")
+        yield inference.WatchGenerationResponse(phase=inference.GENERATION_PHASE_QUEUED, queue_position=2)
+        yield inference.WatchGenerationResponse(
+            phase=inference.GENERATION_PHASE_ENDED, num_tokens=3, attempt=1
+        )
+
+    def WatchClusterState(  # noqa: N802
+        self, request: cluster_service_pb2.WatchClusterStateRequest, context: grpc.ServicerContext
+    ) -> Iterator[cluster_service_pb2.WatchClusterStateResponse]:
+        yield cluster_service_pb2.WatchClusterStateResponse(revision=4, snapshot=True, updated=self.cluster)
+        yield cluster_service_pb2.WatchClusterStateResponse(revision=5, removed_worker_ids=["decode-0/0"])
+
     def ListModels(  # noqa: N802
         self, request: model_service_pb2.ListModelsRequest, context: grpc.ServicerContext
     ) -> model_service_pb2.ListModelsResponse:

@@ -24,6 +24,7 @@ from sps2.internal.v1 import placement_pb2
 from sps2.internal.v1 import prefill_service_pb2 as prefill_pb
 from sps2.internal.v1 import prefill_service_pb2_grpc as prefill_grpc
 from sps2.v1 import cluster_pb2, generation_pb2
+from sps2_service.errors import Unavailable
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -97,9 +98,12 @@ class FakeLeader:
         self.num_drains += 1
         return group_pb.DrainGroupResponse(budget_s=7)
 
-    async def start(self) -> None:
-        """Listens on a free port."""
-        port = self._server.add_insecure_port("127.0.0.1:0")
+    async def start(self, credentials: grpc.ServerCredentials | None = None) -> None:
+        """Listens on a free port; `credentials` None: in plaintext."""
+        if credentials is None:
+            port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = self._server.add_secure_port("127.0.0.1:0", credentials)
         self.address = f"127.0.0.1:{port}"
         await self._server.start()
 
@@ -351,17 +355,58 @@ class FakeView:
     def __init__(self) -> None:
         self.workers: dict[str, cluster_pb2.WorkerInfo] = {}
         self.connected = True
+        self.revision = 0
         self.changed = asyncio.Condition()
 
     async def put(self, *workers: cluster_pb2.WorkerInfo) -> None:
         """Adds or replaces workers."""
         async with self.changed:
             self.workers.update({worker.worker_id: worker for worker in workers})
+            self.revision += 1
             self.changed.notify_all()
 
     async def run(self) -> None:
         """As Membership: until cancelled."""
         await asyncio.Event().wait()
+
+
+class FakeRequestDirectory:
+    """What a directory knows of requests, for the routers of a test; see admit.lua."""
+
+    def __init__(self) -> None:
+        self.admitted: dict[str, directory_pb.RequestAdmission] = {}
+        self.is_away = False
+
+    async def admit(
+        self, admissions: Sequence[directory_pb.RequestAdmission], lease_s: float
+    ) -> Sequence[directory_pb.AdmissionResult]:
+        """Answers in order."""
+        self._check()
+        return [self._admit(one) for one in admissions]
+
+    def dismiss(self, request_id: str, call_id: str) -> None:
+        """Forgets a call."""
+        if request_id in self.admitted and self.admitted[request_id].call_id == call_id:
+            del self.admitted[request_id]
+
+    async def locate_call(self, request_id: str) -> directory_pb.RequestAdmission | None:
+        """The call of a request."""
+        self._check()
+        return self.admitted.get(request_id)
+
+    def _check(self) -> None:
+        if self.is_away:
+            raise Unavailable("STORE_AWAY", "scripted", retry_after=1.0)
+
+    def _admit(self, one: directory_pb.RequestAdmission) -> directory_pb.AdmissionResult:
+        other = self.admitted.get(one.request_id)
+        status = directory_pb.ADMISSION_STATUS_ADMITTED
+        if other is not None and other.call_id != one.call_id:
+            if one.renewal or not one.nonce or one.nonce != other.nonce:
+                return directory_pb.AdmissionResult(status=directory_pb.ADMISSION_STATUS_REFUSED, other=other)
+            status = directory_pb.ADMISSION_STATUS_SUPERSEDES
+        self.admitted[one.request_id] = one
+        return directory_pb.AdmissionResult(status=status, other=other)
 
 
 class FakeDirectory:

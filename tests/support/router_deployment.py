@@ -18,7 +18,7 @@ from sps2_router.config import RouterConfig
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.types import ServedModel
 from sps2_service.channel import open_channel
-from support.fake_workers import FakeDecode, FakePrefill, FakeView
+from support.fake_workers import FakeDecode, FakePrefill, FakeRequestDirectory, FakeView
 from support.tiny_model import CONTEXT_LENGTH, EOS, VOCABULARY_SIZE, tiny_tokenizer
 
 Code = grpc.StatusCode
@@ -34,15 +34,24 @@ CONFIG: dict[str, Any] = {
 class Deployment:
     """A router in this process, its fake leaders, and a client's stubs."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: ModelTokenizer | None = None,
+        requests: FakeRequestDirectory | None = None,
+        leader_credentials: grpc.ServerCredentials | None = None,
+        **config: Any,
+    ) -> None:
         self.view = FakeView()
+        self.requests = requests or FakeRequestDirectory()
         self.prefills = [FakePrefill()]
         self.decodes = [FakeDecode()]
+        self._leader_credentials = leader_credentials
         self.router = Router(
             RouterConfig(**CONFIG | config),
             MODEL,
-            ModelTokenizer(tiny_tokenizer()),
+            tokenizer or ModelTokenizer(tiny_tokenizer()),
             self.view,  # type: ignore[arg-type]
+            self.requests,
         )
 
     @property
@@ -56,11 +65,12 @@ class Deployment:
     async def add(self, *leaders: FakePrefill | FakeDecode) -> None:
         """More leaders, known to the router."""
         for leader in leaders:
-            await leader.start()
+            await leader.start(self._leader_credentials)
             await self.view.put(leader.info())
 
     async def __aenter__(self) -> "Deployment":
         self.address = await self.router.server.start("127.0.0.1:0")
+        await self.router.started(self.address)
         self._follow = asyncio.create_task(self.router.follow())
         await self.router.server.set_serving(True)
         await self.add(self.prefill, self.decode)

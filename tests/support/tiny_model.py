@@ -42,7 +42,14 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_tiny_model(folder: Path) -> Path:
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for one in messages %}"
+    "{% if one.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "[{{ one.role }}]{{ one.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def write_tiny_model(folder: Path, chat_template: str | None = None) -> Path:
     """Writes tokenizer.json, config.json and an empty safetensors file into `folder`, and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
@@ -55,6 +62,9 @@ def write_tiny_model(folder: Path) -> Path:
         "vocab_size": VOCABULARY_SIZE,
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if chat_template is not None:
+        names = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": chat_template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
     header = b"{}"
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     return folder

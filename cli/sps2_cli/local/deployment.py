@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Sequence
 
+from sps2_cli.connect import open_client
 from sps2_cli.local import plan, redis
 from sps2_cli.local.control import ControlServer
 from sps2_cli.local.elastic import ElasticPools, place_of
@@ -93,7 +94,7 @@ class Deployment:
             specs = plan.follower_specs(self._options, self._commands, directory, addresses)
             for child in [router, *[self._spawn(spec) for spec in specs]]:
                 self._announced(child)
-            with Client(self.address, max_retries=0) as client:
+            with open_client(self.address, max_retries=0) as client:
                 self._await_ready(client, progress)
 
     def _spawn(

@@ -4,6 +4,7 @@
 local DIRECTORY, WORKERS, WORKER_LEASES, CHANGES = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local REQUESTS, REQUEST_LEASES, EPOCHS = KEYS[5], KEYS[6], KEYS[7]
 local PREFIXES, PREFIX_INDEX, SWEEPS = KEYS[8], KEYS[9], KEYS[10]
+local ADMISSIONS, ADMISSION_LEASES = KEYS[11], KEYS[12]
 local OK, NOT_FOUND, STALE = 1, 2, 3 -- the numbers of LeaseStatus
 local MAX_CHANGES = 8192 -- kept for watchers that lag; one that lags more takes a snapshot
 local LOAD_INTERVAL_US = 1000000 -- load alone is published at most this often per worker
@@ -136,4 +137,10 @@ end
 local function forget_request(request_id)
   redis.call('HDEL', REQUESTS, request_id)
   redis.call('ZREM', REQUEST_LEASES, request_id)
+end
+
+-- An admission is kept as {call id, nonce, admission}.
+local function forget_admission(request_id)
+  redis.call('HDEL', ADMISSIONS, request_id)
+  redis.call('ZREM', ADMISSION_LEASES, request_id)
 end

@@ -1,6 +1,6 @@
 -- ARGV: 5 most of each kind to end, 6 whether the caller could not reach Redis since it last came here: it may
--- have told workers that no lease ends. Returns how many workers and requests ended, and prefix keys went with
--- workers, leases or epochs that ended before.
+-- have told workers that no lease ends. Returns how many workers and requests ended, prefix keys went with
+-- workers, leases or epochs that ended before, and admissions ended.
 local most = tonumber(ARGV[5])
 
 local function sweep(worker_id, token)
@@ -22,14 +22,16 @@ if ARGV[6] == '1' then
   hold_until = time + tonumber(ARGV[3])
   redis.call('HSET', DIRECTORY, 'hold_until_us', hold_until)
 end
-local num_workers, num_requests, num_swept = 0, 0, 0
+local num_workers, num_requests, num_swept, num_admissions = 0, 0, 0, 0
 if time >= hold_until then
   redis.call('HDEL', DIRECTORY, 'recovering')
   local workers = redis.call('ZRANGEBYSCORE', WORKER_LEASES, '-inf', time, 'LIMIT', 0, most)
   for _, worker_id in ipairs(workers) do remove_worker(worker_id, read_worker(worker_id)) end
   local requests = redis.call('ZRANGEBYSCORE', REQUEST_LEASES, '-inf', time, 'LIMIT', 0, most)
   for _, request_id in ipairs(requests) do forget_request(request_id) end
-  num_workers, num_requests = #workers, #requests
+  local admissions = redis.call('ZRANGEBYSCORE', ADMISSION_LEASES, '-inf', time, 'LIMIT', 0, most)
+  for _, request_id in ipairs(admissions) do forget_admission(request_id) end
+  num_workers, num_requests, num_admissions = #workers, #requests, #admissions
 end
 local over = redis.call('LINDEX', SWEEPS, 0)
 if over then
@@ -37,4 +39,4 @@ if over then
   num_swept = sweep(string.sub(over, 1, cut - 1), string.sub(over, cut + 1))
   if num_swept < most then redis.call('LPOP', SWEEPS) end
 end
-return {num_workers, num_requests, num_swept}
+return {num_workers, num_requests, num_swept, num_admissions}

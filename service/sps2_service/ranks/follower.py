@@ -15,6 +15,7 @@ from sps2.internal.v1 import engine_pb2, group_service_pb2
 from sps2.internal.v1.group_service_pb2_grpc import GroupServiceStub
 from sps2_service.channel import open_channel
 from sps2_service.ranks.engine_process import EngineProcess
+from sps2_service.tls import Tls
 
 REJOIN_PAUSE_S = 0.3
 
@@ -30,6 +31,7 @@ class Follower:
         leader_address: str,
         name: str,
         on_dismissed: Callable[[], None],
+        tls: Tls | None,
     ) -> None:
         """`on_dismissed` is called when the group has drained, perhaps without this rank having been told to end."""
         self._hello = hello
@@ -38,6 +40,7 @@ class Follower:
         self._may_leave = asyncio.Event()
         self._leader_address = leader_address
         self._name = name
+        self._tls = tls
         self._engine: EngineProcess | None = None
         self._loaded: engine_pb2.EngineEvent | None = None
         self._outgoing: asyncio.Queue[group_service_pb2.JoinGroupRequest] = asyncio.Queue()
@@ -76,7 +79,7 @@ class Follower:
 
     async def run(self) -> None:
         """Joins, and joins again whenever the stream ends; runs until cancelled."""
-        async with open_channel(self._leader_address) as channel:
+        async with open_channel(self._leader_address, tls=self._tls) as channel:
             join: Any = GroupServiceStub(channel).JoinGroup  # the stub's annotations are the blocking API's
             while True:
                 if not self._leaving:

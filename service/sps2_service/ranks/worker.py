@@ -23,7 +23,7 @@ from sps2_service.ranks.follower import Follower
 from sps2_service.ranks.group import Coordinator, GroupLeader, GroupState, Member
 from sps2_service.ranks.group_servicer import GroupServicer
 from sps2_service.run import ExpectedEndError, run_service
-from sps2_service.server import ServiceServer
+from sps2_service.server import server_for
 
 DRAIN_MARGIN_S = 5.0
 """What leaving takes beside the drain budget, at most: routers are to learn of it, two leases are given back."""
@@ -71,6 +71,7 @@ class WorkerConfig(ServiceConfig):
     """An engine that is busy for so long without a step or a layer done is killed and started again."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank >= self.group_size:
             raise ValueError(f"--rank {self.rank} is outside a group of {self.group_size}")
         if self.rank > 0 and not self.leader:
@@ -157,8 +158,8 @@ class RankSupervisor:
         self._folder = ModelFolder(config.model)
         self._model_hash = self._folder.model_hash
         self._incarnation = uuid.uuid4().hex
-        self._server = ServiceServer(with_reflection=config.reflection)
-        self._directory = DirectoryClient(config.directory)
+        self._server = server_for(config)
+        self._directory = DirectoryClient(config.directory, tls=config.tls)
         self._registration = self._directory.registration(self.worker_info, on_stale=self._on_stale)
         self._registration.on_fence = self._on_fence
         self._engine = EngineProcess(
@@ -263,7 +264,11 @@ class RankSupervisor:
             tensor_ranks=config.tp,
         )
         self._follower = Follower(
-            hello, config.leader, config.worker_id, lambda: self._on_leave("it has drained")
+            hello,
+            config.leader,
+            config.worker_id,
+            lambda: self._on_leave("it has drained"),
+            config.tls,
         )
         self._follower.attach(self._engine)
 

@@ -7,10 +7,14 @@ import pytest
 from redis.asyncio import Redis
 
 from sps2.internal.v1.kv_directory_service_pb2 import (
+    ADMISSION_STATUS_ADMITTED,
+    ADMISSION_STATUS_REFUSED,
+    ADMISSION_STATUS_SUPERSEDES,
     LEASE_STATUS_NOT_FOUND,
     LEASE_STATUS_RENEWED,
     LEASE_STATUS_STALE,
     LeaseRenewal,
+    RequestAdmission,
 )
 from sps2.internal.v1.placement_pb2 import Attempt
 from sps2.v1.cluster_pb2 import WORKER_STATE_DRAINING
@@ -153,14 +157,14 @@ async def test_a_record_gives_way_to_newer_attempts_and_epochs_only(store: Store
     for stale in (make_record(number=1, epoch=9), make_record(number=2, epoch=6)):
         with pytest.raises(Aborted):
             await store.record(stale, 60)
-    assert await store.locate("r") == make_record(number=2, epoch=7)
+    assert (await store.locate("r")).record == make_record(number=2, epoch=7)
     for newer in (
         make_record(number=2, epoch=7),
         make_record(number=2, epoch=8),
         make_record(number=3, epoch=1),
     ):
         await store.record(newer, 60)
-        assert await store.locate("r") == newer
+        assert (await store.locate("r")).record == newer
     assert (await store.state()).num_requests == 1
 
 
@@ -185,7 +189,7 @@ async def test_a_record_expires_with_its_lease(store: Store, clock: SimulatedClo
     assert (await store.state()).num_requests == 1
     await store.record(make_record("long"), 20)
     await pass_time(store, clock, 19)
-    assert await store.locate("long") == make_record("long")
+    assert (await store.locate("long")).record == make_record("long")
     await pass_time(store, clock, 1)
     with pytest.raises(NotFound):
         await store.locate("long")
@@ -420,3 +424,50 @@ async def test_a_password_opens_redis_and_without_it_the_store_is_away(redis_ser
     assert (await opened.state()).workers == []
     for store in (shut, opened):
         await store.close()
+
+
+def admission(
+    call: str, *, nonce: bytes = b"", renewal: bool = False, request: str = "r"
+) -> RequestAdmission:
+    return RequestAdmission(
+        request_id=request, call_id=call, router_address=f"{call}:1", nonce=nonce, renewal=renewal
+    )
+
+
+async def test_a_request_is_one_calls_until_it_is_dismissed(store: Store) -> None:
+    first, second = admission("a"), admission("b")
+    (admitted,) = await store.admit([first], 30)
+    assert (admitted.status, admitted.HasField("other")) == (ADMISSION_STATUS_ADMITTED, False)
+    results = await store.admit([second, admission("c", request="s")], 30)
+    assert [one.status for one in results] == [ADMISSION_STATUS_REFUSED, ADMISSION_STATUS_ADMITTED]
+    assert results[0].other == first
+    found = await store.locate("r")
+    assert (found.admission, found.HasField("record")) == (first, False)
+    with pytest.raises(NotFound):
+        await store.dismiss("r", "b")
+    await store.dismiss("r", "a")
+    with pytest.raises(NotFound):
+        await store.locate("r")
+    await store.record(make_record(), 60)
+    assert not (await store.locate("r")).HasField("admission")
+
+
+async def test_a_retry_takes_the_place_of_its_call_which_cannot_renew(store: Store) -> None:
+    first, retry = admission("a", nonce=b"n"), admission("b", nonce=b"n")
+    await store.admit([first], 30)
+    (taken,) = await store.admit([retry], 30)
+    assert (taken.status, taken.other) == (ADMISSION_STATUS_SUPERSEDES, first)
+    (late,) = await store.admit([admission("a", nonce=b"n", renewal=True)], 30)
+    assert (late.status, late.other) == (ADMISSION_STATUS_REFUSED, retry)
+    (other,) = await store.admit([admission("c", nonce=b"x")], 30)
+    assert other.status == ADMISSION_STATUS_REFUSED
+
+
+async def test_admissions_of_a_router_that_is_gone_end(store: Store, clock: SimulatedClock) -> None:
+    await store.admit([admission("a"), admission("b", request="s")], 30)
+    await pass_time(store, clock, 20)
+    await store.admit([admission("b", request="s", renewal=True)], 30)
+    await pass_time(store, clock, 15)
+    with pytest.raises(NotFound):
+        await store.locate("r")
+    assert (await store.locate("s")).admission.call_id == "b"

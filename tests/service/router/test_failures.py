@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 
 from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_layout.block_hash import BLOCK_TOKENS, block_hashes
-from sps2_router.front_door import TENANT_SALT
+from sps2_router.front_door import tenant_salt
 from support.fake_workers import NO_KV, PREEMPTED, FakeDecode, FakePrefill, Refusal, rank_died
 from support.router_deployment import (
     Code,
@@ -107,7 +107,7 @@ async def test_every_attempt_names_the_prompts_full_blocks(up: Deployment) -> No
     ids = [index % 50 for index in range(2 * BLOCK_TOKENS + 63)]
     up.decode.fail_after = [(1, rank_died("decode-0/1"))]
     await up.generate(generation_pb2.GenerationSpec(token_ids=generation_pb2.TokenIds(ids=ids)))
-    names = block_hashes(ids, "hash", TENANT_SALT)
+    names = block_hashes(ids, "hash", tenant_salt(""))
     assert len(names) == 2
     assert [list(one.block_hashes) for one in up.decode.reserved] == [names, names]
 

@@ -27,3 +27,9 @@ def test_a_changed_stub_is_noticed(repo_root: Path, tmp_path: Path) -> None:
     check = subprocess.run([*generator, "--check"], capture_output=True, text=True, timeout=50, check=False)
     assert check.returncode == 1
     assert stub.relative_to(tmp_path).as_posix() in check.stderr
+
+
+def test_the_api_page_says_what_the_protos_say(repo_root: Path) -> None:
+    generator = [sys.executable, str(repo_root / "scripts" / "generate_api_docs.py"), "--check"]
+    check = subprocess.run(generator, capture_output=True, text=True, timeout=50, check=False)
+    assert check.returncode == 0, check.stderr

@@ -228,9 +228,9 @@ def test_more_ids_than_the_context_are_counted_only() -> None:
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
-    check_text_length("x" * 8000, 8, MODEL)
+    check_text_length(8000, 8, MODEL, "spec.text")
     with pytest.raises(OutOfRange, match="8001 characters"):
-        check_text_length("x" * 8001, 8, MODEL)
+        check_text_length(8001, 8, MODEL, "spec.text")
 
 
 @pytest.mark.parametrize("request_id", ["", "x" * 65, "tab\t", "\x00", "\x7f", "ü", "a\u2028b"])

@@ -215,3 +215,68 @@ class GetClusterStateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetClusterStateResponse: _TypeAlias = GetClusterStateResponse  # noqa: Y015
+
+@_typing.final
+class WatchClusterStateRequest(_message.Message):
+    """WatchClusterStateRequest starts a watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchClusterStateRequest: _TypeAlias = WatchClusterStateRequest  # noqa: Y015
+
+@_typing.final
+class WatchClusterStateResponse(_message.Message):
+    """WatchClusterStateResponse is the state (first), or a change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    UPDATED_FIELD_NUMBER: _builtins.int
+    REMOVED_WORKER_IDS_FIELD_NUMBER: _builtins.int
+    DIRECTORY_CONNECTED_FIELD_NUMBER: _builtins.int
+    NUM_REQUESTS_LIVE_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision of the workers' state after it, as the directory counts: never less than in the message before, unless
+    the directory has lost its data.
+    """
+    snapshot: _builtins.bool
+    """Whether it is the whole state: `updated` has all workers."""
+    directory_connected: _builtins.bool
+    """Whether the router's view is live (its watch of the directory is up)."""
+    num_requests_live: _builtins.int
+    """Requests that this router is serving."""
+    @_builtins.property
+    def updated(self) -> _containers.RepeatedCompositeFieldContainer[_cluster_pb2.WorkerInfo]:
+        """Workers that are new or have changed, ordered by worker_id."""
+
+    @_builtins.property
+    def removed_worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of workers that have left, ordered."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        snapshot: _builtins.bool = ...,
+        updated: _abc.Iterable[_cluster_pb2.WorkerInfo] | None = ...,
+        removed_worker_ids: _abc.Iterable[_builtins.str] | None = ...,
+        directory_connected: _builtins.bool = ...,
+        num_requests_live: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory_connected", b"directory_connected", "num_requests_live", b"num_requests_live", "removed_worker_ids", b"removed_worker_ids", "revision", b"revision", "snapshot", b"snapshot", "updated", b"updated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchClusterStateResponse: _TypeAlias = WatchClusterStateResponse  # noqa: Y015

@@ -40,6 +40,11 @@ class ClusterServiceStub:
                 request_serializer=sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateRequest.SerializeToString,
                 response_deserializer=sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateResponse.FromString,
                 _registered_method=True)
+        self.WatchClusterState = channel.unary_stream(
+                '/sps2.v1.ClusterService/WatchClusterState',
+                request_serializer=sps2_dot_v1_dot_cluster__service__pb2.WatchClusterStateRequest.SerializeToString,
+                response_deserializer=sps2_dot_v1_dot_cluster__service__pb2.WatchClusterStateResponse.FromString,
+                _registered_method=True)
         self.ResizeRequest = channel.unary_unary(
                 '/sps2.v1.ClusterService/ResizeRequest',
                 request_serializer=sps2_dot_v1_dot_cluster__service__pb2.ResizeRequestRequest.SerializeToString,
@@ -58,6 +63,14 @@ class ClusterServiceServicer:
 
     def GetClusterState(self, request, context):
         """GetClusterState returns every worker that holds a lease, as the router last heard of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchClusterState(self, request, context):
+        """WatchClusterState sends the state, then what changes of it, at most ten times a second; it ends only with
+        the router.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,6 +100,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.GetClusterState,
                     request_deserializer=sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateRequest.FromString,
                     response_serializer=sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateResponse.SerializeToString,
+            ),
+            'WatchClusterState': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchClusterState,
+                    request_deserializer=sps2_dot_v1_dot_cluster__service__pb2.WatchClusterStateRequest.FromString,
+                    response_serializer=sps2_dot_v1_dot_cluster__service__pb2.WatchClusterStateResponse.SerializeToString,
             ),
             'ResizeRequest': grpc.unary_unary_rpc_method_handler(
                     servicer.ResizeRequest,
@@ -127,6 +145,33 @@ class ClusterService:
             '/sps2.v1.ClusterService/GetClusterState',
             sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateRequest.SerializeToString,
             sps2_dot_v1_dot_cluster__service__pb2.GetClusterStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchClusterState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sps2.v1.ClusterService/WatchClusterState',
+            sps2_dot_v1_dot_cluster__service__pb2.WatchClusterStateRequest.SerializeToString,
+            sps2_dot_v1_dot_cluster__service__pb2.WatchClusterStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

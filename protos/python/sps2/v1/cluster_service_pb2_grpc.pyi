@@ -35,6 +35,10 @@ class ClusterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ClusterServiceAsyncStub: ...
     GetClusterState: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.GetClusterStateRequest, _cluster_service_pb2.GetClusterStateResponse]
     """GetClusterState returns every worker that holds a lease, as the router last heard of it."""
+    WatchClusterState: _grpc.UnaryStreamMultiCallable[_cluster_service_pb2.WatchClusterStateRequest, _cluster_service_pb2.WatchClusterStateResponse]
+    """WatchClusterState sends the state, then what changes of it, at most ten times a second; it ends only with
+    the router.
+    """
     ResizeRequest: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.ResizeRequestRequest, _cluster_service_pb2.ResizeRequestResponse]
     """ResizeRequest spreads the KV of a request that decodes over another number of ranks of its decode group; its
     stream goes on. Returns when that is done. NOT_FOUND: no such request decodes; UNAVAILABLE: no room now.
@@ -52,6 +56,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetClusterState: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.GetClusterStateRequest, _cluster_service_pb2.GetClusterStateResponse]  # type: ignore[assignment]
     """GetClusterState returns every worker that holds a lease, as the router last heard of it."""
+    WatchClusterState: _aio.UnaryStreamMultiCallable[_cluster_service_pb2.WatchClusterStateRequest, _cluster_service_pb2.WatchClusterStateResponse]  # type: ignore[assignment]
+    """WatchClusterState sends the state, then what changes of it, at most ten times a second; it ends only with
+    the router.
+    """
     ResizeRequest: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.ResizeRequestRequest, _cluster_service_pb2.ResizeRequestResponse]  # type: ignore[assignment]
     """ResizeRequest spreads the KV of a request that decodes over another number of ranks of its decode group; its
     stream goes on. Returns when that is done. NOT_FOUND: no such request decodes; UNAVAILABLE: no room now.
@@ -72,6 +80,16 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_service_pb2.GetClusterStateResponse, _abc.Awaitable[_cluster_service_pb2.GetClusterStateResponse]]:
         """GetClusterState returns every worker that holds a lease, as the router last heard of it."""
+
+    @_abc_1.abstractmethod
+    def WatchClusterState(
+        self,
+        request: _cluster_service_pb2.WatchClusterStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cluster_service_pb2.WatchClusterStateResponse], _abc.AsyncIterator[_cluster_service_pb2.WatchClusterStateResponse]]:
+        """WatchClusterState sends the state, then what changes of it, at most ten times a second; it ends only with
+        the router.
+        """
 
     @_abc_1.abstractmethod
     def ResizeRequest(

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sps2.v1 import generation_pb2 as sps2_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsps2/v1/inference_service.proto\x12\x07sps2.v1\x1a\x18sps2/v1/generation.proto\"<\n\x13GenerateTextRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.sps2.v1.GenerationSpec\"\xe8\x01\n\x14GenerateTextResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x1f\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x0f.sps2.v1.Finish\x12\x1d\n\x05usage\x18\x05 \x01(\x0b\x32\x0e.sps2.v1.Usage\x12\'\n\x08logprobs\x18\x06 \x03(\x0b\x32\x15.sps2.v1.TokenLogprob\x12.\n\x0cmore_choices\x18\x07 \x03(\x0b\x32\x18.sps2.v1.GeneratedChoice\"\x80\x01\n\x0fGeneratedChoice\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x1f\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x0f.sps2.v1.Finish\x12\'\n\x08logprobs\x18\x04 \x03(\x0b\x32\x15.sps2.v1.TokenLogprob\"B\n\x19StreamGenerateTextRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.sps2.v1.GenerationSpec\"\xcd\x01\n\x1aStreamGenerateTextResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x03\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\x05\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1f\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x0e.sps2.v1.DeltaH\x00\x12!\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x0f.sps2.v1.FinishH\x00\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x0e.sps2.v1.UsageH\x00\x42\x07\n\x05\x65vent\"-\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1a\n\x18\x43\x61ncelGenerationResponse2\x99\x02\n\x10InferenceService\x12K\n\x0cGenerateText\x12\x1c.sps2.v1.GenerateTextRequest\x1a\x1d.sps2.v1.GenerateTextResponse\x12_\n\x12StreamGenerateText\x12\".sps2.v1.StreamGenerateTextRequest\x1a#.sps2.v1.StreamGenerateTextResponse0\x01\x12W\n\x10\x43\x61ncelGeneration\x12 .sps2.v1.CancelGenerationRequest\x1a!.sps2.v1.CancelGenerationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsps2/v1/inference_service.proto\x12\x07sps2.v1\x1a\x18sps2/v1/generation.proto\"<\n\x13GenerateTextRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.sps2.v1.GenerationSpec\"\xe8\x01\n\x14GenerateTextResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x1f\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x0f.sps2.v1.Finish\x12\x1d\n\x05usage\x18\x05 \x01(\x0b\x32\x0e.sps2.v1.Usage\x12\'\n\x08logprobs\x18\x06 \x03(\x0b\x32\x15.sps2.v1.TokenLogprob\x12.\n\x0cmore_choices\x18\x07 \x03(\x0b\x32\x18.sps2.v1.GeneratedChoice\"\x80\x01\n\x0fGeneratedChoice\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x1f\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x0f.sps2.v1.Finish\x12\'\n\x08logprobs\x18\x04 \x03(\x0b\x32\x15.sps2.v1.TokenLogprob\"B\n\x19StreamGenerateTextRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.sps2.v1.GenerationSpec\"\xcd\x01\n\x1aStreamGenerateTextResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x03\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\x05\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1f\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x0e.sps2.v1.DeltaH\x00\x12!\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x0f.sps2.v1.FinishH\x00\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x0e.sps2.v1.UsageH\x00\x42\x07\n\x05\x65vent\",\n\x16WatchGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x99\x01\n\x17WatchGenerationResponse\x12\'\n\x05phase\x18\x01 \x01(\x0e\x32\x18.sps2.v1.GenerationPhase\x12\x16\n\x0equeue_position\x18\x02 \x01(\x05\x12\x18\n\x10prefill_fraction\x18\x03 \x01(\x02\x12\x12\n\nnum_tokens\x18\x04 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\"-\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1a\n\x18\x43\x61ncelGenerationResponse*\xef\x01\n\x0fGenerationPhase\x12 \n\x1cGENERATION_PHASE_UNSPECIFIED\x10\x00\x12\x1b\n\x17GENERATION_PHASE_QUEUED\x10\x01\x12\x1e\n\x1aGENERATION_PHASE_RESERVING\x10\x02\x12\x1f\n\x1bGENERATION_PHASE_PREFILLING\x10\x03\x12!\n\x1dGENERATION_PHASE_TRANSFERRING\x10\x04\x12\x1d\n\x19GENERATION_PHASE_DECODING\x10\x05\x12\x1a\n\x16GENERATION_PHASE_ENDED\x10\x06\x32\xf1\x02\n\x10InferenceService\x12K\n\x0cGenerateText\x12\x1c.sps2.v1.GenerateTextRequest\x1a\x1d.sps2.v1.GenerateTextResponse\x12_\n\x12StreamGenerateText\x12\".sps2.v1.StreamGenerateTextRequest\x1a#.sps2.v1.StreamGenerateTextResponse0\x01\x12V\n\x0fWatchGeneration\x12\x1f.sps2.v1.WatchGenerationRequest\x1a .sps2.v1.WatchGenerationResponse0\x01\x12W\n\x10\x43\x61ncelGeneration\x12 .sps2.v1.CancelGenerationRequest\x1a!.sps2.v1.CancelGenerationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,6 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATETEXTRESPONSE'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_GENERATEDCHOICE'].fields_by_name['token_ids']._loaded_options = None
   _globals['_GENERATEDCHOICE'].fields_by_name['token_ids']._serialized_options = b'\020\001'
+  _globals['_GENERATIONPHASE']._serialized_start=1052
+  _globals['_GENERATIONPHASE']._serialized_end=1291
   _globals['_GENERATETEXTREQUEST']._serialized_start=70
   _globals['_GENERATETEXTREQUEST']._serialized_end=130
   _globals['_GENERATETEXTRESPONSE']._serialized_start=133
@@ -46,10 +48,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMGENERATETEXTREQUEST']._serialized_end=564
   _globals['_STREAMGENERATETEXTRESPONSE']._serialized_start=567
   _globals['_STREAMGENERATETEXTRESPONSE']._serialized_end=772
-  _globals['_CANCELGENERATIONREQUEST']._serialized_start=774
-  _globals['_CANCELGENERATIONREQUEST']._serialized_end=819
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=821
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=847
-  _globals['_INFERENCESERVICE']._serialized_start=850
-  _globals['_INFERENCESERVICE']._serialized_end=1131
+  _globals['_WATCHGENERATIONREQUEST']._serialized_start=774
+  _globals['_WATCHGENERATIONREQUEST']._serialized_end=818
+  _globals['_WATCHGENERATIONRESPONSE']._serialized_start=821
+  _globals['_WATCHGENERATIONRESPONSE']._serialized_end=974
+  _globals['_CANCELGENERATIONREQUEST']._serialized_start=976
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=1021
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=1023
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=1049
+  _globals['_INFERENCESERVICE']._serialized_start=1294
+  _globals['_INFERENCESERVICE']._serialized_end=1663
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from sps2.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,46 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _GenerationPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GenerationPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GenerationPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GENERATION_PHASE_UNSPECIFIED: _GenerationPhase.ValueType  # 0
+    """Never sent."""
+    GENERATION_PHASE_QUEUED: _GenerationPhase.ValueType  # 1
+    """Waits until a prefill group begins with its prompt."""
+    GENERATION_PHASE_RESERVING: _GenerationPhase.ValueType  # 2
+    """Waits for room for its KV on a decode group."""
+    GENERATION_PHASE_PREFILLING: _GenerationPhase.ValueType  # 3
+    """Its prompt is computed."""
+    GENERATION_PHASE_TRANSFERRING: _GenerationPhase.ValueType  # 4
+    """The first token is there, its KV is on the way to the decode group."""
+    GENERATION_PHASE_DECODING: _GenerationPhase.ValueType  # 5
+    """Tokens go to its client."""
+    GENERATION_PHASE_ENDED: _GenerationPhase.ValueType  # 6
+    """It is over, well or not; the last message."""
+
+class GenerationPhase(_GenerationPhase, metaclass=_GenerationPhaseEnumTypeWrapper):
+    """GenerationPhase is what a request is at."""
+
+GENERATION_PHASE_UNSPECIFIED: GenerationPhase.ValueType  # 0
+"""Never sent."""
+GENERATION_PHASE_QUEUED: GenerationPhase.ValueType  # 1
+"""Waits until a prefill group begins with its prompt."""
+GENERATION_PHASE_RESERVING: GenerationPhase.ValueType  # 2
+"""Waits for room for its KV on a decode group."""
+GENERATION_PHASE_PREFILLING: GenerationPhase.ValueType  # 3
+"""Its prompt is computed."""
+GENERATION_PHASE_TRANSFERRING: GenerationPhase.ValueType  # 4
+"""The first token is there, its KV is on the way to the decode group."""
+GENERATION_PHASE_DECODING: GenerationPhase.ValueType  # 5
+"""Tokens go to its client."""
+GENERATION_PHASE_ENDED: GenerationPhase.ValueType  # 6
+"""It is over, well or not; the last message."""
+Global___GenerationPhase: _TypeAlias = GenerationPhase  # noqa: Y015
 
 @_typing.final
 class GenerateTextRequest(_message.Message):
@@ -212,6 +253,66 @@ class StreamGenerateTextResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___StreamGenerateTextResponse: _TypeAlias = StreamGenerateTextResponse  # noqa: Y015
+
+@_typing.final
+class WatchGenerationRequest(_message.Message):
+    """WatchGenerationRequest names the request to watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Id of the request."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchGenerationRequest: _TypeAlias = WatchGenerationRequest  # noqa: Y015
+
+@_typing.final
+class WatchGenerationResponse(_message.Message):
+    """WatchGenerationResponse is how far a request has come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
+    PREFILL_FRACTION_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    phase: Global___GenerationPhase.ValueType
+    """What it is at. After the failure of a worker it goes back and comes by here again."""
+    queue_position: _builtins.int
+    """Requests of the same router that get a place before it does; 0 where it does not wait in the router's line."""
+    prefill_fraction: _builtins.float
+    """Part of the prompt that is computed, 0 to 1."""
+    num_tokens: _builtins.int
+    """Tokens that were sent to its client, of all choices."""
+    attempt: _builtins.int
+    """Try that is under way, from 1; 0 while none has begun."""
+    def __init__(
+        self,
+        *,
+        phase: Global___GenerationPhase.ValueType = ...,
+        queue_position: _builtins.int = ...,
+        prefill_fraction: _builtins.float = ...,
+        num_tokens: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "num_tokens", b"num_tokens", "phase", b"phase", "prefill_fraction", b"prefill_fraction", "queue_position", b"queue_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchGenerationResponse: _TypeAlias = WatchGenerationResponse  # noqa: Y015
 
 @_typing.final
 class CancelGenerationRequest(_message.Message):

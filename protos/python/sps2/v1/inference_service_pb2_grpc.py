@@ -45,6 +45,11 @@ class InferenceServiceStub:
                 request_serializer=sps2_dot_v1_dot_inference__service__pb2.StreamGenerateTextRequest.SerializeToString,
                 response_deserializer=sps2_dot_v1_dot_inference__service__pb2.StreamGenerateTextResponse.FromString,
                 _registered_method=True)
+        self.WatchGeneration = channel.unary_stream(
+                '/sps2.v1.InferenceService/WatchGeneration',
+                request_serializer=sps2_dot_v1_dot_inference__service__pb2.WatchGenerationRequest.SerializeToString,
+                response_deserializer=sps2_dot_v1_dot_inference__service__pb2.WatchGenerationResponse.FromString,
+                _registered_method=True)
         self.CancelGeneration = channel.unary_unary(
                 '/sps2.v1.InferenceService/CancelGeneration',
                 request_serializer=sps2_dot_v1_dot_inference__service__pb2.CancelGenerationRequest.SerializeToString,
@@ -71,8 +76,18 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchGeneration(self, request, context):
+        """WatchGeneration tells how far a live request has come, also before its first token: what it is at when the
+        call comes, then each change (at most ten a second), and that it has ended. Any router answers for
+        requests of the others. NOT_FOUND: no such request lives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelGeneration(self, request, context):
-        """CancelGeneration ends a live request and frees what it holds; NOT_FOUND when it is unknown here.
+        """CancelGeneration ends a live request and frees what it holds, on whichever router it is; NOT_FOUND when
+        none is known by this id for a second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,6 +105,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.StreamGenerateText,
                     request_deserializer=sps2_dot_v1_dot_inference__service__pb2.StreamGenerateTextRequest.FromString,
                     response_serializer=sps2_dot_v1_dot_inference__service__pb2.StreamGenerateTextResponse.SerializeToString,
+            ),
+            'WatchGeneration': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchGeneration,
+                    request_deserializer=sps2_dot_v1_dot_inference__service__pb2.WatchGenerationRequest.FromString,
+                    response_serializer=sps2_dot_v1_dot_inference__service__pb2.WatchGenerationResponse.SerializeToString,
             ),
             'CancelGeneration': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelGeneration,
@@ -152,6 +172,33 @@ class InferenceService:
             '/sps2.v1.InferenceService/StreamGenerateText',
             sps2_dot_v1_dot_inference__service__pb2.StreamGenerateTextRequest.SerializeToString,
             sps2_dot_v1_dot_inference__service__pb2.StreamGenerateTextResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sps2.v1.InferenceService/WatchGeneration',
+            sps2_dot_v1_dot_inference__service__pb2.WatchGenerationRequest.SerializeToString,
+            sps2_dot_v1_dot_inference__service__pb2.WatchGenerationResponse.FromString,
             options,
             channel_credentials,
             insecure,

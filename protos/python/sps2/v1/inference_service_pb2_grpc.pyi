@@ -39,8 +39,15 @@ class InferenceServiceStub:
     """StreamGenerateText streams the answer. Nothing, not even headers, is sent before the decode
     group has committed to the request; failures before that point are retried unseen.
     """
+    WatchGeneration: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.WatchGenerationRequest, _inference_service_pb2.WatchGenerationResponse]
+    """WatchGeneration tells how far a live request has come, also before its first token: what it is at when the
+    call comes, then each change (at most ten a second), and that it has ended. Any router answers for
+    requests of the others. NOT_FOUND: no such request lives.
+    """
     CancelGeneration: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.CancelGenerationRequest, _inference_service_pb2.CancelGenerationResponse]
-    """CancelGeneration ends a live request and frees what it holds; NOT_FOUND when it is unknown here."""
+    """CancelGeneration ends a live request and frees what it holds, on whichever router it is; NOT_FOUND when
+    none is known by this id for a second.
+    """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -53,8 +60,15 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """StreamGenerateText streams the answer. Nothing, not even headers, is sent before the decode
     group has committed to the request; failures before that point are retried unseen.
     """
+    WatchGeneration: _aio.UnaryStreamMultiCallable[_inference_service_pb2.WatchGenerationRequest, _inference_service_pb2.WatchGenerationResponse]  # type: ignore[assignment]
+    """WatchGeneration tells how far a live request has come, also before its first token: what it is at when the
+    call comes, then each change (at most ten a second), and that it has ended. Any router answers for
+    requests of the others. NOT_FOUND: no such request lives.
+    """
     CancelGeneration: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.CancelGenerationRequest, _inference_service_pb2.CancelGenerationResponse]  # type: ignore[assignment]
-    """CancelGeneration ends a live request and frees what it holds; NOT_FOUND when it is unknown here."""
+    """CancelGeneration ends a live request and frees what it holds, on whichever router it is; NOT_FOUND when
+    none is known by this id for a second.
+    """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """InferenceService generates text. Errors are google.rpc.Status with ErrorInfo (domain "sps2")."""
@@ -78,11 +92,24 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def WatchGeneration(
+        self,
+        request: _inference_service_pb2.WatchGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_service_pb2.WatchGenerationResponse], _abc.AsyncIterator[_inference_service_pb2.WatchGenerationResponse]]:
+        """WatchGeneration tells how far a live request has come, also before its first token: what it is at when the
+        call comes, then each change (at most ten a second), and that it has ended. Any router answers for
+        requests of the others. NOT_FOUND: no such request lives.
+        """
+
+    @_abc_1.abstractmethod
     def CancelGeneration(
         self,
         request: _inference_service_pb2.CancelGenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.CancelGenerationResponse, _abc.Awaitable[_inference_service_pb2.CancelGenerationResponse]]:
-        """CancelGeneration ends a live request and frees what it holds; NOT_FOUND when it is unknown here."""
+        """CancelGeneration ends a live request and frees what it holds, on whichever router it is; NOT_FOUND when
+        none is known by this id for a second.
+        """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from sps2.v1 import generation_pb2 as sps2_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsps2/v1/tokenizer_service.proto\x12\x07sps2.v1\"2\n\x13TokenizeTextRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"-\n\x14TokenizeTextResponse\x12\x15\n\ttoken_ids\x18\x01 \x03(\x05\x42\x02\x10\x01\"?\n\x17\x44\x65tokenizeTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\"(\n\x18\x44\x65tokenizeTokensResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xb8\x01\n\x10TokenizerService\x12K\n\x0cTokenizeText\x12\x1c.sps2.v1.TokenizeTextRequest\x1a\x1d.sps2.v1.TokenizeTextResponse\x12W\n\x10\x44\x65tokenizeTokens\x12 .sps2.v1.DetokenizeTokensRequest\x1a!.sps2.v1.DetokenizeTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsps2/v1/tokenizer_service.proto\x12\x07sps2.v1\x1a\x18sps2/v1/generation.proto\"W\n\x13TokenizeTextRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12#\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x15.sps2.v1.ChatMessages\"-\n\x14TokenizeTextResponse\x12\x15\n\ttoken_ids\x18\x01 \x03(\x05\x42\x02\x10\x01\"?\n\x17\x44\x65tokenizeTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\"(\n\x18\x44\x65tokenizeTokensResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xb8\x01\n\x10TokenizerService\x12K\n\x0cTokenizeText\x12\x1c.sps2.v1.TokenizeTextRequest\x1a\x1d.sps2.v1.TokenizeTextResponse\x12W\n\x10\x44\x65tokenizeTokens\x12 .sps2.v1.DetokenizeTokensRequest\x1a!.sps2.v1.DetokenizeTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,14 +36,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIZETEXTRESPONSE'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_DETOKENIZETOKENSREQUEST'].fields_by_name['token_ids']._loaded_options = None
   _globals['_DETOKENIZETOKENSREQUEST'].fields_by_name['token_ids']._serialized_options = b'\020\001'
-  _globals['_TOKENIZETEXTREQUEST']._serialized_start=44
-  _globals['_TOKENIZETEXTREQUEST']._serialized_end=94
-  _globals['_TOKENIZETEXTRESPONSE']._serialized_start=96
-  _globals['_TOKENIZETEXTRESPONSE']._serialized_end=141
-  _globals['_DETOKENIZETOKENSREQUEST']._serialized_start=143
-  _globals['_DETOKENIZETOKENSREQUEST']._serialized_end=206
-  _globals['_DETOKENIZETOKENSRESPONSE']._serialized_start=208
-  _globals['_DETOKENIZETOKENSRESPONSE']._serialized_end=248
-  _globals['_TOKENIZERSERVICE']._serialized_start=251
-  _globals['_TOKENIZERSERVICE']._serialized_end=435
+  _globals['_TOKENIZETEXTREQUEST']._serialized_start=70
+  _globals['_TOKENIZETEXTREQUEST']._serialized_end=157
+  _globals['_TOKENIZETEXTRESPONSE']._serialized_start=159
+  _globals['_TOKENIZETEXTRESPONSE']._serialized_end=204
+  _globals['_DETOKENIZETOKENSREQUEST']._serialized_start=206
+  _globals['_DETOKENIZETOKENSREQUEST']._serialized_end=269
+  _globals['_DETOKENIZETOKENSRESPONSE']._serialized_start=271
+  _globals['_DETOKENIZETOKENSRESPONSE']._serialized_end=311
+  _globals['_TOKENIZERSERVICE']._serialized_start=314
+  _globals['_TOKENIZERSERVICE']._serialized_end=498
 # @@protoc_insertion_point(module_scope)

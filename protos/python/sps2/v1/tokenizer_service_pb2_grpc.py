@@ -52,7 +52,7 @@ class TokenizerServiceServicer:
     """
 
     def TokenizeText(self, request, context):
-        """TokenizeText turns text into token ids, with the special tokens that a prompt gets.
+        """TokenizeText turns text, or chat messages, into the token ids that GenerateText would make of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,7 @@ class TokenizerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TokenizerServiceAsyncStub: ...
     TokenizeText: _grpc.UnaryUnaryMultiCallable[_tokenizer_service_pb2.TokenizeTextRequest, _tokenizer_service_pb2.TokenizeTextResponse]
-    """TokenizeText turns text into token ids, with the special tokens that a prompt gets."""
+    """TokenizeText turns text, or chat messages, into the token ids that GenerateText would make of them."""
     DetokenizeTokens: _grpc.UnaryUnaryMultiCallable[_tokenizer_service_pb2.DetokenizeTokensRequest, _tokenizer_service_pb2.DetokenizeTokensResponse]
     """DetokenizeTokens turns token ids into text; special tokens are left out."""
 
@@ -44,7 +44,7 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     TokenizeText: _aio.UnaryUnaryMultiCallable[_tokenizer_service_pb2.TokenizeTextRequest, _tokenizer_service_pb2.TokenizeTextResponse]  # type: ignore[assignment]
-    """TokenizeText turns text into token ids, with the special tokens that a prompt gets."""
+    """TokenizeText turns text, or chat messages, into the token ids that GenerateText would make of them."""
     DetokenizeTokens: _aio.UnaryUnaryMultiCallable[_tokenizer_service_pb2.DetokenizeTokensRequest, _tokenizer_service_pb2.DetokenizeTokensResponse]  # type: ignore[assignment]
     """DetokenizeTokens turns token ids into text; special tokens are left out."""
 
@@ -57,7 +57,7 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tokenizer_service_pb2.TokenizeTextRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_service_pb2.TokenizeTextResponse, _abc.Awaitable[_tokenizer_service_pb2.TokenizeTextResponse]]:
-        """TokenizeText turns text into token ids, with the special tokens that a prompt gets."""
+        """TokenizeText turns text, or chat messages, into the token ids that GenerateText would make of them."""
 
     @_abc_1.abstractmethod
     def DetokenizeTokens(

@@ -61,7 +61,7 @@ class Group:
         hello = group_service_pb2.FollowerHello(
             group="decode-0", rank=1, group_size=2, model_hash="hash", tensor_ranks=1
         )
-        made = Follower(hello, self.address, "decode-0/1", self.dismissed.set)
+        made = Follower(hello, self.address, "decode-0/1", self.dismissed.set, None)
         made.attach(Nobody())  # type: ignore[arg-type]
         return made
 

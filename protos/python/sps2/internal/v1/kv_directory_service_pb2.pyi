@@ -53,6 +53,34 @@ LEASE_STATUS_DEGRADED: LeaseStatus.ValueType  # 4
 """The store is away; the lease does not expire, nobody fences."""
 Global___LeaseStatus: _TypeAlias = LeaseStatus  # noqa: Y015
 
+class _AdmissionStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdmissionStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdmissionStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADMISSION_STATUS_UNSPECIFIED: _AdmissionStatus.ValueType  # 0
+    """Never sent."""
+    ADMISSION_STATUS_ADMITTED: _AdmissionStatus.ValueType  # 1
+    """The request is this call's."""
+    ADMISSION_STATUS_SUPERSEDES: _AdmissionStatus.ValueType  # 2
+    """The same, in place of an earlier call with the same nonce."""
+    ADMISSION_STATUS_REFUSED: _AdmissionStatus.ValueType  # 3
+    """Another call lives: an earlier one with another nonce or, for a renewal, a retry of this one."""
+
+class AdmissionStatus(_AdmissionStatus, metaclass=_AdmissionStatusEnumTypeWrapper):
+    """AdmissionStatus is what came of an admission."""
+
+ADMISSION_STATUS_UNSPECIFIED: AdmissionStatus.ValueType  # 0
+"""Never sent."""
+ADMISSION_STATUS_ADMITTED: AdmissionStatus.ValueType  # 1
+"""The request is this call's."""
+ADMISSION_STATUS_SUPERSEDES: AdmissionStatus.ValueType  # 2
+"""The same, in place of an earlier call with the same nonce."""
+ADMISSION_STATUS_REFUSED: AdmissionStatus.ValueType  # 3
+"""Another call lives: an earlier one with another nonce or, for a renewal, a retry of this one."""
+Global___AdmissionStatus: _TypeAlias = AdmissionStatus  # noqa: Y015
+
 @_typing.final
 class RegisterWorkerRequest(_message.Message):
     """RegisterWorkerRequest introduces a rank."""
@@ -374,6 +402,167 @@ class WorkerSnapshot(_message.Message):
 Global___WorkerSnapshot: _TypeAlias = WorkerSnapshot  # noqa: Y015
 
 @_typing.final
+class RequestAdmission(_message.Message):
+    """RequestAdmission is a call that a router serves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    ROUTER_ADDRESS_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    RENEWAL_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Request id."""
+    call_id: _builtins.str
+    """Drawn by the router for this call alone."""
+    router_address: _builtins.str
+    """host:port at which other routers reach the one that serves it."""
+    nonce: _builtins.bytes
+    """The client's nonce; two calls with one id and one nonce, not empty, are a retry of each other."""
+    renewal: _builtins.bool
+    """Whether the call was admitted before and this keeps its lease."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        call_id: _builtins.str = ...,
+        router_address: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
+        renewal: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "nonce", b"nonce", "renewal", b"renewal", "request_id", b"request_id", "router_address", b"router_address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestAdmission: _TypeAlias = RequestAdmission  # noqa: Y015
+
+@_typing.final
+class AdmitRequestsRequest(_message.Message):
+    """AdmitRequestsRequest admits calls, or renews their leases."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADMISSIONS_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
+    lease_s: _builtins.float
+    """Seconds after which each is forgotten unless it is renewed; 0: 60."""
+    @_builtins.property
+    def admissions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestAdmission]:
+        """At most 256."""
+
+    def __init__(
+        self,
+        *,
+        admissions: _abc.Iterable[Global___RequestAdmission] | None = ...,
+        lease_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "lease_s", b"lease_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitRequestsRequest: _TypeAlias = AdmitRequestsRequest  # noqa: Y015
+
+@_typing.final
+class AdmissionResult(_message.Message):
+    """AdmissionResult answers one admission."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    OTHER_FIELD_NUMBER: _builtins.int
+    status: Global___AdmissionStatus.ValueType
+    """What came of it."""
+    @_builtins.property
+    def other(self) -> Global___RequestAdmission:
+        """The other call, where there is one."""
+
+    def __init__(
+        self,
+        *,
+        status: Global___AdmissionStatus.ValueType = ...,
+        other: Global___RequestAdmission | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["other", b"other"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["other", b"other", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmissionResult: _TypeAlias = AdmissionResult  # noqa: Y015
+
+@_typing.final
+class AdmitRequestsResponse(_message.Message):
+    """AdmitRequestsResponse answers in the order of the request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdmissionResult]:
+        """One for each admission."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___AdmissionResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitRequestsResponse: _TypeAlias = AdmitRequestsResponse  # noqa: Y015
+
+@_typing.final
+class DismissRequestRequest(_message.Message):
+    """DismissRequestRequest names an admission."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Request id."""
+    call_id: _builtins.str
+    """The call."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        call_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DismissRequestRequest: _TypeAlias = DismissRequestRequest  # noqa: Y015
+
+@_typing.final
+class DismissRequestResponse(_message.Message):
+    """DismissRequestResponse says that it is forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DismissRequestResponse: _TypeAlias = DismissRequestResponse  # noqa: Y015
+
+@_typing.final
 class RequestShard(_message.Message):
     """RequestShard is a part of a request's KV."""
 
@@ -536,23 +725,29 @@ Global___LocateRequestRequest: _TypeAlias = LocateRequestRequest  # noqa: Y015
 
 @_typing.final
 class LocateRequestResponse(_message.Message):
-    """LocateRequestResponse holds its newest attempt."""
+    """LocateRequestResponse holds what is known of it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: _builtins.int
+    ADMISSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def record(self) -> Global___RequestRecord:
-        """The record."""
+        """Its newest attempt; unset before KV of it is recorded."""
+
+    @_builtins.property
+    def admission(self) -> Global___RequestAdmission:
+        """The call that a router serves it by; unset when none is known."""
 
     def __init__(
         self,
         *,
         record: Global___RequestRecord | None = ...,
+        admission: Global___RequestAdmission | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "record", b"record"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,6 +61,16 @@ class KvDirectoryServiceStub:
                 request_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.WatchWorkersRequest.SerializeToString,
                 response_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.WatchWorkersResponse.FromString,
                 _registered_method=True)
+        self.AdmitRequests = channel.unary_unary(
+                '/sps2.internal.v1.KvDirectoryService/AdmitRequests',
+                request_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.AdmitRequestsRequest.SerializeToString,
+                response_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.AdmitRequestsResponse.FromString,
+                _registered_method=True)
+        self.DismissRequest = channel.unary_unary(
+                '/sps2.internal.v1.KvDirectoryService/DismissRequest',
+                request_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.DismissRequestRequest.SerializeToString,
+                response_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.DismissRequestResponse.FromString,
+                _registered_method=True)
         self.RecordShards = channel.unary_unary(
                 '/sps2.internal.v1.KvDirectoryService/RecordShards',
                 request_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.RecordShardsRequest.SerializeToString,
@@ -141,6 +151,20 @@ class KvDirectoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdmitRequests(self, request, context):
+        """AdmitRequests tells which router serves which request, and finds two that serve the same one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DismissRequest(self, request, context):
+        """DismissRequest forgets an admission; that of another call stays. Unknown: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RecordShards(self, request, context):
         """RecordShards tells where a request's KV lies. ABORTED when a newer attempt or epoch is recorded.
         """
@@ -149,8 +173,8 @@ class KvDirectoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LocateRequest(self, request, context):
-        """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none, UNAVAILABLE with
-        reason RECOVERING when there may be one that has not been recorded again since the store lost its data.
+        """LocateRequest finds the router that serves a request, and its newest attempt; NOT_FOUND when neither is known,
+        UNAVAILABLE with reason RECOVERING when it may not have been recorded again since the store lost its data.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,6 +243,16 @@ def add_KvDirectoryServiceServicer_to_server(servicer, server):
                     servicer.WatchWorkers,
                     request_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.WatchWorkersRequest.FromString,
                     response_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.WatchWorkersResponse.SerializeToString,
+            ),
+            'AdmitRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdmitRequests,
+                    request_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.AdmitRequestsRequest.FromString,
+                    response_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.AdmitRequestsResponse.SerializeToString,
+            ),
+            'DismissRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.DismissRequest,
+                    request_deserializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.DismissRequestRequest.FromString,
+                    response_serializer=sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.DismissRequestResponse.SerializeToString,
             ),
             'RecordShards': grpc.unary_unary_rpc_method_handler(
                     servicer.RecordShards,
@@ -393,6 +427,60 @@ class KvDirectoryService:
             '/sps2.internal.v1.KvDirectoryService/WatchWorkers',
             sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.WatchWorkersRequest.SerializeToString,
             sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.WatchWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdmitRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sps2.internal.v1.KvDirectoryService/AdmitRequests',
+            sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.AdmitRequestsRequest.SerializeToString,
+            sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.AdmitRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DismissRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sps2.internal.v1.KvDirectoryService/DismissRequest',
+            sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.DismissRequestRequest.SerializeToString,
+            sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2.DismissRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

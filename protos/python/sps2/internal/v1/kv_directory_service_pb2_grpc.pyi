@@ -51,11 +51,15 @@ class KvDirectoryServiceStub:
     """WatchWorkers sends a snapshot, then changes, each with a revision; a client that sees a gap
     in revisions reconnects. A worker whose lease expired comes as a removal.
     """
+    AdmitRequests: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.AdmitRequestsRequest, _kv_directory_service_pb2.AdmitRequestsResponse]
+    """AdmitRequests tells which router serves which request, and finds two that serve the same one."""
+    DismissRequest: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.DismissRequestRequest, _kv_directory_service_pb2.DismissRequestResponse]
+    """DismissRequest forgets an admission; that of another call stays. Unknown: NOT_FOUND."""
     RecordShards: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.RecordShardsRequest, _kv_directory_service_pb2.RecordShardsResponse]
     """RecordShards tells where a request's KV lies. ABORTED when a newer attempt or epoch is recorded."""
     LocateRequest: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.LocateRequestRequest, _kv_directory_service_pb2.LocateRequestResponse]
-    """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none, UNAVAILABLE with
-    reason RECOVERING when there may be one that has not been recorded again since the store lost its data.
+    """LocateRequest finds the router that serves a request, and its newest attempt; NOT_FOUND when neither is known,
+    UNAVAILABLE with reason RECOVERING when it may not have been recorded again since the store lost its data.
     """
     ReleaseRequest: _grpc.UnaryUnaryMultiCallable[_kv_directory_service_pb2.ReleaseRequestRequest, _kv_directory_service_pb2.ReleaseRequestResponse]
     """ReleaseRequest forgets an attempt; a newer one stays. Unknown: NOT_FOUND."""
@@ -93,11 +97,15 @@ class KvDirectoryServiceAsyncStub(KvDirectoryServiceStub):
     """WatchWorkers sends a snapshot, then changes, each with a revision; a client that sees a gap
     in revisions reconnects. A worker whose lease expired comes as a removal.
     """
+    AdmitRequests: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.AdmitRequestsRequest, _kv_directory_service_pb2.AdmitRequestsResponse]  # type: ignore[assignment]
+    """AdmitRequests tells which router serves which request, and finds two that serve the same one."""
+    DismissRequest: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.DismissRequestRequest, _kv_directory_service_pb2.DismissRequestResponse]  # type: ignore[assignment]
+    """DismissRequest forgets an admission; that of another call stays. Unknown: NOT_FOUND."""
     RecordShards: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.RecordShardsRequest, _kv_directory_service_pb2.RecordShardsResponse]  # type: ignore[assignment]
     """RecordShards tells where a request's KV lies. ABORTED when a newer attempt or epoch is recorded."""
     LocateRequest: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.LocateRequestRequest, _kv_directory_service_pb2.LocateRequestResponse]  # type: ignore[assignment]
-    """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none, UNAVAILABLE with
-    reason RECOVERING when there may be one that has not been recorded again since the store lost its data.
+    """LocateRequest finds the router that serves a request, and its newest attempt; NOT_FOUND when neither is known,
+    UNAVAILABLE with reason RECOVERING when it may not have been recorded again since the store lost its data.
     """
     ReleaseRequest: _aio.UnaryUnaryMultiCallable[_kv_directory_service_pb2.ReleaseRequestRequest, _kv_directory_service_pb2.ReleaseRequestResponse]  # type: ignore[assignment]
     """ReleaseRequest forgets an attempt; a newer one stays. Unknown: NOT_FOUND."""
@@ -164,6 +172,22 @@ class KvDirectoryServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def AdmitRequests(
+        self,
+        request: _kv_directory_service_pb2.AdmitRequestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_directory_service_pb2.AdmitRequestsResponse, _abc.Awaitable[_kv_directory_service_pb2.AdmitRequestsResponse]]:
+        """AdmitRequests tells which router serves which request, and finds two that serve the same one."""
+
+    @_abc_1.abstractmethod
+    def DismissRequest(
+        self,
+        request: _kv_directory_service_pb2.DismissRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_directory_service_pb2.DismissRequestResponse, _abc.Awaitable[_kv_directory_service_pb2.DismissRequestResponse]]:
+        """DismissRequest forgets an admission; that of another call stays. Unknown: NOT_FOUND."""
+
+    @_abc_1.abstractmethod
     def RecordShards(
         self,
         request: _kv_directory_service_pb2.RecordShardsRequest,
@@ -177,8 +201,8 @@ class KvDirectoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_directory_service_pb2.LocateRequestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_directory_service_pb2.LocateRequestResponse, _abc.Awaitable[_kv_directory_service_pb2.LocateRequestResponse]]:
-        """LocateRequest finds the newest attempt of a request; NOT_FOUND when there is none, UNAVAILABLE with
-        reason RECOVERING when there may be one that has not been recorded again since the store lost its data.
+        """LocateRequest finds the router that serves a request, and its newest attempt; NOT_FOUND when neither is known,
+        UNAVAILABLE with reason RECOVERING when it may not have been recorded again since the store lost its data.
         """
 
     @_abc_1.abstractmethod
