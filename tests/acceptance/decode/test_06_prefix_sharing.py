@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
 COMMON = 6_016
 """A whole number of blocks."""
 FIRST_TOKENS, SECOND_TOKENS = 150, 300
+FAULT_TOKENS = 800
+"""The first must still decode when the second has been prefilled and the rank dies."""
 RECOVERED_S = 60.0
 CROWD = 12
 CROWD_COMMON = 640
@@ -57,7 +59,7 @@ def test_two_requests_with_the_same_beginning(profile: Path, decode: str, must_s
         with must_show(f"6 decode {decode}: CSA, masks differ: nothing shared") as figures:
             figures.append(sparse.check(one, [third], 0))
         with must_show(f"6 decode {decode}: a rank dies that holds shared blocks") as figures:
-            exact.survive(one, other, Victim("decode-0/0", "engine"))
+            exact.survive(Asked(short, FAULT_TOKENS, None), other, Victim("decode-0/0", "engine"))
             figures.append(f"both streams went on; in all {exact.tally}; CSA {sparse.tally}")
             exact.tally.check()
             sparse.tally.check()
