@@ -24,8 +24,14 @@ pytestmark = pytest.mark.acceptance
 
 K = 1024
 TIMEOUT_S = 3_000
-GOALS = {(2 * K, 1, 1): 1.5, (2 * K, 1, 2): 1.0, (2 * K, 8, 1): 1.5, (16 * K, 8, 1): 3.0}
-"""Context, batch, ranks: tokens/s over those of transformers, at least."""
+GOALS = {(2 * K, 1, (1, 1)): 1.5, (2 * K, 1, (1, 2)): 1.0, (2 * K, 8, (1, 1)): 1.5, (16 * K, 8, (1, 1)): 3.0}
+"""Context, batch, (sequence, tensor) ranks: tokens/s over those of transformers, at least."""
+RUNS = (
+    ("--contexts", "2k,16k", "--ranks", "1,2"),
+    ("--contexts", "2k", "--ranks", "1", "--tensor", "2"),
+)
+"""Of the benchmark; two ranks that spread KV, and two that split layers."""
+COMMON = ("--batches", "1,8", "--steps", "48", "--repeat", "3", "--baselines", "transformers")
 MOST_P99_OVER_P50 = 4.0
 WATCHED_TOKENS, OTHERS = 600, 24
 
@@ -33,21 +39,11 @@ WATCHED_TOKENS, OTHERS = 600, 24
 @pytest.fixture(scope="module")
 def rows(repo_root: Path) -> list[Row]:
     """The random model of `bench prefill` in fp32: one rank of two threads, and two of one."""
-    out = repo_root / ".out" / "decode" / "throughput"
-    options: list[str | Path] = [
-        "--contexts",
-        "2k,16k",
-        "--batches",
-        "1,8",
-        "--ranks",
-        "1,2",
-        "--steps",
-        "48",
-        "--repeat",
-        "3",
-    ]
-    options += ["--baselines", "transformers", "--plots", out]
-    found: list[Row] = sps2_json("bench", "decode", *options, timeout_s=TIMEOUT_S)["rows"]
+    found: list[Row] = []
+    for number, run in enumerate(RUNS):
+        plots = repo_root / ".out" / "decode" / "throughput" / str(number)
+        options: list[str | Path] = [*run, *COMMON, "--plots", plots]
+        found += sps2_json("bench", "decode", *options, timeout_s=TIMEOUT_S)["rows"]
     return found
 
 
@@ -57,15 +53,20 @@ def test_streams_are_those_of_transformers(must_show: MustShow, rows: list[Row])
         figures.append(f"{len(rows)} runs")
 
 
-@pytest.mark.parametrize(("context", "batch", "ranks"), GOALS)
+@pytest.mark.parametrize(("context", "batch", "mesh"), GOALS)
 def test_tokens_per_second(
-    must_show: MustShow, rows: list[Row], context: int, batch: int, ranks: int
+    must_show: MustShow, rows: list[Row], context: int, batch: int, mesh: tuple[int, int]
 ) -> None:
-    with must_show(f"4 throughput: {batch} x {context // K}k on {ranks} rank(s)") as figures:
-        goal = GOALS[context, batch, ranks]
-        row = find(rows, program="sps2", context=context, batch=batch, ranks=ranks)
+    ranks, tensor = mesh
+    name = f"4 throughput: {batch} x {context // K}k on {ranks * tensor} rank(s)"
+    with must_show(name) as figures:
+        goal = GOALS[context, batch, mesh]
+        row = find(rows, program="sps2", context=context, batch=batch, ranks=ranks, tensor=tensor)
         figures.append(f"{row['speedup']:.2f} x transformers (at least {goal})")
         figures.append(f"{row['speedup_static']:.2f} x with its static cache")
+        if tensor > 1:
+            spread = find(rows, program="sps2", context=context, batch=batch, ranks=tensor, tensor=1)
+            figures.append(f"that is with layers split; with KV spread {spread['speedup']:.2f} x")
         assert row["speedup"] >= goal
 
 
