@@ -176,7 +176,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def admit(self, data: st.DataObject) -> None:
         row_id = data.draw(st.sampled_from(sorted(self.known)))
         row = self.scheduler.rows.get(row_id)
-        if row is not None and row.state is RowState.RESERVED:
+        taken_up = row_id in self.ranks.rows  # before that nothing is sent
+        if taken_up and row is not None and row.state is RowState.RESERVED:
             self.scheduler.admit(row_id)
 
     @precondition(lambda self: self.known)
@@ -246,11 +247,13 @@ class Request:
                 (self.row,) = scheduler.reserve(asked, self.came, str(id(self)))
             except NoRoomError:
                 return
-            self.ready_at = tick + self.delay
+            self.ready_at = tick + 1 + self.delay  # the ranks take it up with a plan before anything is sent
 
     def prefilled(self, scheduler: DecodeScheduler, tick: int) -> None:
         """Its KV has come, and a token with it; that may be the last."""
-        if self.row is None or tick < self.ready_at or self.row.state is not RowState.RESERVED:
+        if self.row is None or self.row.row_id not in scheduler.rows or tick < self.ready_at:
+            return
+        if self.row.state is not RowState.RESERVED:
             return
         self.num_tokens += 1
         if self.num_tokens < self.max_tokens:
