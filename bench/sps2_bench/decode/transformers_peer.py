@@ -50,7 +50,7 @@ class TransformersPeer:
             taken.append(output.logits[:, -1].argmax(dim=-1, keepdim=True))
             step_s.append(time.perf_counter() - started)
         streams = dict(enumerate(torch.cat(taken, dim=1).tolist()))
-        return {"step_s": step_s[warm_up:], "posted_bytes": 0, "streams": streams}
+        return {"step_s": step_s[warm_up:], "posted_bytes": {}, "streams": streams}
 
     def _filled_cache(self, num_tokens: int, batch: int, num_steps: int) -> Any:
         from transformers import DynamicCache, StaticCache  # noqa: PLC0415
