@@ -36,9 +36,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "exchange"), [(1, "auto"), (3, "heads"), (4, "auto"), (2, "kv"), (3, "kv")]
-)
+@pytest.mark.parametrize(("num_ranks", "exchange"), [(1, "auto"), (3, "heads"), (4, "auto"), (3, "kv")])
 def test_mixed_prompts(profile: Path, num_ranks: int, exchange: str) -> None:
     """Three ranks: only two of them divide the shards, the third stays in step; exact prompts use all three.
 

@@ -13,7 +13,7 @@ from support.streams import wait_for_free_kv
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-NUM_TOKENS = 400
+NUM_TOKENS = 240
 SETTLED_S = 60.0
 
 

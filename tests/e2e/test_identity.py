@@ -30,10 +30,10 @@ def test_decode_goes_on_as_a_prefill_would(demo: LocalDeployment) -> None:
     tally.check()
 
 
-@pytest.mark.parametrize("exchange", ["heads", "kv"])
-def test_odd_heads_on_many_ranks(odd_heads: Path, exchange: Exchange) -> None:
+def test_odd_heads_on_many_ranks(odd_heads: Path) -> None:
     """The bytes come first: they are counted since the beginning of a deployment."""
     tally, prompts = Tally(), byte_prompts([1, 3, 70, 500])
+    exchange: Exchange = "kv"
     arguments = ["--exchange", exchange]
     with (
         deployment(odd_heads, prefill="1x4", decode="1x3", arguments=arguments) as running,

@@ -139,4 +139,4 @@ class MovingMachine(RuleBasedStateMachine):
 
 
 TestMovingMachine = MovingMachine.TestCase
-TestMovingMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestMovingMachine.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
