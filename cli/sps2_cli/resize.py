@@ -15,11 +15,19 @@ from sps2_cli.options import DEFAULT_ADDRESS, Json, Server
 
 def resize(
     request_id: Annotated[str, typer.Argument(help="The request, as `generate --request-id` named it.")],
-    degree: Annotated[int, typer.Option(min=1, help="Decode ranks that are to hold its KV.")],
+    degree: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Holders of its KV: decode ranks, or, where ranks split layers, sets of them."
+        ),
+    ],
     server: Server = DEFAULT_ADDRESS,
     rank: Annotated[
         list[int] | None,
-        typer.Option(min=0, help="Which ranks, once for each; without it, those that need least be moved."),
+        typer.Option(
+            min=0,
+            help="Which holders, once for each, by sequence index; without it, those that need least be moved.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
