@@ -9,6 +9,7 @@ from sps2.internal.v1 import prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.runtime.options import EngineOptions
 from sps2_prefill_worker.coordinator import PrefillCoordinator
+from sps2_prefill_worker.prefix_index import PrefixIndex
 from sps2_prefill_worker.servicer import PrefillServicer
 from sps2_service.config import load_config
 from sps2_service.directory_client import DirectoryClient
@@ -35,9 +36,10 @@ def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> 
     return EngineOptions(**config.engine_settings(model_hash)).arguments(socket_fd)
 
 
-def _lead(config: WorkerConfig, _directory: DirectoryClient, _model_hash: str) -> LeaderService:
+def _lead(config: WorkerConfig, directory: DirectoryClient, _model_hash: str) -> LeaderService:
     assert isinstance(config, PrefillWorkerConfig)
-    coordinator = PrefillCoordinator(config.exchange, config.threads, config.tp)
+    index = PrefixIndex(directory.prefixes)
+    coordinator = PrefillCoordinator(config.exchange, config.threads, config.tp, index)
     service = prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"]
     return LeaderService(coordinator, PrefillServicer(coordinator), service)
 

@@ -4,7 +4,7 @@ Runs in rank 0's supervisor, on its event loop.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -14,8 +14,11 @@ from sps2.v1 import cluster_pb2
 from sps2_engine.attention.cost_model import Choice
 from sps2_engine.kv_transfer.relayout import check_covers
 from sps2_layout.attention import Attention
+from sps2_layout.layout import Span
 from sps2_layout.wire import unpack_attention
 from sps2_prefill_worker.planning import PlannedPrompt, PromptPlanner
+from sps2_prefill_worker.prefix_cache import NO_MATCH, Admitted, PrefixCache, Prompt
+from sps2_prefill_worker.prefix_index import NO_INDEX, PrefixIndex, fill_cached
 from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure, group_draining
@@ -35,7 +38,11 @@ class Attempt:
 
     request: prefill_service_pb2.PrefillRequest
     planned: PlannedPrompt
-    """How its prompt is attended."""
+    """How its prompt is attended, where nothing of it is cached."""
+    prompt: Prompt
+    """What is looked for in the cache."""
+    num_cached: int = 0
+    """Tokens whose KV was there."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     dispatched: bool = False
     """Whether the ranks know of it."""
@@ -56,9 +63,20 @@ class PrefillCoordinator:
         exchange: the schedule that serves prompts, or "auto".
         threads: of each rank, on a CPU.
         tp: tensor ranks; divides the group.
+        prefixes: is told what the group has cached.
     """
 
-    def __init__(self, exchange: Choice = "auto", threads: int = 1, tp: int = 1) -> None:
+    def __init__(
+        self,
+        exchange: Choice = "auto",
+        threads: int = 1,
+        tp: int = 1,
+        prefixes: PrefixIndex = NO_INDEX,
+    ) -> None:
+        self._prefixes = prefixes
+        self._cache = PrefixCache(())
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
         self._exchange: Choice = exchange
         self._threads = threads
         self._tp = tp
@@ -86,6 +104,7 @@ class PrefillCoordinator:
         load.num_requests_waiting = len(self._scheduler.waiting)
         load.num_requests_running = len(self._attempts) - len(self._scheduler.waiting)
         load.queued_tokens = self._scheduler.num_tokens
+        load.prompt_tokens, load.cached_tokens = self._num_prompt_tokens, self._num_cached_tokens
 
     async def prefill(
         self, request: prefill_service_pb2.PrefillRequest
@@ -125,10 +144,13 @@ class PrefillCoordinator:
         self._kv_blocks = min(loaded.kv_blocks_total for loaded in ranks)
         self._slice_flops = min(loaded.slice_flops for loaded in ranks)
         self._planner = PromptPlanner.of(ranks, self._exchange, self._threads, self._tp)
+        self._cache = PrefixCache([loaded.kv_blocks_total for loaded in ranks[:: self._tp]])
 
     def on_broken(self, error: Unavailable) -> None:
         """See `Coordinator.on_broken`."""
         self._scheduler.clear()
+        self._cache = PrefixCache(())
+        self._prefixes.drop_all()
         for attempt in list(self._attempts.values()):
             attempt.events.put_nowait(error)
             self._forget(attempt)
@@ -144,7 +166,7 @@ class PrefillCoordinator:
                 self._on_report(rank, attempt, event.prefill)
 
     def _admit(self, request: prefill_service_pb2.PrefillRequest) -> Attempt:
-        attempt = Attempt(request, self._check(request))
+        attempt = self._check(request)
         if attempt.key in self._attempts:
             raise Aborted("DUPLICATE_ATTEMPT", f"attempt {attempt.key} is being prefilled already")
         self._attempts[attempt.key] = attempt
@@ -153,7 +175,7 @@ class PrefillCoordinator:
         self._start_next()
         return attempt
 
-    def _check(self, request: prefill_service_pb2.PrefillRequest) -> PlannedPrompt:
+    def _check(self, request: prefill_service_pb2.PrefillRequest) -> Attempt:
         group = self._group
         if self._draining:
             raise group_draining(group.name)
@@ -172,21 +194,28 @@ class PrefillCoordinator:
             raise InvalidArgument.of_field("placement", str(error)) from None
         attention, choice = _attention_of(request), request.choice
         self._check_room(
-            self._planner, attention, max(len(choice.generated_token_ids), choice.max_tokens - 1)
+            self._planner,
+            attention,
+            len(request.token_ids) - len(choice.generated_token_ids),
+            max(len(choice.generated_token_ids), choice.max_tokens - 1),
         )
-        return self._planner.plan(attention, len(choice.generated_token_ids))
+        planned = self._planner.plan(attention, len(request.token_ids))
+        keys = tuple(request.block_hashes) if self._planner.can_cache else ()
+        return Attempt(request, planned, Prompt(attention, keys, len(request.token_ids)))
 
-    def _check_room(self, planner: PromptPlanner, attention: Attention, max_generated: int) -> None:
+    def _check_room(
+        self, planner: PromptPlanner, attention: Attention, num_prompt_tokens: int, max_generated: int
+    ) -> None:
         """Takes only what has room when it comes back with all that it may have generated: then each resumption does.
 
         Raises:
             FailedPrecondition: it has not.
         """
-        slice_tokens = planner.most_kept(attention, max_generated)
+        slice_tokens = planner.most_kept(attention, num_prompt_tokens + max_generated)
         if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
             raise FailedPrecondition(
                 "PROMPT_TOO_LARGE",
-                f"of {attention.num_tokens} prompt tokens and up to {max_generated} generated ones, which follow "
+                f"of {num_prompt_tokens} prompt tokens and up to {max_generated} generated ones, which follow "
                 f"them when a stream is resumed, {slice_tokens} lie on one rank of {self._group.name}, which has KV "
                 f"for {self._kv_blocks * BLOCK_TOKENS}: raise --kv-tokens, use more ranks or lower max_tokens",
             )
@@ -197,11 +226,13 @@ class PrefillCoordinator:
             return
         attempt = self._attempts[job.key]
         attempt.dispatched = True
-        request, planned = attempt.request, attempt.planned
+        request = attempt.request
+        planned, admitted = self._take_cached(attempt)
         log.info(
             "prefill starts",
             request_id=request.attempt.request_id,
             num_tokens=job.num_tokens,
+            num_cached=planned.num_cached,
             exchange=planned.exchange,
             num_ranks=planned.plan.num_ranks,
             tp=self._tp,
@@ -216,7 +247,36 @@ class PrefillCoordinator:
                 slice_flops=self._slice_flops,
             )
             planned.assign(rank, run, request.token_ids)
+            fill_cached(run, admitted)
             self._group.send(rank, engine_pb2.EngineCommand(run_prefill=run))
+
+    def _take_cached(self, attempt: Attempt) -> tuple[PlannedPrompt, Admitted]:
+        """What of its beginning is used, and how the rest is computed."""
+        assert self._planner is not None, "what was admitted was planned"
+        prompt, cache, planned = attempt.prompt, self._cache, attempt.planned
+        admitted, match = None, cache.find(prompt)
+        if match.num_tokens:
+            rest = self._planner.plan(prompt.attention, prompt.num_tokens, match.num_tokens)
+            admitted = cache.admit(attempt.key, prompt, match, self._spans_by_rank(rest))
+            planned = rest if admitted is not None else planned
+        if admitted is None:
+            admitted = cache.admit(attempt.key, prompt, NO_MATCH, self._spans_by_rank(planned))
+        assert admitted is not None, "only a cached beginning can be in its own way"
+        self._evict(admitted.evicted)
+        attempt.num_cached = planned.num_cached
+        self._num_prompt_tokens += prompt.num_tokens
+        self._num_cached_tokens += planned.num_cached
+        return planned, admitted
+
+    def _spans_by_rank(self, planned: PlannedPrompt) -> list[list[Span]]:
+        return [planned.spans(rank) for rank in range(0, self._group.size, self._tp)]
+
+    def _evict(self, runs: Sequence[int]) -> None:
+        """Tells the ranks, and others what has changed."""
+        if runs:
+            evict = engine_pb2.EvictPrefixes(runs=runs)
+            self._group.broadcast(engine_pb2.EngineCommand(evict_prefixes=evict))
+        self._prefixes.tell(self._cache.take_changes())
 
     def _on_report(self, rank: int, attempt: Attempt, report: engine_pb2.PrefillReport) -> None:
         kind = report.WhichOneof("report")
@@ -225,12 +285,14 @@ class PrefillCoordinator:
         elif kind == "progress" and rank == 0:
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(progress=report.progress))
         elif kind == "first_token":
+            report.first_token.cached_tokens = attempt.num_cached
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(first_token=report.first_token))
             self._computed(attempt)
         elif kind == "delivered":
             attempt.delivered[rank] = report.delivered
             if len(attempt.delivered) == self._group.size:
                 attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(delivered=_sum_up(attempt)))
+                self._evict(self._cache.delivered(attempt.key))
                 self._forget(attempt)
         elif kind == "cancelled":
             attempt.cancelled.add(rank)
@@ -257,6 +319,7 @@ class PrefillCoordinator:
             attempt.cancelling = True
             cancel = engine_pb2.CancelPrefill(attempt=attempt.request.attempt)
             self._group.broadcast(engine_pb2.EngineCommand(cancel_prefill=cancel))
+            self._evict(self._cache.abandon(attempt.key))
 
     def _computed(self, attempt: Attempt) -> None:
         self._scheduler.computed(attempt.key)
@@ -264,6 +327,7 @@ class PrefillCoordinator:
 
     def _forget(self, attempt: Attempt) -> None:
         self._attempts.pop(attempt.key, None)
+        self._cache.forget(attempt.key)
         if not self._attempts:
             self._idle.set()
         self._computed(attempt)
@@ -276,8 +340,13 @@ def _attention_of(request: prefill_service_pb2.PrefillRequest) -> Attention:
         raise InvalidArgument.of_field("attention", str(error)) from None
     generated = request.choice.generated_token_ids
     num_prompt_tokens = len(request.token_ids) - len(generated)
-    if attention.num_prefilled != attention.num_tokens or attention.num_tokens != num_prompt_tokens:
+    adopts = attention.layout is not None and attention.num_prefilled < num_prompt_tokens
+    if attention.num_tokens != num_prompt_tokens and not adopts:
         raise InvalidArgument.of_field("attention", "the mask must be laid over the whole prompt")
+    if attention.num_prefilled > num_prompt_tokens:
+        raise InvalidArgument.of_field("attention", "more tokens have the mask than the prompt has")
+    if len(request.block_hashes) * BLOCK_TOKENS > num_prompt_tokens:
+        raise InvalidArgument.of_field("block_hashes", "there are more than the prompt has full blocks")
     if request.token_ids[num_prompt_tokens:] != generated:
         raise InvalidArgument.of_field("token_ids", "the tokens generated before must follow the prompt")
     return attention

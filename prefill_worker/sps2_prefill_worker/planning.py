@@ -2,10 +2,13 @@
 
 A rank never chooses by itself: what the leader has chosen comes with the prompt, beside the tokens that it gives
 the rank to host, and a rank that would plan otherwise refuses.
+
+Behind a cached beginning the rest is planned as if it were a text of its own, under exact attention over all
+sequence ranks; that it sees the beginning too is `sps2_engine.attention.continued`'s business.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 from sps2.internal.v1 import engine_pb2
@@ -44,16 +47,22 @@ class PlannedPrompt:
     mesh: Mesh
     num_replicas: int = 1
     """Tensor ranks that hold the same KV heads, and deliver each its part of the tokens."""
+    num_cached: int = 0
+    """Tokens before those of the plan, whose KV the group holds."""
 
     @property
     def most_kept(self) -> int:
         """Tokens whose KV a rank keeps until it is delivered, at most."""
         return -(-self.plan.most_tokens // self.num_replicas)
 
+    def spans(self, rank: int) -> list[Span]:
+        """Where the tokens that a rank computes lie in the text, ascending."""
+        return hosted_spans(self.plan, self.mesh.sequence_index(rank), self.num_cached)
+
     def assign(self, rank: int, run: engine_pb2.RunPrefill, token_ids: Sequence[int]) -> None:
         """Tells a rank the schedule, and which of the prompt's tokens it hosts."""
         run.exchange = TO_WIRE[self.exchange]
-        for span in hosted_spans(self.plan, self.mesh.sequence_index(rank)):
+        for span in self.spans(rank):
             run.spans.add(begin=span.begin, end=span.end)
             run.token_ids.extend(token_ids[span.slice])
 
@@ -80,37 +89,49 @@ class PromptPlanner:
         rates = assumed_rates(one.device, one.dtype, threads)
         return cls(Mesh.of(len(ranks), tp), shape, rates, choice)
 
-    def plan(self, attention: Attention, num_generated: int = 0) -> PlannedPrompt:
+    def plan(self, attention: Attention, num_tokens: int, num_cached: int = 0) -> PlannedPrompt:
         """Chooses; counting what each schedule moves and computes takes tens of ms for 64k tokens on 8 ranks.
 
         Args:
             attention: of the prompt.
-            num_generated: tokens behind it, from earlier attempts.
+            num_tokens: of the text: the prompt, and what was generated in earlier attempts.
+            num_cached: leading tokens of which the group holds the KV.
 
         Raises:
             ValueError: see `AttentionPlan`.
         """
-        layout, shape = attention.sliced(self.mesh.sp, num_generated), self._share
+        if num_cached:
+            num_tokens -= num_cached
+            attention = Attention(num_tokens, num_tokens)
+        layout, shape = attention.sliced(self.mesh.sp, num_tokens), self._share
         exchange = choose_schedule(layout, attention.num_ranks(self.mesh.sp), shape, self.rates, self.choice)
-        return self._planned(exchange, attention, num_generated)
+        return replace(self._planned(exchange, attention, num_tokens), num_cached=num_cached)
 
-    def most_kept(self, attention: Attention, max_generated: int) -> int:
-        """Tokens whose KV a rank keeps at most, by any schedule that may be chosen, once so many were generated.
+    def most_kept(self, attention: Attention, num_tokens: int) -> int:
+        """Tokens of a text whose KV a rank keeps at most, by any schedule that may be chosen.
 
         What was generated lies on the last shard, so a slice may have room for its prompt and not for what follows.
         """
         exchanges = PLANS if self.choice == "auto" else (self.choice,)
-        return max(self._planned(one, attention, max_generated).most_kept for one in exchanges)
+        return max(self._planned(one, attention, num_tokens).most_kept for one in exchanges)
+
+    @property
+    def can_cache(self) -> bool:
+        """Whether ranks can keep KV for later prompts: not where several hold the same heads and split the tokens."""
+        return self._num_replicas == 1
 
     @property
     def _share(self) -> AttentionShape:
         return self.model.of_share(TensorShare(0, self.mesh.tp))  # all tensor ranks have as much to do
 
-    def _planned(self, exchange: Exchange, attention: Attention, num_generated: int) -> PlannedPrompt:
-        num_ranks, layout = attention.num_ranks(self.mesh.sp), attention.sliced(self.mesh.sp, num_generated)
+    @property
+    def _num_replicas(self) -> int:
+        return tensor_source(self.model.num_kv_heads, 0, self.mesh.tp).num_replicas
+
+    def _planned(self, exchange: Exchange, attention: Attention, num_tokens: int) -> PlannedPrompt:
+        num_ranks, layout = attention.num_ranks(self.mesh.sp), attention.sliced(self.mesh.sp, num_tokens)
         plan = make_plan(exchange, layout, num_ranks, self._share)
-        num_replicas = tensor_source(self.model.num_kv_heads, 0, self.mesh.tp).num_replicas
-        return PlannedPrompt(exchange, plan, self.mesh, num_replicas)
+        return PlannedPrompt(exchange, plan, self.mesh, self._num_replicas)
 
 
 def follow(run: engine_pb2.RunPrefill, rank: int, num_ranks: int, shape: AttentionShape) -> AttentionPlan:
@@ -121,13 +142,20 @@ def follow(run: engine_pb2.RunPrefill, rank: int, num_ranks: int, shape: Attenti
     """
     if run.exchange not in FROM_WIRE:
         raise ValueError(f"exchange {run.exchange} is not known here: is the leader of another release?")
-    attention = unpack_attention(run.attention)
-    layout = attention.sliced(num_ranks, len(run.choice.generated_token_ids))
+    num_cached = num_cached_of(run)
+    num_tokens = run.num_prompt_tokens - num_cached
+    attention = Attention(num_tokens, num_tokens) if num_cached else unpack_attention(run.attention)
+    layout = attention.sliced(num_ranks, num_tokens)
     plan = make_plan(FROM_WIRE[run.exchange], layout, attention.num_ranks(num_ranks), shape)
-    given, planned = spans_of(run), list(hosted_spans(plan, rank))
+    given, planned = spans_of(run), hosted_spans(plan, rank, num_cached)
     if given != planned:
         raise ValueError(f"rank {rank} was given {given}, and plans {planned}")
     return plan
+
+
+def num_cached_of(run: engine_pb2.RunPrefill) -> int:
+    """Leading tokens of the text that are not computed: the group holds their KV."""
+    return run.cached.parts[-1].token_end if run.cached.parts else 0
 
 
 def spans_of(run: engine_pb2.RunPrefill) -> list[Span]:
@@ -135,6 +163,6 @@ def spans_of(run: engine_pb2.RunPrefill) -> list[Span]:
     return [Span(span.begin, span.end) for span in run.spans]
 
 
-def hosted_spans(plan: AttentionPlan, rank: int) -> Iterator[Span]:
-    """Those of a rank's tokens by the plan, without empty ones."""
-    return (span for span in plan.spans(rank) if len(span))
+def hosted_spans(plan: AttentionPlan, rank: int, num_cached: int) -> list[Span]:
+    """Those of a rank's tokens by the plan, without empty ones, behind so many that are cached."""
+    return [Span(span.begin + num_cached, span.end + num_cached) for span in plan.spans(rank) if len(span)]
