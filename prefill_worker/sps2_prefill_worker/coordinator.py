@@ -14,12 +14,12 @@ from sps2.v1 import cluster_pb2
 from sps2_engine.attention.cost_model import Choice
 from sps2_engine.kv_transfer.relayout import check_covers
 from sps2_layout.attention import Attention
-from sps2_layout.layout import Span
 from sps2_layout.wire import unpack_attention
-from sps2_prefill_worker.planning import PlannedPrompt, PromptPlanner
-from sps2_prefill_worker.prefix_cache import NO_MATCH, Admitted, PrefixCache, Prompt
+from sps2_prefill_worker.planning import PromptPlanner, Sharing
+from sps2_prefill_worker.prefix_cache import Prompt
 from sps2_prefill_worker.prefix_index import NO_INDEX, PrefixIndex, fill_cached
-from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler
+from sps2_prefill_worker.reuse import PrefixReuse, Wish
+from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler, Start
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure, group_draining
 from sps2_service.ranks.group import GroupLeader, GroupState
@@ -37,15 +37,15 @@ class Attempt:
     """One attempt's prefill, as the leader sees it."""
 
     request: prefill_service_pb2.PrefillRequest
-    planned: PlannedPrompt
-    """How its prompt is attended, where nothing of it is cached."""
     prompt: Prompt
     """What is looked for in the cache."""
-    num_cached: int = 0
-    """Tokens whose KV was there."""
+    wish: Wish
+    """How its prompt is computed, by what is cached."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     dispatched: bool = False
     """Whether the ranks know of it."""
+    speaker: int = 0
+    """Rank whose word on its beginning and progress counts."""
     cancelling: bool = False
     delivered: dict[int, prefill_service_pb2.PrefillDelivered] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
@@ -63,7 +63,8 @@ class PrefillCoordinator:
         exchange: the schedule that serves prompts, or "auto".
         threads: of each rank, on a CPU.
         tp: tensor ranks; divides the group.
-        prefixes: is told what the group has cached.
+        sharing: which prompts all ranks share.
+        index: is told what the group has cached.
     """
 
     def __init__(
@@ -71,21 +72,22 @@ class PrefillCoordinator:
         exchange: Choice = "auto",
         threads: int = 1,
         tp: int = 1,
-        prefixes: PrefixIndex = NO_INDEX,
+        sharing: Sharing = "auto",
+        index: PrefixIndex = NO_INDEX,
     ) -> None:
-        self._prefixes = prefixes
-        self._cache = PrefixCache(())
-        self._num_prompt_tokens = 0
-        self._num_cached_tokens = 0
+        self._reuse = PrefixReuse(index)
         self._exchange: Choice = exchange
         self._threads = threads
         self._tp = tp
+        self._sharing: Sharing = sharing
         self._planner: PromptPlanner | None = None
         self._scheduler = PrefillScheduler()
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._leader: GroupLeader | None = None
         self._kv_blocks = 0
         self._slice_flops = 0
+        self._short_tokens = 0
+        self._num_started = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -104,7 +106,8 @@ class PrefillCoordinator:
         load.num_requests_waiting = len(self._scheduler.waiting)
         load.num_requests_running = len(self._attempts) - len(self._scheduler.waiting)
         load.queued_tokens = self._scheduler.num_tokens
-        load.prompt_tokens, load.cached_tokens = self._num_prompt_tokens, self._num_cached_tokens
+        load.short_prompt_tokens = self._short_tokens
+        load.prompt_tokens, load.cached_tokens = self._reuse.num_prompt_tokens, self._reuse.num_cached_tokens
 
     async def prefill(
         self, request: prefill_service_pb2.PrefillRequest
@@ -141,16 +144,18 @@ class PrefillCoordinator:
 
     def on_formed(self, epoch: int, ranks: list[engine_pb2.EngineLoaded]) -> None:
         """See `Coordinator.on_formed`."""
-        self._kv_blocks = min(loaded.kv_blocks_total for loaded in ranks)
-        self._slice_flops = min(loaded.slice_flops for loaded in ranks)
-        self._planner = PromptPlanner.of(ranks, self._exchange, self._threads, self._tp)
-        self._cache = PrefixCache([loaded.kv_blocks_total for loaded in ranks[:: self._tp]])
+        planner = PromptPlanner.of(ranks, self._exchange, self._threads, self._tp, self._sharing)
+        costs = planner.costs
+        self._planner, self._num_started = planner, 0
+        self._kv_blocks, self._slice_flops = costs.kv_blocks, costs.slice_flops
+        self._short_tokens = planner.short_tokens
+        self._scheduler = PrefillScheduler(planner.mesh.sp, costs.short_flops, costs.kv_blocks)
+        self._reuse.begin_epoch(planner)
 
     def on_broken(self, error: Unavailable) -> None:
         """See `Coordinator.on_broken`."""
         self._scheduler.clear()
-        self._cache = PrefixCache(())
-        self._prefixes.drop_all()
+        self._reuse.end_epoch()
         for attempt in list(self._attempts.values()):
             attempt.events.put_nowait(error)
             self._forget(attempt)
@@ -171,9 +176,17 @@ class PrefillCoordinator:
             raise Aborted("DUPLICATE_ATTEMPT", f"attempt {attempt.key} is being prefilled already")
         self._attempts[attempt.key] = attempt
         self._idle.clear()
-        self._scheduler.submit(Job(attempt.key, len(request.token_ids)))
-        self._start_next()
+        self._submit(attempt)
+        self._start_waiting()
         return attempt
+
+    def _submit(self, attempt: Attempt) -> None:
+        """Puts it in line as what it is, with what is cached of it."""
+        num_tokens, wish = attempt.prompt.num_tokens, attempt.wish
+        planned = wish.planned
+        self._scheduler.submit(
+            Job(attempt.key, num_tokens, planned.interlude_flops, planned.alone, wish.num_blocks)
+        )
 
     def _check(self, request: prefill_service_pb2.PrefillRequest) -> Attempt:
         group = self._group
@@ -199,9 +212,9 @@ class PrefillCoordinator:
             len(request.token_ids) - len(choice.generated_token_ids),
             max(len(choice.generated_token_ids), choice.max_tokens - 1),
         )
-        planned = self._planner.plan(attention, len(request.token_ids))
         keys = tuple(request.block_hashes) if self._planner.can_cache else ()
-        return Attempt(request, planned, Prompt(attention, keys, len(request.token_ids)))
+        prompt = Prompt(attention, keys, len(request.token_ids))
+        return Attempt(request, prompt, self._reuse.plan(prompt))
 
     def _check_room(
         self, planner: PromptPlanner, attention: Attention, num_prompt_tokens: int, max_generated: int
@@ -220,14 +233,23 @@ class PrefillCoordinator:
                 f"for {self._kv_blocks * BLOCK_TOKENS}: raise --kv-tokens, use more ranks or lower max_tokens",
             )
 
-    def _start_next(self) -> None:
-        job = self._scheduler.start_next()
-        if job is None:
-            return
+    def _start_waiting(self) -> None:
+        while (start := self._scheduler.start_next()) is not None:
+            self._start(start)
+
+    def _start(self, start: Start) -> None:
+        job = start.job
         attempt = self._attempts[job.key]
-        attempt.dispatched = True
-        request = attempt.request
-        planned, admitted = self._take_cached(attempt)
+        taken = self._reuse.begin(attempt.key, attempt.prompt, attempt.wish, start.alone_on)
+        if taken is None:  # what was cached of it is gone: there is more to do than it stood in line for
+            self._scheduler.over(job.key)
+            attempt.wish = self._reuse.plan(attempt.prompt)
+            self._submit(attempt)
+            return
+        attempt.wish = taken.wish
+        attempt.dispatched, attempt.speaker = True, (start.alone_on or 0) * self._tp
+        self._num_started += 1
+        request, planned = attempt.request, taken.wish.planned
         log.info(
             "prefill starts",
             request_id=request.attempt.request_id,
@@ -235,6 +257,8 @@ class PrefillCoordinator:
             num_cached=planned.num_cached,
             exchange=planned.exchange,
             num_ranks=planned.plan.num_ranks,
+            alone_on=start.alone_on,
+            short=job.is_short,
             tp=self._tp,
         )
         for rank in range(self._group.size):
@@ -245,54 +269,33 @@ class PrefillCoordinator:
                 choice=request.choice,
                 attention=request.attention,
                 slice_flops=self._slice_flops,
+                number=self._num_started,
             )
-            planned.assign(rank, run, request.token_ids)
-            fill_cached(run, admitted)
+            planned.assign(rank, run, request.token_ids, start.alone_on)
+            fill_cached(run, taken.admitted, taken.evicted)
             self._group.send(rank, engine_pb2.EngineCommand(run_prefill=run))
 
-    def _take_cached(self, attempt: Attempt) -> tuple[PlannedPrompt, Admitted]:
-        """What of its beginning is used, and how the rest is computed."""
-        assert self._planner is not None, "what was admitted was planned"
-        prompt, cache, planned = attempt.prompt, self._cache, attempt.planned
-        admitted, match = None, cache.find(prompt)
-        if match.num_tokens:
-            rest = self._planner.plan(prompt.attention, prompt.num_tokens, match.num_tokens)
-            admitted = cache.admit(attempt.key, prompt, match, self._spans_by_rank(rest))
-            planned = rest if admitted is not None else planned
-        if admitted is None:
-            admitted = cache.admit(attempt.key, prompt, NO_MATCH, self._spans_by_rank(planned))
-        assert admitted is not None, "only a cached beginning can be in its own way"
-        self._evict(admitted.evicted)
-        attempt.num_cached = planned.num_cached
-        self._num_prompt_tokens += prompt.num_tokens
-        self._num_cached_tokens += planned.num_cached
-        return planned, admitted
-
-    def _spans_by_rank(self, planned: PlannedPrompt) -> list[list[Span]]:
-        return [planned.spans(rank) for rank in range(0, self._group.size, self._tp)]
-
     def _evict(self, runs: Sequence[int]) -> None:
-        """Tells the ranks, and others what has changed."""
+        """Tells the ranks what goes without another prompt's wanting its room."""
         if runs:
             evict = engine_pb2.EvictPrefixes(runs=runs)
             self._group.broadcast(engine_pb2.EngineCommand(evict_prefixes=evict))
-        self._prefixes.tell(self._cache.take_changes())
 
     def _on_report(self, rank: int, attempt: Attempt, report: engine_pb2.PrefillReport) -> None:
         kind = report.WhichOneof("report")
-        if kind == "started" and rank == 0:
+        if kind == "started" and rank == attempt.speaker:
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(started=report.started))
-        elif kind == "progress" and rank == 0:
+        elif kind == "progress" and rank == attempt.speaker:
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(progress=report.progress))
         elif kind == "first_token":
-            report.first_token.cached_tokens = attempt.num_cached
+            report.first_token.cached_tokens = attempt.wish.match.num_tokens
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(first_token=report.first_token))
             self._computed(attempt)
         elif kind == "delivered":
             attempt.delivered[rank] = report.delivered
             if len(attempt.delivered) == self._group.size:
                 attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(delivered=_sum_up(attempt)))
-                self._evict(self._cache.delivered(attempt.key))
+                self._evict(self._reuse.delivered(attempt.key))
                 self._forget(attempt)
         elif kind == "cancelled":
             attempt.cancelled.add(rank)
@@ -319,18 +322,19 @@ class PrefillCoordinator:
             attempt.cancelling = True
             cancel = engine_pb2.CancelPrefill(attempt=attempt.request.attempt)
             self._group.broadcast(engine_pb2.EngineCommand(cancel_prefill=cancel))
-            self._evict(self._cache.abandon(attempt.key))
+            self._evict(self._reuse.abandon(attempt.key))
 
     def _computed(self, attempt: Attempt) -> None:
         self._scheduler.computed(attempt.key)
-        self._start_next()
+        self._start_waiting()
 
     def _forget(self, attempt: Attempt) -> None:
         self._attempts.pop(attempt.key, None)
-        self._cache.forget(attempt.key)
+        self._reuse.forget(attempt.key)
         if not self._attempts:
             self._idle.set()
-        self._computed(attempt)
+        self._scheduler.over(attempt.key)
+        self._start_waiting()
 
 
 def _attention_of(request: prefill_service_pb2.PrefillRequest) -> Attention:

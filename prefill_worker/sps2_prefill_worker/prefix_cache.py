@@ -142,8 +142,13 @@ class PrefixCache:
                     return Match(usable, tuple(_cut(run, usable)))
         return NO_MATCH
 
-    def admit(self, key: Key, prompt: Prompt, match: Match, spans: SpansByRank) -> Admitted | None:
-        """Makes room for an attempt; None where its own cached beginning leaves none, so that it must do without.
+    def most_blocks(self, match: Match, spans: SpansByRank) -> int:
+        """Blocks of one rank that an attempt reads or takes; none may have more than a rank has."""
+        read = _sum(self._blocks, [run.num_blocks for run, _ in match.parts])
+        return max(used + _blocks_of(sum(map(len, own))) for used, own in zip(read, spans, strict=True))
+
+    def admit(self, key: Key, prompt: Prompt, match: Match, spans: SpansByRank) -> Admitted:
+        """Makes room for an attempt.
 
         Args:
             key: of the attempt.
@@ -153,12 +158,6 @@ class PrefixCache:
         """
         num_blocks = [_blocks_of(sum(map(len, own))) for own in spans]
         path = {run for run, _ in match.parts}
-        in_path = _sum(self._blocks, (run.num_blocks for run in path))
-        if match.num_tokens and any(
-            used + wanted > total
-            for used, wanted, total in zip(in_path, num_blocks, self._blocks, strict=True)
-        ):
-            return None
         evicted = [run.number for run in self._make_room(num_blocks, path)]
         admitted = Admitted(match, num_blocks, self._run_of(prompt, match, spans), evicted)
         for run in path:

@@ -1,6 +1,6 @@
 """What others are told of a prefill group's cache: the ranks what to read and keep, the directory what is found."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Protocol
 
@@ -50,8 +50,9 @@ class PrefixIndex:
 NO_INDEX = PrefixIndex(None)
 
 
-def fill_cached(run: engine_pb2.RunPrefill, admitted: Admitted) -> None:
-    """Tells a rank what it reads of what is cached, and what it keeps."""
+def fill_cached(run: engine_pb2.RunPrefill, admitted: Admitted, evicted: Sequence[int]) -> None:
+    """Tells a rank what it gives up first, what it reads of what is cached, and what it keeps."""
+    run.evict.extend(evicted)
     for part, span in admitted.match.parts:
         run.cached.parts.add(run=part.number, token_begin=span.begin, token_end=span.end)
     if admitted.match.parts:

@@ -99,6 +99,7 @@ class Publisher:
             OutOfBlocksError: no room within `ROOM_TIMEOUT_S`.
             ValueError: what the leader takes for cached is not.
         """
+        self.evict(run.evict)
         with self._changed:
             cached = self._kept.find(run.cached.parts)
             for one in cached:

@@ -1,4 +1,8 @@
-"""A line in which turns, not arrival, say who is first. Knows nothing of what is waited for. On one event loop only."""
+"""A line in which turns, not arrival, say who is first. Knows nothing of what is waited for. On one event loop only.
+
+There are two kinds of places to be had, for short and for other requests: who waits for one kind holds nobody up who
+waits for the other.
+"""
 
 import asyncio
 from bisect import insort
@@ -10,10 +14,11 @@ from itertools import count
 class Place:
     """One waiter's."""
 
-    def __init__(self, line: "Line", turn: tuple[int, int]) -> None:
+    def __init__(self, line: "Line", turn: tuple[int, int], *, is_short: bool) -> None:
         self.turn = turn
+        self.is_short = is_short
         self.called = asyncio.Event()
-        """Set when it has become the first."""
+        """Set when it has become the first of its kind."""
         self._line = line
 
     @property
@@ -22,8 +27,8 @@ class Place:
         return self._line.position(self)
 
     async def first(self) -> None:
-        """Returns when nobody is before it, perhaps at once; another may come before it later."""
-        while self._line.first is not self:
+        """Returns when nobody of its kind is before it, perhaps at once; another may come before it later."""
+        while self._line.first_of(is_short=self.is_short) is not self:
             self.called.clear()
             await self.called.wait()
 
@@ -35,23 +40,22 @@ class Line:
         self._places: list[Place] = []
         self._number = count()
 
-    @property
-    def first(self) -> Place | None:
-        """Whose turn it is."""
-        return self._places[0] if self._places else None
+    def first_of(self, *, is_short: bool) -> Place | None:
+        """Whose turn it is among those of a kind."""
+        return next((place for place in self._places if place.is_short is is_short), None)
 
     def position(self, place: Place) -> int:
         """Waiters before one; 0 also when it waits no more."""
         return self._places.index(place) if place in self._places else 0
 
     @contextmanager
-    def place(self, turn: int) -> Iterator[Place]:
+    def place(self, turn: int, *, is_short: bool = False) -> Iterator[Place]:
         """Stands in line while the block runs: behind those of a lower turn, or of the same one and earlier."""
-        place = Place(self, (turn, next(self._number)))
+        place = Place(self, (turn, next(self._number)), is_short=is_short)
         insort(self._places, place, key=lambda one: one.turn)
         try:
             yield place
         finally:
             self._places.remove(place)
-            if self._places:
-                self._places[0].called.set()
+            if (first := self.first_of(is_short=is_short)) is not None:
+                first.called.set()

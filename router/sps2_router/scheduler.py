@@ -1,8 +1,9 @@
 """Gives each attempt its place: in the order of their turns, on the pair of groups that the policy picks.
 
 A prefill group takes only a few attempts of this router at once (one computes, one waits behind it), so that
-requests queue here, where they hold no KV, and are bound to a group as late as possible. One that comes back for
-another attempt has the turn that it had, so it does not queue behind those that came after it.
+requests queue here, where they hold no KV, and are bound to a group as late as possible. Prompts that a prefill group
+calls short have places of their own there: it computes them beside long ones, and they do not wait behind those. One
+that comes back for another attempt has the turn that it had, so it does not queue behind those that came after it.
 Knows groups and counts; nothing about calls. Used on one event loop only.
 """
 
@@ -41,19 +42,22 @@ class SchedulerLimits:
     """How the scheduler fills groups."""
 
     prefills_per_group: int = 2
-    """Attempts that one prefill group holds at once; the rest waits in the router."""
+    """Attempts that one prefill group holds at once, but for short ones; the rest waits in the router."""
     regroup_wait_s: float = 30.0
     """Seconds that a request which lost its group waits for a ready one; a new request does not wait."""
     directory_away_s: float = 3.0
     """Seconds that the last view is trusted while no directory answers; then workers fence themselves."""
+    short_prefills_per_group: int = 8
+    """Attempts with short prompts that a prefill group holds besides the others."""
 
 
 class Seat:
     """One attempt's place in a pair of groups."""
 
-    def __init__(self, pair: GroupPair, num_prompt_tokens: int) -> None:
+    def __init__(self, pair: GroupPair, num_prompt_tokens: int, *, is_short: bool) -> None:
         self.pair = pair
         self.num_prompt_tokens = num_prompt_tokens
+        self.is_short = is_short
         self.in_prefill = True
 
 
@@ -124,10 +128,12 @@ class Scheduler:
         if not patient:
             self.check_ready()
         try:
+            is_short = self._is_short(num_prompt_tokens)
             async with asyncio.timeout(wait_s):
-                with self._line.place(turn) as place:
+                with self._line.place(turn, is_short=is_short) as place:
                     on_queued(place)
-                    seat = Seat(await self._next_pair(place, avoid, patient=patient), num_prompt_tokens)
+                    pair = await self._next_pair(place, avoid, patient=patient)
+                    seat = Seat(pair, num_prompt_tokens, is_short=is_short)
                     self._seats.add(seat)
         except TimeoutError:
             raise Unavailable(
@@ -152,7 +158,7 @@ class Scheduler:
         while True:
             await place.first()  # one that goes before it may have come
             self._changed.clear()
-            if (pair := self._pick(avoid)) is not None:
+            if (pair := self._pick(avoid, is_short=place.is_short)) is not None:
                 return pair
             try:
                 self.check_ready()
@@ -165,12 +171,21 @@ class Scheduler:
             except TimeoutError:
                 continue
 
-    def _pick(self, avoid: frozenset[str]) -> GroupPair | None:
+    def _is_short(self, num_prompt_tokens: int) -> bool:
+        """Whether some prefill group computes it while it computes long ones."""
+        prefill, _ = self._candidates(group_workers(self._view.workers.values()))
+        return num_prompt_tokens <= max((group.short_prompt_tokens for group in prefill), default=0)
+
+    def _has_room(self, group: Group, *, is_short: bool) -> bool:
+        seats = (seat for seat in self._seats if seat.in_prefill and seat.pair.prefill.name == group.name)
+        num_alike = sum(seat.is_short == is_short for seat in seats)
+        limits = self._limits
+        return num_alike < (limits.short_prefills_per_group if is_short else limits.prefills_per_group)
+
+    def _pick(self, avoid: frozenset[str], *, is_short: bool) -> GroupPair | None:
         loads = self._loads()
         prefill, decode = self._candidates(group_workers(self._view.workers.values()))
-        free = [
-            g for g in prefill if loads.get(g.name, NO_LOAD).num_requests < self._limits.prefills_per_group
-        ]
+        free = [group for group in prefill if self._has_room(group, is_short=is_short)]
         liked = self._policy.pick(_without(free, avoid), _without(decode, avoid), loads)
         if liked is not None:
             return liked

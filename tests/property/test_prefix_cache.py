@@ -66,17 +66,14 @@ class Book(RuleBasedStateMachine):
         match = self.cache.find(prompt)
         assert match.num_tokens < num_tokens
         spans = spans_of(match.num_tokens, num_tokens)
+        if self.cache.most_blocks(match, spans) > BLOCKS:
+            assert match.num_tokens, "a prompt by itself always has room in the end"
+            match, spans = NO_MATCH, spans_of(0, num_tokens)
         taken = [-(-sum(map(len, own)) // BLOCK_TOKENS) for own in spans]
         in_use = [sum(len(one.blocks[rank]) for one in self.under_way.values()) for rank in range(NUM_RANKS)]
         readers = {run for one in self.under_way.values() for run, _ in one.admitted.match.parts}
         self.number += 1
         admitted = self.cache.admit(self.number, prompt, match, spans)
-        if admitted is None:
-            assert match.num_tokens, "a prompt by itself always has room in the end"
-            match, spans = NO_MATCH, spans_of(0, num_tokens)
-            taken = [-(-sum(map(len, own)) // BLOCK_TOKENS) for own in spans]
-            admitted = self.cache.admit(self.number, prompt, match, spans)
-            assert admitted is not None
         path = {run.number for run, _ in match.parts}
         assert not path & set(admitted.evicted), "nothing goes that the prompt itself reads"
         assert (

@@ -116,7 +116,9 @@ class ContinuedSchedule:
         rows = [part.view(q.dtype).view(-1, *q.shape[1:]) for part in queries.wait().split_with_sizes(come)]
         rows[rank] = q
         states = self._over_cached(layer, torch.cat(rows))
-        by_peer = list(zip(*(part.split_with_sizes([len(one) for one in rows]) for part in states), strict=True))
+        by_peer = list(
+            zip(*(part.split_with_sizes([len(one) for one in rows]) for part in states), strict=True)
+        )
         sent = [self._cached.out_bytes(rank, peer, vector + lse_bytes) for peer in ranks]
         come = [self._cached.out_bytes(peer, rank, vector + lse_bytes) for peer in ranks]
         packed = _pack([state for state, size in zip(by_peer, sent, strict=True) if size], q)

@@ -103,7 +103,7 @@ def test_tensor_ranks_are_told_the_same_tokens(ladder: Ladder, tp: int, num_repl
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_behind_a_cached_beginning_the_rest_is_split_over_all_ranks(choice: Choice, num_ranks: int) -> None:
     attention = Attention.admit(PAPER, 333)
-    planned = planner(num_ranks, choice).plan(attention, 333, num_cached=256)
+    planned = planner(num_ranks, choice).plan(attention, 333, [256, *[0] * (num_ranks - 1)])
     told = []
     for rank in range(num_ranks):
         run = engine_pb2.RunPrefill(attention=pack_attention(attention), num_prompt_tokens=333)

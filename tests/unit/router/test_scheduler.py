@@ -81,8 +81,8 @@ async def test_a_cancelled_waiter_leaves_the_queue() -> None:
     await asyncio.wait_for(behind, 1)
 
 
-async def enter_and_leave(seats: Scheduler) -> None:
-    async with seats.seat(1):
+async def enter_and_leave(seats: Scheduler, num_tokens: int = 1) -> None:
+    async with seats.seat(num_tokens):
         pass
 
 
@@ -158,3 +158,22 @@ async def test_the_wait_for_a_place_ends() -> None:
                     raise AssertionError(f"{place} had none")
             assert (caught.value.reason, caught.value.retry_after) == ("QUEUE_WAIT", 1.0)
     await asyncio.wait_for(enter_and_leave(seats), 1)
+
+
+async def test_short_prompts_do_not_wait_behind_long_ones() -> None:
+    """They have places of their own where a prefill group computes them beside long ones."""
+    prefill = worker("prefill-0/0", load=cluster_pb2.WorkerLoad(short_prompt_tokens=10))
+    limits = {"prefills_per_group": 1, "short_prefills_per_group": 2}
+    seats, _ = scheduler(prefill, worker("decode-0/0"), **limits)
+    async with seats.seat(11) as long, AsyncExitStack() as short, asyncio.timeout(5):
+        behind = asyncio.create_task(enter_and_leave(seats, 11))
+        await asyncio.sleep(0)
+        for _ in range(2):
+            seat = await short.enter_async_context(seats.seat(10))
+        third = asyncio.create_task(enter_and_leave(seats, 10))
+        await asyncio.sleep(0)
+        seats.leave_prefill(seat)
+        await third
+        assert not behind.done()
+        seats.leave_prefill(long)
+        await behind
