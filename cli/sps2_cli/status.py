@@ -75,7 +75,7 @@ def _pool_table(role: str, groups: list[dict[str, Any]]) -> Table:
     if control := max((rank["control_share"] for group in groups for rank in group["ranks"]), default=0.0):
         title += f"; control {control:.1%} of a step"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for name in ("rank", "state", "loaded", "KV blocks", "run", "wait", "tokens", "device"):
+    for name in ("rank", "state", "loaded", "KV blocks", "cached", "run", "wait", "tokens", "device"):
         table.add_column(
             name, justify="left" if name in {"rank", "state", "device"} else "right", no_wrap=True
         )
@@ -94,13 +94,14 @@ def pool_line(groups: list[dict[str, Any]]) -> str:
 
 
 def _cells(rank: dict[str, Any]) -> list[str]:
-    total, used = rank["kv_blocks_total"], rank["kv_blocks_used"]
+    total, used, cached = rank["kv_blocks_total"], rank["kv_blocks_used"], rank["kv_blocks_cached"]
     style = STATE_STYLES.get(rank["state"], "red")
     return [
         rank["worker_id"],
         f"[{style}]{rank['state']}[/]",
         f"{rank['load_fraction']:.0%}",
         f"{used:,}/{total:,} ({used / total:.0%})" if total else f"{used:,}",
+        f"{cached:,}",
         str(rank["num_requests_running"]),
         str(rank["num_requests_waiting"]),
         f"{rank['queued_tokens']:,}",
