@@ -74,8 +74,9 @@ def _pool_table(role: str, groups: list[dict[str, Any]]) -> Table:
         title += f"; {moved[0]} resizes, {moved[1]:,} KV blocks moved from rank to rank"
     if control := max((rank["control_share"] for group in groups for rank in group["ranks"]), default=0.0):
         title += f"; control {control:.1%} of a step"
+    title += _cache(groups)
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for name in ("rank", "state", "loaded", "KV blocks", "cached", "run", "wait", "tokens", "device"):
+    for name in ("rank", "state", "loaded", "KV blocks", "run", "wait", "tokens", "device"):
         table.add_column(
             name, justify="left" if name in {"rank", "state", "device"} else "right", no_wrap=True
         )
@@ -93,15 +94,23 @@ def pool_line(groups: list[dict[str, Any]]) -> str:
     return ", ".join([line, *(f"{states.count(state)} {state}" for state in others)])
 
 
+def _cache(groups: list[dict[str, Any]]) -> str:
+    """What the ranks keep for later prompts, and how much of the prompts so far came from it."""
+    ranks = [rank for group in groups for rank in group["ranks"]]
+    blocks, prompt, cached = (
+        sum(rank[kind] for rank in ranks) for kind in ("kv_blocks_cached", "prompt_tokens", "cached_tokens")
+    )
+    return f"; {blocks:,} KV blocks cached, {cached / prompt:.0%} of prompts from cache" if prompt else ""
+
+
 def _cells(rank: dict[str, Any]) -> list[str]:
-    total, used, cached = rank["kv_blocks_total"], rank["kv_blocks_used"], rank["kv_blocks_cached"]
+    total, used = rank["kv_blocks_total"], rank["kv_blocks_used"]
     style = STATE_STYLES.get(rank["state"], "red")
     return [
         rank["worker_id"],
         f"[{style}]{rank['state']}[/]",
         f"{rank['load_fraction']:.0%}",
         f"{used:,}/{total:,} ({used / total:.0%})" if total else f"{used:,}",
-        f"{cached:,}",
         str(rank["num_requests_running"]),
         str(rank["num_requests_waiting"]),
         f"{rank['queued_tokens']:,}",
