@@ -44,6 +44,8 @@ def timings_document(timings: Timings) -> dict[str, float]:
         "ttft": timings.ttft,
         "tpot": timings.tpot,
         "e2e": timings.e2e,
+        "tbt_p50": timings.tbt_p50,
+        "tbt_p99": timings.tbt_p99,
     }
 
 

@@ -57,6 +57,8 @@ def usage(message: generation_pb2.Usage) -> Usage:
             ttft=timings.ttft,
             tpot=timings.tpot,
             e2e=timings.e2e,
+            tbt_p50=timings.tbt_p50,
+            tbt_p99=timings.tbt_p99,
         ),
         bytes_moved=BytesMoved(
             collective=moved.collective, q_exchange=moved.q_exchange, kv_transfer=moved.kv_transfer

@@ -24,6 +24,10 @@ class Timings:
     """Mean time between tokens after the first; 0 with fewer than two."""
     e2e: float
     """From arrival until the last token."""
+    tbt_p50: float = 0.0
+    """Median time between tokens by the decode leader's clock; 0 where a stop string or the first token was the end."""
+    tbt_p99: float = 0.0
+    """99th percentile of the same."""
 
 
 @dataclass(frozen=True, slots=True)
