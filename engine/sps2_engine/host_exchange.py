@@ -6,6 +6,7 @@ and hidden behind compute, keeps Gloo. Moves bytes; knows nothing of what they a
 """
 
 import ctypes
+import logging
 import mmap
 import os
 import secrets
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from sps2_engine.collectives import AWAKE_S, GroupError, PendingExchange, TorchCommunicator
 from sps2_kernels.native_build import load_native
+
+_log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "native" / "shared_rings.c"
 CAPACITY = 1 << 18
@@ -88,6 +91,7 @@ def within_host(group: TorchCommunicator, timeout_s: float) -> "TorchCommunicato
         if everyone_has.item() < group.size or shared is None or library is None:
             return group
         memory, peers = shared
+        _log.info("rank %d of %d exchanges through shared memory", group.rank, group.size)
         return HostCommunicator(group, library, memory, peers, timeout_s, opened.pop_all())
 
 

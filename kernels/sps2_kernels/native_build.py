@@ -1,7 +1,7 @@
 """Compiles a C source when it is first needed, by the machine's C compiler, and loads it.
 
-What is compiled is kept in the user's cache folder (`SPS2_CACHE_DIR`, else XDG's) under a name that tells all it
-depends on, so that the ranks of a host compile once. A folder that others may write to is not used.
+What is compiled is kept in `$XDG_CACHE_HOME/sps2/native` (`~/.cache`) under a name that tells all it depends on, so that
+the ranks of a host compile once. A folder that others may write to is not used.
 """
 
 import contextlib
@@ -81,8 +81,7 @@ def _build(command: Sequence[str], folder: Path) -> Path:
 def _kept(source: Path, command: Sequence[str]) -> Path | None:
     """Where the library is kept; None where there is no folder that is the user's alone."""
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        folder = Path(os.environ.get("SPS2_CACHE_DIR") or home / "sps2")
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sps2" / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
     except (OSError, RuntimeError):  # it has no home

@@ -3,6 +3,7 @@
  * The memory begins as zeros. For `size` ranks it holds one line of 64 bytes for each rank (its bell), and then for
  * each pair (source, target) a line that the source writes, a line that the target writes, and `capacity` bytes.
  * A rank that waits looks for a while, then sleeps on its bell; whoever moves bytes to or from it rings.
+ * What is called from outside has a prefix, for the C library has functions with short names of its own.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -8,6 +8,7 @@
 #define WORTH_THREADS 32768
 
 static inline float exponential(float x) {
+    float most = x > 88.0f ? INFINITY : 0.0f;
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float twos = rintf(x * 1.44269504f);
     float rest = x - twos * 0.69314718f; /* in +-0.347 */
@@ -22,7 +23,7 @@ static inline float exponential(float x) {
         int32_t bits;
         float value;
     } scale = {((int32_t)twos + 127) << 23};
-    return power * scale.value;
+    return power * scale.value + most;
 }
 
 /* y = x / sqrt(mean(x^2) + eps) * weight; x [tokens, heads, size] by strides, y contiguous. */
