@@ -1,7 +1,7 @@
 """Compiles a C source when it is first needed, by the machine's C compiler, and loads it.
 
-What is compiled is kept in `$XDG_CACHE_HOME/sps2/native` (`~/.cache`) under a name that tells all it depends on, so that
-the ranks of a host compile once. A folder that others may write to is not used.
+What is compiled is kept in `$XDG_CACHE_HOME/sps2/native` (`~/.cache`) under a name that tells all it depends on, so
+that the ranks of a host compile once. A folder that others may write to is not used.
 """
 
 import contextlib
