@@ -84,6 +84,64 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     )
 
 
+def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Takes a projection apart: q and k rotated as by `rotate`, v as it is.
+
+    Args:
+        qkv: [tokens, (q_heads + 2 kv_heads) head_dim], contiguous.
+        cos, sin: as for `rotate`.
+        q: [tokens, q_heads, head_dim], contiguous, written, in qkv's dtype.
+        k, v: [tokens, kv_heads, head_dim], likewise.
+    """
+    library = _library_for(qkv, cos, sin)
+    if library is None:
+        heads = [q.shape[1], k.shape[1], v.shape[1]]
+        new_q, new_k, new_v = torch.split(qkv.view(len(qkv), sum(heads), q.shape[2]), heads, dim=1)
+        rotate(new_q, cos, sin, q)
+        rotate(new_k, cos, sin, k)
+        v.copy_(new_v)
+        return
+    library.rows_split(
+        qkv.data_ptr(),
+        cos.data_ptr(),
+        cos.stride(0),
+        sin.data_ptr(),
+        sin.stride(0),
+        len(qkv),
+        q.shape[1],
+        k.shape[1],
+        q.shape[2] // 2,
+        torch.get_num_threads(),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+    )
+
+
+def append_rows(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Puts each row's k and v [rows, kv_heads, head_dim] into its slot of the caches [slots, kv_heads, head_dim].
+
+    Args:
+        k, v: contiguous, in the caches' dtype.
+        slots: [rows] int64, in range: nobody checks.
+        k_cache, v_cache: contiguous, written.
+    """
+    library = _library() if k.device.type == "cpu" else None
+    if library is None:
+        k_cache.index_copy_(0, slots, k)
+        v_cache.index_copy_(0, slots, v)
+        return
+    library.rows_append(
+        k.data_ptr(),
+        v.data_ptr(),
+        slots.data_ptr(),
+        len(k),
+        k_cache.stride(0) * k_cache.itemsize,
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+    )
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [gate | up] [rows, 2 n], contiguous -> [rows, n]; may write over what it is given.
 
@@ -130,6 +188,20 @@ def _library() -> ctypes.CDLL | None:
     angles = (pointer, count)
     library.rows_rotate.argtypes = (*x, *angles, *angles, count, count, count, threads, *x)
     library.rows_swiglu.argtypes = (pointer, count, count, threads, pointer)
-    for function in (library.rows_norm, library.rows_rotate, library.rows_swiglu):
-        function.restype = None
+    library.rows_split.argtypes = (
+        pointer,
+        *angles,
+        *angles,
+        count,
+        count,
+        count,
+        count,
+        threads,
+        pointer,
+        pointer,
+        pointer,
+    )
+    library.rows_append.argtypes = (pointer, pointer, pointer, count, count, pointer, pointer)
+    for name in ("norm", "rotate", "split", "append", "swiglu"):
+        getattr(library, f"rows_{name}").restype = None
     return library

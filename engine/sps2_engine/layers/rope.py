@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sps2_engine.weights import wide_dtype
-from sps2_kernels.row_ops import rotate
+from sps2_kernels.row_ops import rotate, split_rotated
 
 
 class RopeSpec(Protocol):
@@ -148,6 +148,10 @@ class Rotation:
         (a, b) -> (a cos - b sin, b cos + a sin), with a and b the first and second half of a head.
         """
         rotate(x, self.cos[rows], self.sin[rows], out)
+
+    def split(self, qkv: Tensor, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Takes the projections of tokens `rows` apart into q and k, rotated, and v; see `split_rotated`."""
+        split_rotated(qkv, self.cos[rows], self.sin[rows], q, k, v)
 
 
 class RotaryEmbedding:

@@ -39,6 +39,14 @@ void rows_norm(const float *x, int64_t token_stride, int64_t head_stride, const 
     }
 }
 
+static void turn(const float *from, const float *c, const float *s, int64_t half, float *to) {
+    for (int64_t i = 0; i < half; i++) {
+        float first = from[i], second = from[half + i];
+        to[i] = first * c[i] - second * s[i];
+        to[half + i] = second * c[i] + first * s[i];
+    }
+}
+
 /* (a, b) -> (a cos - b sin, b cos + a sin), with a and b the halves of a head; x and y [tokens, heads, 2 half] by
  * strides, cos and sin of a token in rows of the given strides. */
 void rows_rotate(const float *x, int64_t x_token, int64_t x_head, const float *cosines, int64_t cos_token,
@@ -47,14 +55,34 @@ void rows_rotate(const float *x, int64_t x_token, int64_t x_head, const float *c
 #pragma omp parallel for num_threads(threads) if (threads > 1 && tokens * heads * half > WORTH_THREADS)
     for (int64_t row = 0; row < tokens * heads; row++) {
         int64_t token = row / heads, head = row % heads;
-        const float *a = x + token * x_token + head * x_head, *b = a + half;
+        turn(x + token * x_token + head * x_head, cosines + token * cos_token, sines + token * sin_token, half,
+             y + token * y_token + head * y_head);
+    }
+}
+
+/* Rows [q heads | k heads | v heads] of heads of 2 half: q and k turned, v as it is; q, k, v contiguous. */
+void rows_split(const float *qkv, const float *cosines, int64_t cos_token, const float *sines, int64_t sin_token,
+                int64_t tokens, int64_t q_heads, int64_t kv_heads, int64_t half, int threads, float *q, float *k,
+                float *v) {
+    int64_t heads = q_heads + 2 * kv_heads, size = 2 * half;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens * heads * half > WORTH_THREADS)
+    for (int64_t token = 0; token < tokens; token++) {
+        const float *from = qkv + token * heads * size;
         const float *c = cosines + token * cos_token, *s = sines + token * sin_token;
-        float *to = y + token * y_token + head * y_head;
-        for (int64_t i = 0; i < half; i++) {
-            float first = a[i], second = b[i];
-            to[i] = first * c[i] - second * s[i];
-            to[half + i] = second * c[i] + first * s[i];
-        }
+        for (int64_t head = 0; head < q_heads; head++, from += size)
+            turn(from, c, s, half, q + (token * q_heads + head) * size);
+        for (int64_t head = 0; head < kv_heads; head++, from += size)
+            turn(from, c, s, half, k + (token * kv_heads + head) * size);
+        memcpy(v + token * kv_heads * size, from, kv_heads * size * sizeof(float));
+    }
+}
+
+/* Puts rows of `bytes` of k and v into slots of their caches. */
+void rows_append(const char *k, const char *v, const int64_t *slots, int64_t rows, int64_t bytes, char *k_cache,
+                 char *v_cache) {
+    for (int64_t row = 0; row < rows; row++) {
+        memcpy(k_cache + slots[row] * bytes, k + row * bytes, bytes);
+        memcpy(v_cache + slots[row] * bytes, v + row * bytes, bytes);
     }
 }
 

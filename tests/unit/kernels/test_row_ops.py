@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sps2_kernels import row_ops
-from sps2_kernels.row_ops import rms_norm, rotate, swiglu
+from sps2_kernels.row_ops import append_rows, rms_norm, rotate, split_rotated, swiglu
 
 SHAPES = [(0, 2, 16), (1, 1, 16), (3, 5, 64), (700, 4, 96)]
 """Tokens, heads, size; the last are worth threads."""
@@ -59,6 +59,37 @@ def test_rotation(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     expected = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
     tolerance = 2e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_projection_taken_apart(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    tokens, kv_heads, size = shape
+    qkv = draw(tokens, 5 * kv_heads * size).to(dtype)
+    angles = draw(2 * tokens, 1, size // 2, seed=1)[::2]
+    cos, sin = torch.cat((angles.cos(), angles.cos()), dim=-1), angles.sin()
+    heads = [3 * kv_heads, kv_heads, kv_heads]
+    found = [torch.empty(tokens, count, size, dtype=dtype) for count in heads]
+    split_rotated(qkv, cos, sin, *found)
+    q, k, v = torch.split(qkv.view(tokens, sum(heads), size), heads, dim=1)
+    for part, whole in ((q, found[0]), (k, found[1])):
+        expected = torch.empty_like(whole)
+        rotate(part, cos, sin, expected)
+        assert torch.equal(whole, expected)
+    assert torch.equal(found[2], v)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_go_to_their_slots_and_nowhere_else(dtype: torch.dtype) -> None:
+    slots = torch.tensor([7, 0, 3])
+    k, v = draw(3, 2, 16).to(dtype), draw(3, 2, 16, seed=1).to(dtype)
+    k_cache, v_cache = torch.zeros(9, 2, 16, dtype=dtype), torch.zeros(9, 2, 16, dtype=dtype)
+    append_rows(k, v, slots, k_cache, v_cache)
+    for rows, cache in ((k, k_cache), (v, v_cache)):
+        assert torch.equal(cache[slots], rows)
+        assert not cache[[1, 2, 4, 5, 6, 8]].any()
 
 
 @pytest.mark.usefixtures("form")
