@@ -23,8 +23,7 @@ from sps2_router.group_log import GroupLog
 from sps2_router.live_requests import LiveRequests
 from sps2_router.model_servicer import ModelServicer
 from sps2_router.peers import Peers
-from sps2_router.policies.base import Policy
-from sps2_router.policies.least_loaded import LeastLoaded
+from sps2_router.policies import POLICIES
 from sps2_router.scheduler import Scheduler
 from sps2_router.servicer import InferenceServicer
 from sps2_router.tokenizer import ModelTokenizer
@@ -35,8 +34,6 @@ from sps2_service.directory_client import Membership
 from sps2_service.errors import Unavailable
 from sps2_service.model_folder import ModelFolder
 from sps2_service.server import ServerOptions, ServiceServer
-
-POLICIES: dict[str, Callable[[], Policy]] = {"least_loaded": LeastLoaded}
 
 # How often health is looked at besides every change of the view: it also depends on time alone.
 HEALTH_INTERVAL_S = 0.5

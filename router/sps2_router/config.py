@@ -32,8 +32,8 @@ class RouterConfig(ServiceConfig):
     """Name that requests use; empty: the folder's name."""
     profile: str = DEFAULT.name
     """Attention of prompts whose request names none: exact, paper, default, or a JSON file of profiles."""
-    policy: Literal["least_loaded"] = "least_loaded"
-    """How groups are picked."""
+    policy: Literal["least_loaded", "round_robin"] = "least_loaded"
+    """How groups are picked: the ones with the least to do, or in turns."""
     max_queued_tokens: int = setting(AdmissionLimits.max_queued_tokens, minimum=1)
     """Prompt tokens that may wait for their prefill; more are refused, one request alone never."""
     max_live_requests: int = setting(AdmissionLimits.max_live_requests, minimum=1)

@@ -19,6 +19,7 @@ from sps2_router.attempt import Attempt
 from sps2_router.channels import LeaderChannels
 from sps2_router.detokenizer import Decoder
 from sps2_router.handshake import Phase
+from sps2_router.policies.base import Ask
 from sps2_router.retries import Retries, RetryLimits
 from sps2_router.scheduler import Scheduler, Seat
 from sps2_router.types import GroupPair, Request
@@ -138,7 +139,7 @@ class Dispatcher:
         # A request that lost its group waits for one; a new one is told at once that there is none.
         is_new = retries.asked_at_us is None
         return self._scheduler.seat(
-            request.num_tokens,
+            _ask(request),
             retries.avoid,
             turn=turn_us(retries.asked_at_us or _now_us(), request.priority),
             wait_s=self._limits.queue_wait_s if is_new else None,
@@ -188,6 +189,12 @@ class _Failure:
     error: ServiceError
     phase: Phase
     pair: GroupPair
+
+
+def _ask(request: Request) -> Ask:
+    choice = request.choice
+    left = choice.max_tokens - len(request.generated_ids)
+    return Ask(request.num_tokens, left * choice.num_choices, request.tenant)
 
 
 def _now_us() -> int:
