@@ -20,6 +20,7 @@ from sps2_router.config import RouterConfig
 from sps2_router.dispatch import Dispatcher
 from sps2_router.front_door import FrontDoor
 from sps2_router.group_log import GroupLog
+from sps2_router.line import Line
 from sps2_router.live_requests import LiveRequests
 from sps2_router.model_servicer import ModelServicer
 from sps2_router.peers import Peers
@@ -89,8 +90,9 @@ class Router:
         self._address = config.advertise
         self._tokenizer = tokenizer
         self._admission = Admission(config.admission_limits)
+        line = Line()
         self._scheduler = Scheduler(
-            view, POLICIES[config.policy](), model.model_hash, config.scheduler_limits
+            view, POLICIES[config.policy](), model.model_hash, config.scheduler_limits, line
         )
         self._channels = LeaderChannels(self._live_addresses, config.tls)
         dispatcher = Dispatcher(

@@ -142,6 +142,7 @@ class Dispatcher:
             _ask(request),
             retries.avoid,
             turn=turn_us(retries.asked_at_us or _now_us(), request.priority),
+            had_seat=not is_new,
             wait_s=self._limits.queue_wait_s if is_new else None,
             patient=bool(retries.avoid),
             on_queued=live.progress.queued,

@@ -1,4 +1,4 @@
-"""Gives each attempt its place: in the order of their turns, on the pair of groups that the policy picks.
+"""Gives each attempt its place: in the order of the line, on the pair of groups that the policy picks.
 
 A prefill group takes only a few attempts of this router at once (one computes, one waits behind it), so that
 requests queue here, where they hold no KV, and are bound to a group as late as possible. One that comes back for
@@ -60,12 +60,14 @@ class Seat:
 class Scheduler:
     """Seats attempts. `wake` it whenever the view changed."""
 
-    def __init__(self, view: WorkersView, policy: Policy, model_hash: str, limits: SchedulerLimits) -> None:
+    def __init__(
+        self, view: WorkersView, policy: Policy, model_hash: str, limits: SchedulerLimits, line: Line
+    ) -> None:
         self._view = view
         self._policy = policy
         self._model_hash = model_hash
         self._limits = limits
-        self._line = Line()
+        self._line = line
         self._changed = asyncio.Event()
         self._seats: set[Seat] = set()
         self._num_seats = 0
@@ -107,6 +109,7 @@ class Scheduler:
         avoid: frozenset[str] = frozenset(),
         *,
         turn: int = 0,
+        had_seat: bool = False,
         wait_s: float | None = None,
         patient: bool = False,
         on_queued: Callable[[Place], None] = lambda _: None,
@@ -116,7 +119,8 @@ class Scheduler:
         Args:
             ask: What is to be placed.
             avoid: Groups that are used only when there is no other.
-            turn: The lower goes first; of equal ones the one that came first.
+            turn: Of one tenant's the lower goes first; of equal ones the one that came first.
+            had_seat: It had one before, so that it owes nothing of its tenant's share.
             wait_s: Longest wait in seconds; None is without end.
             patient: Wait for a pair of ready groups instead of failing when there is none.
             on_queued: Gets its place in the line.
@@ -128,10 +132,11 @@ class Scheduler:
             self.check_ready()
         try:
             async with asyncio.timeout(wait_s):
-                with self._line.place(turn) as place:
+                with self._line.place(ask, turn, paid=had_seat) as place:
                     on_queued(place)
                     seat = Seat(await self._next_pair(ask, place, avoid, patient=patient), ask)
                     self._take(seat)
+                    place.served = True
         except TimeoutError:
             raise Unavailable(
                 "QUEUE_WAIT",
@@ -142,11 +147,16 @@ class Scheduler:
             yield seat
         finally:
             self._seats.remove(seat)
-            self.wake()
+            self._room_made()
 
     def leave_prefill(self, seat: Seat) -> None:
         """The prefill group has computed it; another attempt may have its place there."""
         seat.in_prefill = False
+        self._room_made()
+
+    def _room_made(self) -> None:
+        if self._line.first is None and not any(seat.in_prefill for seat in self._seats):
+            self._line.forget_shares()
         self.wake()
 
     async def _next_pair(self, ask: Ask, place: Place, avoid: frozenset[str], *, patient: bool) -> GroupPair:

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from sps2.v1 import cluster_pb2
+from sps2_router.line import Line
 from sps2_router.policies.base import Ask
 from sps2_router.policies.least_loaded import LeastLoaded
 from sps2_router.scheduler import Scheduler, SchedulerLimits
@@ -19,7 +20,7 @@ STARTING = cluster_pb2.WORKER_STATE_STARTING
 def scheduler(*workers: cluster_pb2.WorkerInfo, **limits: float) -> tuple[Scheduler, FakeView]:
     view = FakeView()
     view.workers = {one.worker_id: one for one in workers}
-    return Scheduler(view, LeastLoaded(), "hash", SchedulerLimits(**limits)), view  # type: ignore[arg-type]
+    return Scheduler(view, LeastLoaded(), "hash", SchedulerLimits(**limits), Line()), view  # type: ignore[arg-type]
 
 
 def refusal(*workers: cluster_pb2.WorkerInfo) -> str:
