@@ -25,8 +25,10 @@ from sps2_router.live_requests import LiveRequests
 from sps2_router.model_servicer import ModelServicer
 from sps2_router.peers import Peers
 from sps2_router.policies import POLICIES
+from sps2_router.prompt_queue import PromptQueue
 from sps2_router.scheduler import Scheduler
 from sps2_router.servicer import InferenceServicer
+from sps2_router.tenants import Tenants
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.tokenizer_servicer import TokenizerServicer
 from sps2_router.types import ServedModel
@@ -48,7 +50,7 @@ class RouterServer(ServiceServer):
     """A server that is SERVING only while there are groups to serve with."""
 
     def __init__(self, config: RouterConfig, ready: Callable[[], bool]) -> None:
-        """Raises TokenFileError."""
+        """Raises LinesError."""
         super().__init__(
             tls=config.tls,
             peers=config.tls_peers,
@@ -89,20 +91,28 @@ class Router:
         self._view = view
         self._address = config.advertise
         self._tokenizer = tokenizer
-        self._admission = Admission(config.admission_limits)
-        line = Line()
+        tenants = Tenants(config.tenants)
+        line = Line(tenants.weight)
+        self._admission = Admission(config.max_live_requests, tenants)
+        self._queue = PromptQueue(config.queue_limits, tenants, line)
         self._scheduler = Scheduler(
             view, POLICIES[config.policy](), model.model_hash, config.scheduler_limits, line
         )
         self._channels = LeaderChannels(self._live_addresses, config.tls)
-        dispatcher = Dispatcher(
-            self._admission, self._scheduler, self._channels, tokenizer, config.retry_limits
-        )
+        dispatcher = Dispatcher(self._queue, self._scheduler, self._channels, tokenizer, config.retry_limits)
         ladder = load_profile(config.profile)
         self._claims = Claims(directory, lambda: self._address)
         peers = Peers(directory, self._channels, lambda: self._address)
         door = FrontDoor(
-            model, tokenizer, self._admission, dispatcher, config.time_limits, ladder, self._claims, peers
+            model,
+            tokenizer,
+            self._admission,
+            self._queue,
+            dispatcher,
+            config.time_limits,
+            ladder,
+            self._claims,
+            peers,
         )
         self.server = RouterServer(config, self._ready)
         for servicer, file, name in (

@@ -18,13 +18,16 @@ from sps2_router.call import Call
 from sps2_router.claims import Claims
 from sps2_router.dispatch import Dispatcher
 from sps2_router.peers import Peers
+from sps2_router.policies.base import Ask
 from sps2_router.prompt_ids import ids_of_chat, ids_of_text
+from sps2_router.prompt_queue import PromptQueue
 from sps2_router.relay import Event
 from sps2_router.scope import CallScope
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.types import ServedModel
 from sps2_router.validation import check_fields, resolve
 from sps2_service.telemetry import bound_request
+from sps2_service.turns import now_us, turn_us
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class FrontDoor:
         model: ServedModel,
         tokenizer: ModelTokenizer,
         admission: Admission,
+        queue: PromptQueue,
         dispatcher: Dispatcher,
         limits: TimeLimits,
         ladder: Ladder,
@@ -55,6 +59,7 @@ class FrontDoor:
         self._model = model
         self._tokenizer = tokenizer
         self._admission = admission
+        self._queue = queue
         self._dispatcher = dispatcher
         self._limits = limits
         self._ladder = ladder
@@ -91,6 +96,9 @@ class FrontDoor:
     async def _serve(
         self, spec: generation_pb2.GenerationSpec, live: LiveRequest, arrived_at: float, send: Send
     ) -> None:
+        # Before time goes into its text: however long it is, there is no room for it, or the wait would be too long.
+        turn = turn_us(now_us(), spec.priority)
+        self._queue.check(Ask(1, tenant=live.tenant), turn, live.scope.remaining)
         prompt_ids = await self._prompt_ids(spec)
         seed = secrets.randbits(64)
         request = resolve(spec, live.request_id, prompt_ids, self._model, seed, self._ladder)

@@ -44,7 +44,7 @@ class Line:
         self._places: dict[Waiter, Place] = {}
         self._number = count()
         self.num_tokens = 0
-        """Tokens that prefill is to compute for those who wait."""
+        """Tokens that prefill is to compute for those who wait and never were served."""
 
     @property
     def first(self) -> Place | None:
@@ -57,8 +57,9 @@ class Line:
         return sum(1 for _ in self._queue.before(place.waiter)) if place.waiter in self._places else 0
 
     def tokens_before(self, ask: Ask, turn: int) -> int:
-        """Prefill's tokens of those who would be before one that came now, if nobody came after it."""
-        return sum(one.num_tokens for one in self._queue.before(self._waiter(ask, turn, paid=False)))
+        """Of `num_tokens`, what would be before one that came now if nobody came after it."""
+        before = self._queue.before(self._waiter(ask, turn, paid=False))
+        return sum(one.num_tokens for one in before if not one.paid)
 
     def forget_shares(self) -> None:
         """Nobody had to wait for a moment; see `FairQueue.forget`."""
@@ -76,13 +77,14 @@ class Line:
         waiter = self._waiter(ask, turn, paid=paid)
         place = self._places[waiter] = Place(self, waiter)
         self._queue.add(waiter)
-        self.num_tokens += waiter.num_tokens
+        num_tokens = 0 if paid else ask.num_tokens
+        self.num_tokens += num_tokens
         try:
             yield place
         finally:
             (self._queue.serve if place.served else self._queue.remove)(waiter)
             del self._places[waiter]
-            self.num_tokens -= waiter.num_tokens
+            self.num_tokens -= num_tokens
             if (first := self.first) is not None:
                 first.called.set()
 
