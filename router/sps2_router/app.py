@@ -124,7 +124,7 @@ class Router:
             (ModelServicer(model), model_service_pb2, "ModelService"),
             (TokenizerServicer(model, tokenizer), tokenizer_service_pb2, "TokenizerService"),
             (
-                ClusterServicer(view, self._admission, self._scheduler, self._channels),
+                ClusterServicer(view, self._admission, self._queue, self._scheduler, self._channels),
                 cluster_service_pb2,
                 "ClusterService",
             ),

@@ -47,7 +47,7 @@ class Fixture:
             self.line,
             lambda: 0.0,
         )
-        self.queue._now = self.clock  # type: ignore[method-assign]
+        self.queue._now = self.clock
 
     @contextmanager
     def queued(self, num_tokens: int, tenant: str = "", max_new_tokens: int = 0) -> Iterator[Queued]:
