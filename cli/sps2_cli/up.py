@@ -142,7 +142,10 @@ def up(
     ] = Policy.LEAST_LOADED,
     max_queue_s: Annotated[
         float,
-        typer.Option(min=0, help="Seconds that a request may wait for its prefill; more is refused at once."),
+        typer.Option(
+            min=0,
+            help="Seconds that a request may wait for its prefill; refused at once if it looks like over half.",
+        ),
     ] = 300.0,
     device: Annotated[Device, typer.Option(help="Where ranks compute.")] = Device.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Weights; auto: bf16 where it is fast.")] = Dtype.FP32,

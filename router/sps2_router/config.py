@@ -44,7 +44,7 @@ class RouterConfig(ServiceConfig):
     prefills_per_group: int = setting(SchedulerLimits.prefills_per_group, minimum=1)
     """Requests that one prefill group holds at once; the rest waits here, without KV."""
     max_queue_s: float = setting(RetryLimits.queue_wait_s, minimum=0)
-    """Seconds that a new request waits for its prefill to begin; one that is expected to wait longer is refused."""
+    """Most seconds that a new request waits for its prefill; expected to wait for over half of it, it is refused."""
     regroup_wait_s: float = setting(SchedulerLimits.regroup_wait_s, minimum=0)
     """Seconds that a request which lost its group waits for another one."""
     max_attempts: int = setting(RetryLimits.max_attempts, minimum=1)

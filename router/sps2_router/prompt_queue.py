@@ -1,8 +1,8 @@
 """The prompts whose prefill has not begun: how many may be here, and who had better come again later.
 
-Bounded in tokens, for all and for each tenant, and in time: whoever would wait for longer than it may is told so at
-once, with a time to come again that follows from how fast the queue empties. Knows nothing of groups and gRPC. Used on
-one event loop only.
+Bounded in tokens, for all and for each tenant, and in time: whoever would wait for too long is told so at once, with a
+time to come again: about as long as it would have waited here, by how fast the queue empties. Knows nothing of groups
+and gRPC. Used on one event loop only.
 """
 
 import asyncio
@@ -23,6 +23,9 @@ MIN_RETRY_S = 0.5
 MAX_RETRY_S = 60.0
 UNKNOWN_RETRY_S = 1.0
 """Before it is known how fast the queue empties."""
+LET_IN = 0.5
+"""Whoever is expected to wait for more than this part of the time that it may is not let in: the rest is for what the
+estimate is off by and, of a deadline, for the answer. So who is let in is hardly ever sent away later."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class QueueLimits:
     max_tokens: int = 1_000_000
     """Prompt tokens of all requests whose prefill has not begun; one request alone always fits."""
     max_wait_s: float = 300.0
-    """Seconds; whoever is expected to wait for longer is not let in."""
+    """Longest wait in seconds; whoever is expected to wait for more than half of it is not let in."""
 
 
 class Queued:
@@ -148,15 +151,14 @@ class PromptQueue:
 
     def _check_quotas(self, ask: Ask) -> None:
         limits = self._tenants.limits(ask.tenant)
-        if (most := limits.max_queued_tokens) is not None:
-            excess = self._excess(self._tokens_of[ask.tenant], ask, most)
-            if excess > 0:
-                raise over_quota(
-                    ask.tenant,
-                    "TENANT_QUEUE_FULL",
-                    f"{most} prompt tokens of this tenant may wait at once",
-                    self._drained_after(excess),
-                )
+        most, waiting = limits.max_queued_tokens, self._tokens_of[ask.tenant]
+        if most is not None and not self._fits(waiting, ask, most):
+            raise over_quota(
+                ask.tenant,
+                "TENANT_QUEUE_FULL",
+                f"{most} prompt tokens of this tenant may wait at once",
+                self._drained_after(waiting),
+            )
         if (rate := limits.tokens_per_minute) is not None:
             num_tokens = ask.num_tokens + ask.max_new_tokens
             wait_s = self._bucket(ask.tenant).wait_s(num_tokens, rate, self._now())
@@ -170,12 +172,12 @@ class PromptQueue:
 
     def _check_room(self, ask: Ask) -> None:
         limit = self._limits.max_tokens
-        if (excess := self._excess(self.num_tokens, ask, limit)) > 0:
+        if not self._fits(self.num_tokens, ask, limit):
             raise Unavailable(
                 "QUEUE_FULL",
                 f"{self.num_tokens} prompt tokens are queued and {ask.num_tokens} more would pass the "
                 f"limit of {limit}; try again",
-                retry_after=self._drained_after(excess),
+                retry_after=self._drained_after(self.num_tokens),
                 metadata={"limit": str(limit)},
             )
 
@@ -186,19 +188,19 @@ class PromptQueue:
         # With a prefill group, or before it in the line.
         num_before = self.num_tokens - self._line.num_tokens + self._line.tokens_before(ask, turn)
         wait_s, limit_s = num_before / rate, min(self._limits.max_wait_s, time_left)
-        if wait_s > limit_s:
+        if wait_s > LET_IN * limit_s:
             raise Unavailable(
                 "QUEUE_WAIT",
-                f"it would wait for about {wait_s:.1f} s and may for {limit_s:.1f} s; try again",
-                retry_after=self._spread(wait_s - limit_s),
+                f"about {wait_s:.1f} s of prefill are queued before it, and it has {limit_s:.1f} s; try again",
+                retry_after=self._spread(wait_s),
             )
 
-    def _excess(self, num_waiting: int, ask: Ask, limit: int) -> int:
-        """Tokens too many; one request alone always fits."""
-        return num_waiting + ask.num_tokens - limit if num_waiting else 0
+    def _fits(self, num_waiting: int, ask: Ask, limit: int) -> bool:
+        """One request alone always does."""
+        return not num_waiting or num_waiting + ask.num_tokens <= limit
 
     def _drained_after(self, num_tokens: int) -> float:
-        """Seconds to come again after: when so many tokens have left the queue."""
+        """Seconds to come again after: when those tokens will have left the queue."""
         rate = self._drain.rate(self._now())
         return self._spread(UNKNOWN_RETRY_S if rate is None else num_tokens / rate)
 

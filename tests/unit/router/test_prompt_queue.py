@@ -89,15 +89,16 @@ async def test_the_queue_is_bounded_in_tokens() -> None:
 async def test_a_full_queue_says_when_it_will_have_room() -> None:
     up = Fixture(max_tokens=1000)
     up.drain(tokens_per_s=100)
-    with up.queued(900):
-        assert up.refusal(500).retry_after == pytest.approx(4.0, rel=0.05)
-        assert up.refusal(101).retry_after == MIN_RETRY_S
-        up.clock.now += 10_000  # nothing leaves it any more
-        assert up.refusal(500).retry_after == MAX_RETRY_S
+    with up.queued(20):
+        assert up.refusal(990).retry_after == MIN_RETRY_S
+        with up.queued(880):
+            assert up.refusal(101).retry_after == pytest.approx(9.0, rel=0.05)
+            up.clock.now += 10_000  # nothing leaves it any more
+            assert up.refusal(101).retry_after == MAX_RETRY_S
 
 
 async def test_who_would_wait_too_long_is_told_at_once() -> None:
-    up = Fixture(max_wait_s=10)
+    up = Fixture(max_wait_s=20)
     up.drain(tokens_per_s=100)
     with up.queued(500), up.queued(400) as placed:
         placed.is_placed = True  # what a group has but has not begun with is before it, too
@@ -105,13 +106,13 @@ async def test_who_would_wait_too_long_is_told_at_once() -> None:
         with up.queued(300):
             error = up.refusal(10)
             assert (type(error), error.reason) == (Unavailable, "QUEUE_WAIT")
-            assert error.retry_after == pytest.approx(2.0, rel=0.1)
+            assert error.retry_after == pytest.approx(12.0, rel=0.1)
         # Its own deadline counts as well.
-        assert up.refusal(10, time_left=5).retry_after == pytest.approx(4.0, rel=0.1)
+        assert up.refusal(10, time_left=15).retry_after == pytest.approx(9.0, rel=0.1)
 
 
 async def test_the_wait_is_that_of_its_tenant() -> None:
-    up = Fixture(max_wait_s=10)
+    up = Fixture(max_wait_s=20)
     up.drain(tokens_per_s=100)
     with ExitStack() as stack:
         for _ in range(10):
