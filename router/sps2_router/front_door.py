@@ -1,6 +1,7 @@
 """What happens to a call before and around its attempts: checks, its id, its time, its tokens.
 
-The one place that knows the order: fields, id, tokenizing, context length, block hashes, dispatch. Servicers call it.
+The one place that knows the order: fields, room in the queue, id, tokenizing, context length, block hashes, dispatch.
+Servicers call it.
 """
 
 import asyncio
@@ -82,6 +83,8 @@ class FrontDoor:
         request_id = spec.request_id or uuid.uuid4().hex
         tenant, limit = call.caller.tenant, self._limits.total_s
         total_s = limit if call.time_left is None else min(call.time_left, limit)
+        # Before anything is spent on it: however short its prompt is, there may be no room, or the wait too long.
+        self._queue.check(Ask(1, tenant=tenant), turn_us(now_us(), spec.priority), total_s)
         with (
             bound_request(request_id),
             CallScope(total_s=total_s, silence_s=self._limits.silence_s) as scope,
@@ -96,9 +99,6 @@ class FrontDoor:
     async def _serve(
         self, spec: generation_pb2.GenerationSpec, live: LiveRequest, arrived_at: float, send: Send
     ) -> None:
-        # Before time goes into its text: however long it is, there is no room for it, or the wait would be too long.
-        turn = turn_us(now_us(), spec.priority)
-        self._queue.check(Ask(1, tenant=live.tenant), turn, live.scope.remaining)
         prompt_ids = await self._prompt_ids(spec)
         seed = secrets.randbits(64)
         request = resolve(spec, live.request_id, prompt_ids, self._model, seed, self._ladder)

@@ -19,6 +19,7 @@ from sps2_router.types import Group, GroupPair, group_workers
 from sps2_service.errors import Unavailable
 
 RETRY_AFTER_S = 1.0
+MAX_RETRY_AFTER_S = 60.0
 
 POOLS = {cluster_pb2.WORKER_ROLE_PREFILL: "prefill", cluster_pb2.WORKER_ROLE_DECODE: "decode"}
 
@@ -141,7 +142,7 @@ class Scheduler:
             raise Unavailable(
                 "QUEUE_WAIT",
                 f"no prefill group had room for {wait_s:g} s; try again",
-                retry_after=RETRY_AFTER_S,
+                retry_after=min(max(wait_s or 0.0, RETRY_AFTER_S), MAX_RETRY_AFTER_S),
             ) from None
         try:
             yield seat

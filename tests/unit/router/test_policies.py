@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 
 from sps2.v1 import cluster_pb2
+from sps2_cli.up import Policy as UpPolicy
+from sps2_router.config import RouterConfig
 from sps2_router.policies import POLICIES
 from sps2_router.policies.base import Ask, GroupLoad, Policy
 from sps2_router.policies.least_loaded import LeastLoaded
 from sps2_router.policies.round_robin import RoundRobin
 from sps2_router.types import Group, group_workers
+from sps2_service.config_fields import fields_of
 from support.router_groups import group, worker
 
 PREFILL = [group("prefill-0"), group("prefill-1")]
@@ -32,6 +35,11 @@ def busy(name: str, **load: Any) -> Group:
 
 
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+
+
+def test_flags_name_every_policy() -> None:
+    (flag,) = (field for field in fields_of(RouterConfig) if field.name == "policy")
+    assert set(flag.choices) == set(POLICIES) == {one.value for one in UpPolicy}
 
 
 @every_policy

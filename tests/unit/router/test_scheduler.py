@@ -17,10 +17,12 @@ from support.router_groups import worker
 STARTING = cluster_pb2.WORKER_STATE_STARTING
 
 
-def scheduler(*workers: cluster_pb2.WorkerInfo, **limits: float) -> tuple[Scheduler, FakeView]:
+def scheduler(
+    *workers: cluster_pb2.WorkerInfo, line: Line | None = None, **limits: float
+) -> tuple[Scheduler, FakeView]:
     view = FakeView()
     view.workers = {one.worker_id: one for one in workers}
-    return Scheduler(view, LeastLoaded(), "hash", SchedulerLimits(**limits), Line()), view  # type: ignore[arg-type]
+    return Scheduler(view, LeastLoaded(), "hash", SchedulerLimits(**limits), line or Line()), view  # type: ignore[arg-type]
 
 
 def refusal(*workers: cluster_pb2.WorkerInfo) -> str:
@@ -149,6 +151,25 @@ async def test_turns_not_arrival_say_who_is_next() -> None:
             tasks.create_task(take(turn))
             await asyncio.sleep(0)
     assert order == [3, 5, 7, 8, 9]
+
+
+async def test_tenants_share_and_who_had_a_seat_goes_first() -> None:
+    line = Line({"big": 2.0, "small": 1.0}.__getitem__)
+    seats, _ = scheduler(worker("prefill-0/0"), worker("decode-0/0"), line=line, prefills_per_group=1)
+    order: list[str] = []
+
+    async def take(tenant: str, turn: int, *, had_seat: bool = False) -> None:
+        async with seats.seat(Ask(100, 10, tenant), turn=turn, had_seat=had_seat):
+            order.append(tenant[0].upper() if had_seat else tenant[0])
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks, seats.seat(Ask(1, tenant="small")):
+        for number in range(6):
+            tasks.create_task(take("small", number))
+            tasks.create_task(take("big", 10 + number))
+        tasks.create_task(take("small", -1, had_seat=True))
+        await asyncio.sleep(0)
+        assert line.num_tokens == 12 * 100
+    assert "".join(order) == "Sbsbbsbbsbsss"
 
 
 async def test_the_wait_for_a_place_ends() -> None:
