@@ -38,7 +38,7 @@ class RouterConfig(ServiceConfig):
     policy: Literal["least_loaded", "round_robin"] = "least_loaded"
     """How groups are picked: the ones with the least to do, or in turns."""
     max_queued_tokens: int = setting(QueueLimits.max_tokens, minimum=1)
-    """Prompt tokens that may wait for their prefill; more are refused, one request alone never."""
+    """Prompt tokens that may wait for their prefill; more are refused, but no request alone, no tenant in its share."""
     max_live_requests: int = setting(1024, minimum=1)
     """Requests that are served at once; more are refused."""
     prefills_per_group: int = setting(SchedulerLimits.prefills_per_group, minimum=1)

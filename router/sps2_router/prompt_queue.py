@@ -33,7 +33,8 @@ class QueueLimits:
     """What may wait at one router."""
 
     max_tokens: int = 1_000_000
-    """Prompt tokens of all requests whose prefill has not begun; one request alone always fits."""
+    """Prompt tokens of all requests whose prefill has not begun. One request alone always fits; and so does a tenant
+    within its share of it by weight, so that nobody is kept out by others: in all there are at most twice as many."""
     max_wait_s: float = 300.0
     """Longest wait in seconds; whoever is expected to wait for more than half of it is not let in."""
 
@@ -171,8 +172,8 @@ class PromptQueue:
                 )
 
     def _check_room(self, ask: Ask) -> None:
-        limit = self._limits.max_tokens
-        if not self._fits(self.num_tokens, ask, limit):
+        limit, own = self._limits.max_tokens, self._tokens_of[ask.tenant] + ask.num_tokens
+        if not self._fits(self.num_tokens, ask, limit) and own > limit * self._share(ask.tenant):
             raise Unavailable(
                 "QUEUE_FULL",
                 f"{self.num_tokens} prompt tokens are queued and {ask.num_tokens} more would pass the "
@@ -194,6 +195,11 @@ class PromptQueue:
                 f"about {wait_s:.1f} s of prefill are queued before it, and it has {limit_s:.1f} s; try again",
                 retry_after=self._spread(wait_s),
             )
+
+    def _share(self, tenant: str) -> float:
+        """A tenant's part of the queue, among all that have a part of it."""
+        there = {one for one, num_tokens in self._tokens_of.items() if num_tokens} | {tenant}
+        return self._tenants.weight(tenant) / sum(map(self._tenants.weight, there))
 
     def _fits(self, num_waiting: int, ask: Ask, limit: int) -> bool:
         """One request alone always does."""

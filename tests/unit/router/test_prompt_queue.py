@@ -86,6 +86,18 @@ async def test_the_queue_is_bounded_in_tokens() -> None:
         assert up.queue.num_tokens == 0
 
 
+async def test_one_tenant_cannot_fill_the_queue_for_others(tmp_path: Path) -> None:
+    (tmp_path / "tenants").write_text("light weight=3\n")
+    up = Fixture(Tenants(tmp_path / "tenants"), max_tokens=100)
+    with up.queued(60, "heavy"), up.queued(40, "heavy"):
+        assert up.refusal(1, "heavy").reason == "QUEUE_FULL"
+        with up.queued(50, "light"):
+            up.queue.check(Ask(25, tenant="light"), 0, LONG_S)
+            assert up.refusal(26, "light").reason == "QUEUE_FULL"
+            assert up.refusal(21, "other").reason == "QUEUE_FULL"
+            up.queue.check(Ask(20, tenant="other"), 0, LONG_S)
+
+
 async def test_a_full_queue_says_when_it_will_have_room() -> None:
     up = Fixture(max_tokens=1000)
     up.drain(tokens_per_s=100)
