@@ -33,8 +33,8 @@ class QueueLimits:
     """What may wait at one router."""
 
     max_tokens: int = 1_000_000
-    """Prompt tokens of all requests whose prefill has not begun. One request alone always fits; and so does a tenant
-    within its share of it by weight, so that nobody is kept out by others: in all there are at most twice as many."""
+    """Prompt tokens of all requests whose prefill has not begun; one request alone always fits. As many again are for
+    tenants within their shares of it by weight, so that a queue which others have filled keeps nobody out."""
     max_wait_s: float = 300.0
     """Longest wait in seconds; whoever is expected to wait for more than half of it is not let in."""
 
@@ -173,7 +173,8 @@ class PromptQueue:
 
     def _check_room(self, ask: Ask) -> None:
         limit, own = self._limits.max_tokens, self._tokens_of[ask.tenant] + ask.num_tokens
-        if not self._fits(self.num_tokens, ask, limit) and own > limit * self._share(ask.tenant):
+        is_in_share = own <= limit * self._share(ask.tenant)
+        if not self._fits(self.num_tokens, ask, 2 * limit if is_in_share else limit):
             raise Unavailable(
                 "QUEUE_FULL",
                 f"{self.num_tokens} prompt tokens are queued and {ask.num_tokens} more would pass the "
