@@ -102,6 +102,7 @@ def status_document(address: str, state: ClusterState) -> dict[str, Any]:
         "address": address,
         "directory_connected": state.directory_connected,
         "num_requests_live": state.num_requests_live,
+        "num_queued_tokens": state.num_queued_tokens,
         "pools": {
             role: [
                 {

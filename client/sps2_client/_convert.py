@@ -133,6 +133,7 @@ def cluster_state(message: cluster_service_pb2.GetClusterStateResponse) -> Clust
         directory_connected=message.directory_connected,
         num_requests_live=message.num_requests_live,
         num_requests_by_group=dict(message.num_requests_by_group),
+        num_queued_tokens=message.num_queued_tokens,
     )
 
 

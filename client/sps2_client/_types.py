@@ -265,6 +265,8 @@ class ClusterState:
     """Requests that this router is serving."""
     num_requests_by_group: Mapping[str, int]
     """The same by group name."""
+    num_queued_tokens: int
+    """Prompt tokens that wait at this router for their prefill."""
 
 
 @dataclass(frozen=True, slots=True)

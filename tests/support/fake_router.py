@@ -242,6 +242,7 @@ class FakeRouter(
             directory_connected=True,
             num_requests_live=1,
             num_requests_by_group={"decode-0": 1},
+            num_queued_tokens=1234,
         )
 
     def ResizeRequest(  # noqa: N802

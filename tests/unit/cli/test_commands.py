@@ -243,6 +243,8 @@ def test_status_for_programs_and_people() -> None:
     assert (decode["group"], decode["ready"], decode["num_requests_live"]) == ("decode-0", True, 1)
     assert [one["kv_blocks_used"] for one in decode["ranks"]] == [25, 25]
     assert people.exit_code == 0
+    assert document["num_queued_tokens"] == 1234
+    assert "tokens queued 1,234" in people.stdout
     assert "decode: 1 of 1 groups ready" in people.stdout
     assert "25/100 (25%)" in people.stdout
 
