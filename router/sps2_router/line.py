@@ -1,29 +1,37 @@
-"""A line in which turns, not arrival, say who is first. Knows nothing of what is waited for. On one event loop only.
+"""A line in which waiters are called in the order of a FairQueue. Knows nothing of what is waited for.
 
-There are two kinds of places to be had, for short and for other requests: who waits for one kind holds nobody up who
-waits for the other.
+There are two kinds of places to be had, for short prompts and for others: nobody waits behind one of the other kind.
+On one event loop only.
 """
 
 import asyncio
-from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
+
+from sps2_router.fair_queue import FairQueue, Waiter
+from sps2_router.policies.base import Ask
 
 
 class Place:
     """One waiter's."""
 
-    def __init__(self, line: "Line", turn: tuple[int, int], *, is_short: bool) -> None:
-        self.turn = turn
-        self.is_short = is_short
+    def __init__(self, line: "Line", waiter: Waiter) -> None:
+        self.waiter = waiter
         self.called = asyncio.Event()
         """Set when it has become the first of its kind."""
+        self.served = False
+        """Whether it has got what it waits for; set by whoever gives it, before it leaves."""
         self._line = line
 
     @property
+    def is_short(self) -> bool:
+        """Which kind of place it waits for."""
+        return self.waiter.is_short
+
+    @property
     def position(self) -> int:
-        """Waiters before it."""
+        """Waiters before it, of either kind; 0 also when it waits no more."""
         return self._line.position(self)
 
     async def first(self) -> None:
@@ -34,28 +42,73 @@ class Place:
 
 
 class Line:
-    """Its waiters, in the order of their turns."""
+    """Its waiters."""
 
-    def __init__(self) -> None:
-        self._places: list[Place] = []
+    def __init__(
+        self,
+        weight: Callable[[str], float] = lambda _: 1.0,
+        is_short: Callable[[Ask], bool] = lambda _: False,
+    ) -> None:
+        """`weight`: a tenant's share; `is_short`: which kind of place one that comes now waits for."""
+        self._queue = FairQueue(weight)
+        self.is_short = is_short
+        self._places: dict[Waiter, Place] = {}
         self._number = count()
+        self.num_tokens = 0
+        """Tokens that prefill is to compute for those who wait and never were served."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody waits."""
+        return not self._places
 
     def first_of(self, *, is_short: bool) -> Place | None:
         """Whose turn it is among those of a kind."""
-        return next((place for place in self._places if place.is_short is is_short), None)
+        first = self._queue.first_of(is_short=is_short)
+        return None if first is None else self._places[first]
 
     def position(self, place: Place) -> int:
         """Waiters before one; 0 also when it waits no more."""
-        return self._places.index(place) if place in self._places else 0
+        return sum(1 for _ in self._queue.before(place.waiter)) if place.waiter in self._places else 0
+
+    def tokens_before(self, ask: Ask, turn: int) -> int:
+        """Of `num_tokens`, what would be before one that came now if nobody came after it.
+
+        Long ones are not before a short one; short ones take their part of the time before a long one.
+        """
+        waiter = self._waiter(ask, turn, paid=False)
+        before = (one for one in self._queue.before(waiter) if one.is_short >= waiter.is_short)
+        return sum(one.num_tokens for one in before if not one.paid)
+
+    def forget_shares(self) -> None:
+        """Nobody had to wait for a moment; see `FairQueue.forget`."""
+        self._queue.forget()
 
     @contextmanager
-    def place(self, turn: int, *, is_short: bool = False) -> Iterator[Place]:
-        """Stands in line while the block runs: behind those of a lower turn, or of the same one and earlier."""
-        place = Place(self, (turn, next(self._number)), is_short=is_short)
-        insort(self._places, place, key=lambda one: one.turn)
+    def place(self, ask: Ask, turn: int, *, paid: bool = False) -> Iterator[Place]:
+        """Stands in line while the block runs.
+
+        Args:
+            ask: What waits.
+            turn: Of those of one tenant the lower goes first; of equal ones the one that came first.
+            paid: It was served before and has come back.
+        """
+        waiter = self._waiter(ask, turn, paid=paid)
+        place = self._places[waiter] = Place(self, waiter)
+        self._queue.add(waiter)
+        num_tokens = 0 if paid else ask.num_tokens
+        self.num_tokens += num_tokens
         try:
             yield place
         finally:
-            self._places.remove(place)
-            if (first := self.first_of(is_short=is_short)) is not None:
-                first.called.set()
+            (self._queue.serve if place.served else self._queue.remove)(waiter)
+            del self._places[waiter]
+            self.num_tokens -= num_tokens
+            for kind in (False, True):  # who is served changes the shares of both
+                if (first := self.first_of(is_short=kind)) is not None:
+                    first.called.set()
+
+    def _waiter(self, ask: Ask, turn: int, *, paid: bool) -> Waiter:
+        cost = ask.num_tokens + ask.max_new_tokens
+        turn_of_it = turn, next(self._number)
+        return Waiter(ask.tenant, turn_of_it, cost, ask.num_tokens, paid, is_short=self.is_short(ask))

@@ -1,12 +1,13 @@
 """The leader of a prefill group: what it tells the ranks of a prompt, and what it refuses."""
 
 import asyncio
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 
 import pytest
 
 from sps2.internal.v1 import engine_pb2, prefill_service_pb2
+from sps2.v1 import cluster_pb2
 from sps2_engine.attention.cost_model import Choice
 from sps2_layout.attention import Attention
 from sps2_layout.profiles import EXACT, Ladder, Profile
@@ -216,3 +217,64 @@ async def test_a_drain_hands_back_what_computes_and_what_waits() -> None:
         await drained
     kinds = [command.WhichOneof("command") for command in group.sent[1]]
     assert kinds == ["run_prefill", "cancel_prefill"], "the one that waited was never begun"
+
+
+def sized_request(name: str, num_tokens: int) -> prefill_service_pb2.PrefillRequest:
+    made = prefill_service_pb2.PrefillRequest(
+        token_ids=range(num_tokens), attention=pack_attention(Attention(num_tokens, num_tokens))
+    )
+    made.attempt.request_id = name
+    made.placement.shards.add(token_begin=0, token_end=num_tokens)
+    return made
+
+
+async def test_short_prompts_are_told_to_the_ranks_while_a_long_one_computes() -> None:
+    """Each to the rank that has least to do; one that a rank computes alone is begun by its word."""
+    coordinator, group = PrefillCoordinator(), StandInGroup(2)
+    coordinator.attach(group)  # type: ignore[arg-type]
+    loaded = engine_pb2.EngineLoaded(
+        device="cpu",
+        dtype="fp32",
+        num_layers=4,
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        kv_blocks_total=100,
+        slice_flops=4_000_000_000,
+        linear_flops_per_token=6_000_000,
+    )
+    coordinator.on_formed(1, [loaded] * 2)
+    load = cluster_pb2.WorkerLoad()
+    coordinator.fill_load(load)
+    assert load.short_prompt_tokens > 1000
+    prompts = {"long": 6000, "next long": 6000, "a": 50, "b": 50, "shared": 1000}
+    async with AsyncExitStack() as calls, asyncio.timeout(TIMEOUT_S):
+        events = {
+            name: await calls.enter_async_context(
+                aclosing(coordinator.prefill(sized_request(name, num_tokens)))
+            )
+            for name, num_tokens in prompts.items()
+        }
+        waiting = {name: asyncio.ensure_future(anext(stream)) for name, stream in events.items()}
+        await asyncio.sleep(0)
+        runs = [[command.run_prefill for command in group.sent[rank]] for rank in range(2)]
+        assert [[run.attempt.request_id for run in told] for told in runs] == [
+            ["long", "a", "b", "shared"]
+        ] * 2
+        assert [[run.number for run in told] for told in runs] == [[1, 2, 3, 4]] * 2
+        assert [run.alone_on if run.HasField("alone_on") else None for run in runs[0]] == [None, 0, 1, None]
+        assert [len(run.token_ids) for run in runs[0][:3]] == [3000, 50, 0]
+        assert [len(run.token_ids) for run in runs[1][:3]] == [3000, 0, 50]
+
+        def report(rank: int, name: str) -> None:
+            started = engine_pb2.PrefillReport(started=prefill_service_pb2.PrefillStarted())
+            started.attempt.request_id = name
+            coordinator.on_event(rank, engine_pb2.EngineEvent(prefill=started))
+
+        for rank in range(2):
+            report(rank, "b")
+            await asyncio.sleep(0)
+            assert waiting["b"].done() is (rank == 1)
+        for one in waiting.values():
+            one.cancel()
+        await asyncio.wait(waiting.values())

@@ -22,7 +22,7 @@ def busiest(gap: list[ShortWork]) -> int:
     return max(sum(work.flops for work in gap if work.alone_on in (None, rank)) for rank in range(3))
 
 
-@given(st.lists(works, max_size=40))
+@given(st.lists(works, max_size=15))
 def test_neither_starves(queue: list[ShortWork]) -> None:
     share, waited = FairShare(SLICE), 0
     gaps: list[int] = []
