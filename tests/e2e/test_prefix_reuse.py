@@ -118,10 +118,13 @@ def test_the_same_prompt_twice_at_once(client: Client) -> None:
 def test_under_pressure_nothing_fails_and_the_oldest_goes(client: Client) -> None:
     """Prompts for three times the room, one after another: each is served, the last is still cached, the first not."""
     prompts = [document(1500, page=4 + index) for index in range(6)]
-    answers = [ask(client, prompt) for prompt in prompts]
+    for prompt in prompts:
+        ask(client, prompt)
     again = ask(client, prompts[-1])
     assert again.usage.cached_tokens == 1472
-    assert again.token_ids == answers[-1].token_ids
+    tally = Tally()
+    tally.add(compare(again.token_ids, *csa_tokens(DEMO_MODEL, EXACT, tuple(prompts[-1]), NUM_TOKENS)))
+    tally.check()
     assert ask(client, prompts[0]).usage.cached_tokens == 0
 
     def settled() -> bool:
@@ -134,7 +137,7 @@ def test_under_pressure_nothing_fails_and_the_oldest_goes(client: Client) -> Non
 
 
 def test_a_cancelled_request_leaves_the_cache_as_it_was(client: Client) -> None:
-    prompt = document(1500, page=11)
+    prompt = document(1100, page=11)
     before = ask(client, prompt)
     longer = [*prompt, *document(400, page=12)]
     with client.stream(
@@ -147,7 +150,7 @@ def test_a_cancelled_request_leaves_the_cache_as_it_was(client: Client) -> None:
         next(iter(stream))
     wait_for_free_kv(client)
     again = ask(client, prompt)
-    assert again.usage.cached_tokens == 1472
+    assert again.usage.cached_tokens == 1088
     assert again.token_ids == before.token_ids
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sps2.internal.v1 import kv_directory_service_pb2 as pb
+from sps2.internal.v1 import placement_pb2
 from sps2.v1 import cluster_pb2
 from sps2_layout.attention import Attention
 from sps2_layout.profiles import EXACT, Ladder, Profile
@@ -85,7 +86,7 @@ def test_what_does_not_pay_is_not_adopted(found: HeldPrefix) -> None:
 def test_off_takes_nothing_and_leaves_nothing() -> None:
     asked = request(6200, EXACT, Reuse.OFF)
     assert with_reuse(asked, [held(5952, Attention(1, 1))], KEYS_PER_TOKEN) is asked
-    attempt, placement = pb.RequestRecord().attempt, pb.RequestRecord().placement
+    attempt, placement = placement_pb2.Attempt(), placement_pb2.Placement()
     assert not pack_prefill(asked, attempt, placement).block_hashes
     assert len(pack_prefill(replace(asked, reuse=Reuse.EXACT), attempt, placement).block_hashes) == 96
 
