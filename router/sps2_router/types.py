@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from sps2.v1 import cluster_pb2
 from sps2_layout.attention import Attention
+from sps2_service.request_fields import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class ServedModel:
     """Token ids are in [0, vocabulary_size)."""
     eos_token_ids: tuple[int, ...]
     """Ids that end a stream unless the request ignores them."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """For checks."""
+        return Vocabulary(self.name, self.vocabulary_size)
 
 
 @dataclass(frozen=True)
