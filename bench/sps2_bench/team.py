@@ -14,7 +14,15 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from sps2_bench.processes import Message, Worker
-from sps2_engine.collectives import Communicator, TorchCommunicator, connect_store, form_groups, open_store
+from sps2_engine.collectives import (
+    Communicator,
+    SummingCommunicator,
+    TorchCommunicator,
+    connect_store,
+    form_groups,
+    open_store,
+)
+from sps2_engine.host_exchange import within_host
 from sps2_engine.mesh import Mesh
 from sps2_engine.rank_groups import RankGroups, form_rank_groups
 
@@ -81,14 +89,21 @@ def join_team(settings: Message) -> Communicator:
     return join_mesh(settings, 1).everyone
 
 
-def join_mesh(settings: Message, tp: int) -> RankGroups:
-    """The same where `tp` ranks of the team split every layer between them."""
+def join_mesh(settings: Message, tp: int, *, in_steps: bool = False) -> RankGroups:
+    """The same where `tp` ranks of the team split every layer between them.
+
+    Args:
+        settings: the rank's.
+        tp: tensor ranks.
+        in_steps: exchanges are as a decode engine has them.
+    """
     mesh, posted = Mesh.of(settings["size"], tp), Counter[str]()
     if mesh.size == 1:
         return RankGroups.solo(posted)
 
-    def form(store: Store, rank: int, size: int) -> TorchCommunicator:
+    def form(store: Store, rank: int, size: int) -> SummingCommunicator:
         lanes = form_groups(store, 1, rank, size, CPU, HOST, GROUP_TIMEOUT)
-        return TorchCommunicator(lanes, CPU, posted)
+        group = TorchCommunicator(lanes, CPU, posted)
+        return within_host(group, GROUP_TIMEOUT.total_seconds()) if in_steps else group
 
     return form_rank_groups(mesh, settings["rank"], connect_store(settings["store"], GROUP_TIMEOUT), form)

@@ -44,6 +44,8 @@ def timings_document(timings: Timings) -> dict[str, float]:
         "ttft": timings.ttft,
         "tpot": timings.tpot,
         "e2e": timings.e2e,
+        "tbt_p50": timings.tbt_p50,
+        "tbt_p99": timings.tbt_p99,
     }
 
 
@@ -100,6 +102,7 @@ def status_document(address: str, state: ClusterState) -> dict[str, Any]:
         "address": address,
         "directory_connected": state.directory_connected,
         "num_requests_live": state.num_requests_live,
+        "num_queued_tokens": state.num_queued_tokens,
         "pools": {
             role: [
                 {

@@ -63,7 +63,8 @@ def _documents(client: Client, server: str, interval: float | None) -> Iterator[
 def render(document: dict[str, Any]) -> RenderableType:
     """The document as a table for each pool."""
     connected = "connected" if document["directory_connected"] else "away: the picture may be old"
-    head = f"router {document['address']}   requests {document['num_requests_live']}   directory {connected}"
+    requests = f"requests {document['num_requests_live']}   tokens queued {document['num_queued_tokens']:,}"
+    head = f"router {document['address']}   {requests}   directory {connected}"
     return Group(head, *(_pool_table(role, groups) for role, groups in document["pools"].items()))
 
 

@@ -93,7 +93,8 @@ def _print(document: dict[str, Any], *, as_json: bool) -> None:
 def render(document: dict[str, Any]) -> RenderableType:
     """The document as a table of ranks for each pool."""
     away = "" if document["directory_connected"] else "   the directory is away: the picture may be old"
-    head = f"{document['address']}   {document['num_requests_live']} requests{away}"
+    queued = f"{document['num_queued_tokens']:,} tokens queued"
+    head = f"{document['address']}   {document['num_requests_live']} requests   {queued}{away}"
     return Group(head, *(_pool(role, groups) for role, groups in document["pools"].items()))
 
 

@@ -49,6 +49,13 @@ class Exchange(StrEnum):
     KV = "kv"
 
 
+class Policy(StrEnum):
+    """How the router picks groups."""
+
+    LEAST_LOADED = "least_loaded"
+    ROUND_ROBIN = "round_robin"
+
+
 class Transport(StrEnum):
     """How KV travels from prefill to decode ranks."""
 
@@ -130,6 +137,16 @@ def up(
             help="Attention of requests that name none; FILE is JSON, see docs/profiles.md.",
         ),
     ] = DEFAULT.name,
+    policy: Annotated[
+        Policy, typer.Option(help="How groups are picked: those with the least to do, or in turns.")
+    ] = Policy.LEAST_LOADED,
+    max_queue_s: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds that a request may wait for its prefill; refused at once if it looks like over half.",
+        ),
+    ] = 300.0,
     device: Annotated[Device, typer.Option(help="Where ranks compute.")] = Device.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="Weights; auto: bf16 where it is fast.")] = Dtype.FP32,
     exchange: Annotated[
@@ -211,6 +228,8 @@ def up(
             listen=listen,
             redis=redis,
             profile=profile,
+            policy=policy.value,
+            max_queue_s=max_queue_s,
             device=device.value,
             dtype=dtype.value,
             exchange=exchange.value,

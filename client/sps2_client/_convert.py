@@ -57,6 +57,8 @@ def usage(message: generation_pb2.Usage) -> Usage:
             ttft=timings.ttft,
             tpot=timings.tpot,
             e2e=timings.e2e,
+            tbt_p50=timings.tbt_p50,
+            tbt_p99=timings.tbt_p99,
         ),
         bytes_moved=BytesMoved(
             collective=moved.collective, q_exchange=moved.q_exchange, kv_transfer=moved.kv_transfer
@@ -131,6 +133,7 @@ def cluster_state(message: cluster_service_pb2.GetClusterStateResponse) -> Clust
         directory_connected=message.directory_connected,
         num_requests_live=message.num_requests_live,
         num_requests_by_group=dict(message.num_requests_by_group),
+        num_queued_tokens=message.num_queued_tokens,
     )
 
 

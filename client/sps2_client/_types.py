@@ -24,6 +24,10 @@ class Timings:
     """Mean time between tokens after the first; 0 with fewer than two."""
     e2e: float
     """From arrival until the last token."""
+    tbt_p50: float = 0.0
+    """Median time between tokens by the decode leader's clock; 0 where a stop string or the first token was the end."""
+    tbt_p99: float = 0.0
+    """99th percentile of the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +265,8 @@ class ClusterState:
     """Requests that this router is serving."""
     num_requests_by_group: Mapping[str, int]
     """The same by group name."""
+    num_queued_tokens: int
+    """Prompt tokens that wait at this router for their prefill."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,11 @@ class Pace:
         """Seconds between two tokens, the later of which came in (begin, end]."""
         return [later - time for time, later in pairwise(self._times) if begin < later <= end]
 
+    def quantile(self, share: float) -> float:
+        """The gap that this share of all is not longer than; 0 without gaps."""
+        gaps = sorted(self.gaps(float("-inf"), float("inf")))
+        return gaps[min(int(share * len(gaps)), len(gaps) - 1)] if gaps else 0.0
+
 
 @dataclass(eq=False)
 class LiveAttempt:

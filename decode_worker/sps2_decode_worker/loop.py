@@ -34,6 +34,8 @@ from sps2_kernels.paged_decode import PagedRows, paged_decode_partial
 class DecodeRole:
     """Implements `sps2_engine.runtime.host.Role`."""
 
+    exchanges_in_steps = True
+
     def __init__(
         self, options: EngineOptions, device: torch.device, dtype: torch.dtype, link: SupervisorLink
     ) -> None:

@@ -117,5 +117,7 @@ def _finished(one: ChoiceToken, live: LiveAttempt) -> decode_service_pb2.DecodeR
         q_exchange_bytes=one.token.q_exchange_bytes,
         num_holders=len(live.row.tenant.spread.holders),
         choice_index=one.choice_index,
+        tbt_p50_s=live.pace.quantile(0.5),
+        tbt_p99_s=live.pace.quantile(0.99),
     )
     return decode_service_pb2.DecodeResponse(finished=finished)

@@ -8,12 +8,15 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from sps2_kernels.native_build import LANES, load_native
+
+SOURCE = Path(__file__).parent / "native" / "paged_decode.c"
 
 SlotRuns: TypeAlias = Sequence[tuple[int, int]]
 """Runs [begin, end) of cache slots that hold a row's keys, in any order; empty runs are not allowed."""
@@ -51,7 +54,7 @@ def native_decode(q: Tensor, k_cache: Tensor) -> NativeDecode | None:
 @cache
 def _compiled(head_dim: int, num_kv_heads: int, fold: int) -> NativeDecode | None:
     sizes = (f"-DHEAD_DIM={head_dim}", f"-DKV_HEADS={num_kv_heads}", f"-DFOLD={fold}")
-    library = load_native("paged_decode.c", sizes)
+    library = load_native(SOURCE, sizes)
     if library is None:
         return None
     function = library.paged_decode

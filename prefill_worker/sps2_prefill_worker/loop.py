@@ -62,6 +62,8 @@ def slice_flops(device_type: str, dtype: torch.dtype, num_threads: int) -> int:
 class PrefillRole:
     """Implements `sps2_engine.runtime.host.Role`."""
 
+    exchanges_in_steps = False
+
     def __init__(
         self, options: EngineOptions, device: torch.device, dtype: torch.dtype, link: SupervisorLink
     ) -> None:

@@ -9,9 +9,9 @@ from sps2_router.app import Router, served_model
 from sps2_router.chat_template import ChatTemplateError
 from sps2_router.config import RouterConfig
 from sps2_router.tokenizer import ModelTokenizer, TokenizerAbsentError
-from sps2_service.bearer import TokenFileError
 from sps2_service.config import load_config
 from sps2_service.directory_client import DirectoryClient
+from sps2_service.followed_file import LinesError
 from sps2_service.model_folder import ModelFolder, ModelFolderError
 from sps2_service.run import prepare_process, run_service
 
@@ -48,7 +48,7 @@ def main() -> int:
     prepare_process("router", config)
     try:
         return asyncio.run(serve(config))
-    except (ModelFolderError, TokenizerAbsentError, ChatTemplateError, ProfileError, TokenFileError) as error:
+    except (ModelFolderError, TokenizerAbsentError, ChatTemplateError, ProfileError, LinesError) as error:
         sys.stderr.write(f"sps2_router: {error}\n")
         return 1
 

@@ -1,6 +1,6 @@
-"""Who may come in: the table of live requests and the bounded queue.
+"""Who may come in: the table of live requests.
 
-Knows ids, nonces and token counts; nothing about groups or gRPC. One instance per router, used on its event
+Knows ids, nonces and tenants; nothing about the queue, groups or gRPC. One instance per router, used on its event
 loop only, so nothing here is locked.
 """
 
@@ -11,20 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from sps2_router.progress import Progress
+from sps2_router.prompt_queue import over_quota
 from sps2_router.scope import CallScope
+from sps2_router.tenants import Tenants
 from sps2_service.errors import Aborted, AlreadyExists, Unavailable
 
 RETRY_SOON_S = 1.0
-
-
-@dataclass(frozen=True)
-class AdmissionLimits:
-    """What a router takes at once."""
-
-    max_queued_tokens: int = 1_000_000
-    """Prompt tokens of requests whose prefill has not begun; one request alone always fits."""
-    max_live_requests: int = 1024
-    """Requests between arrival and end."""
 
 
 @dataclass
@@ -55,10 +47,11 @@ class LiveRequest:
 class Admission:
     """The requests that this router is serving, and the door before them."""
 
-    def __init__(self, limits: AdmissionLimits) -> None:
-        self._limits = limits
+    def __init__(self, max_live_requests: int, tenants: Tenants) -> None:
+        """`max_live_requests`: requests between arrival and end, of all tenants."""
+        self._max_live_requests = max_live_requests
+        self._tenants = tenants
         self._live: dict[str, LiveRequest] = {}
-        self._num_queued_tokens = 0
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -67,11 +60,6 @@ class Admission:
     def num_live(self) -> int:
         """Requests that are being served."""
         return len(self._live)
-
-    @property
-    def num_queued_tokens(self) -> int:
-        """Prompt tokens that wait for their prefill."""
-        return self._num_queued_tokens
 
     def drain(self) -> None:
         """From now on nothing new is taken; what is live goes on."""
@@ -92,10 +80,11 @@ class Admission:
         Raises:
             AlreadyExists: the id is live and the nonce is another.
             Unavailable: draining, or too many live requests.
+            ResourceExhausted: too many of its tenant.
         """
         entry = LiveRequest(request_id, nonce, scope, tenant)
         earlier = self._live.get(request_id)
-        self._check_door(replaces=earlier is not None)
+        self._check_door(tenant, replaces=earlier is not None)
         if earlier is not None:
             _supersede(earlier, entry)
         self._live[request_id] = entry
@@ -110,41 +99,29 @@ class Admission:
             if not self._live:
                 self._empty.set()
 
-    def _check_door(self, *, replaces: bool) -> None:
+    def _check_door(self, tenant: str, *, replaces: bool) -> None:
         if self._draining:
             raise Unavailable(
                 "DRAINING",
                 "this router is shutting down; try again, another one answers",
                 retry_after=RETRY_SOON_S,
             )
-        if not replaces and len(self._live) >= self._limits.max_live_requests:
+        if replaces:
+            return
+        if len(self._live) >= self._max_live_requests:
             raise Unavailable(
                 "TOO_MANY_REQUESTS",
                 f"{len(self._live)} requests are live, the most that this router takes; try again",
                 retry_after=RETRY_SOON_S,
             )
-
-    @contextmanager
-    def queue(self, num_prompt_tokens: int) -> Iterator[None]:
-        """Holds room in the queue while the block runs.
-
-        Raises:
-            Unavailable: the queue is full; says when to try again.
-        """
-        limit = self._limits.max_queued_tokens
-        if self._num_queued_tokens and self._num_queued_tokens + num_prompt_tokens > limit:
-            raise Unavailable(
-                "QUEUE_FULL",
-                f"{self._num_queued_tokens} prompt tokens are queued and {num_prompt_tokens} more would pass "
-                f"the limit of {limit}; try again",
-                retry_after=RETRY_SOON_S,
-                metadata={"limit": str(limit)},
+        most = self._tenants.limits(tenant).max_live_requests
+        if most is not None and sum(live.tenant == tenant for live in self._live.values()) >= most:
+            raise over_quota(
+                tenant,
+                "TENANT_TOO_MANY_REQUESTS",
+                f"{most} requests of this tenant may be live at once",
+                RETRY_SOON_S,
             )
-        self._num_queued_tokens += num_prompt_tokens
-        try:
-            yield
-        finally:
-            self._num_queued_tokens -= num_prompt_tokens
 
     def find(self, request_id: str) -> LiveRequest | None:
         """The live request of this id, if it is here."""

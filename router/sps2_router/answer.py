@@ -109,6 +109,10 @@ class Answer:
         """Adds what a choice's Q exchanges have moved in one attempt."""
         self._bytes.q_exchange += num_bytes
 
+    def note_pace(self, finished: decode_service_pb2.DecodeFinished) -> None:
+        """Takes over how fast tokens came, by the decode leader's clock."""
+        self._milestones.tbt_p50, self._milestones.tbt_p99 = finished.tbt_p50_s, finished.tbt_p99_s
+
     def _choices_of(self, request: Request) -> Sequence[ChoiceRelay]:
         first = request.choice.first_choice - self._request.choice.first_choice
         return self._choices[first : first + request.choice.num_choices]
@@ -161,6 +165,7 @@ class _AttemptRelay:
                 return False
             case "finished":
                 choice = self._choice(response.finished.choice_index)
+                self._answer.note_pace(response.finished)
                 self._q_exchange_bytes[response.finished.choice_index] = response.finished.q_exchange_bytes
                 if not choice.finished:
                     await self._answer.finish(choice, response.finished.reason)

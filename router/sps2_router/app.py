@@ -20,13 +20,15 @@ from sps2_router.config import RouterConfig
 from sps2_router.dispatch import Dispatcher
 from sps2_router.front_door import FrontDoor
 from sps2_router.group_log import GroupLog
+from sps2_router.line import Line
 from sps2_router.live_requests import LiveRequests
 from sps2_router.model_servicer import ModelServicer
 from sps2_router.peers import Peers
-from sps2_router.policies.base import Policy
-from sps2_router.policies.least_loaded import LeastLoaded
+from sps2_router.policies import POLICIES
+from sps2_router.prompt_queue import PromptQueue
 from sps2_router.scheduler import Scheduler
 from sps2_router.servicer import InferenceServicer
+from sps2_router.tenants import Tenants
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.tokenizer_servicer import TokenizerServicer
 from sps2_router.types import ServedModel
@@ -35,8 +37,6 @@ from sps2_service.directory_client import Membership
 from sps2_service.errors import Unavailable
 from sps2_service.model_folder import ModelFolder
 from sps2_service.server import ServerOptions, ServiceServer
-
-POLICIES: dict[str, Callable[[], Policy]] = {"least_loaded": LeastLoaded}
 
 # How often health is looked at besides every change of the view: it also depends on time alone.
 HEALTH_INTERVAL_S = 0.5
@@ -50,7 +50,7 @@ class RouterServer(ServiceServer):
     """A server that is SERVING only while there are groups to serve with."""
 
     def __init__(self, config: RouterConfig, ready: Callable[[], bool]) -> None:
-        """Raises TokenFileError."""
+        """Raises LinesError."""
         super().__init__(
             tls=config.tls,
             peers=config.tls_peers,
@@ -91,19 +91,28 @@ class Router:
         self._view = view
         self._address = config.advertise
         self._tokenizer = tokenizer
-        self._admission = Admission(config.admission_limits)
+        tenants = Tenants(config.tenants)
+        line = Line(tenants.weight)
+        self._admission = Admission(config.max_live_requests, tenants)
+        self._queue = PromptQueue(config.queue_limits, tenants, line)
         self._scheduler = Scheduler(
-            view, POLICIES[config.policy](), model.model_hash, config.scheduler_limits
+            view, POLICIES[config.policy](), model.model_hash, config.scheduler_limits, line
         )
         self._channels = LeaderChannels(self._live_addresses, config.tls)
-        dispatcher = Dispatcher(
-            self._admission, self._scheduler, self._channels, tokenizer, config.retry_limits
-        )
+        dispatcher = Dispatcher(self._queue, self._scheduler, self._channels, tokenizer, config.retry_limits)
         ladder = load_profile(config.profile)
         self._claims = Claims(directory, lambda: self._address)
         peers = Peers(directory, self._channels, lambda: self._address)
         door = FrontDoor(
-            model, tokenizer, self._admission, dispatcher, config.time_limits, ladder, self._claims, peers
+            model,
+            tokenizer,
+            self._admission,
+            self._queue,
+            dispatcher,
+            config.time_limits,
+            ladder,
+            self._claims,
+            peers,
         )
         self.server = RouterServer(config, self._ready)
         for servicer, file, name in (
@@ -115,7 +124,7 @@ class Router:
             (ModelServicer(model), model_service_pb2, "ModelService"),
             (TokenizerServicer(model, tokenizer), tokenizer_service_pb2, "TokenizerService"),
             (
-                ClusterServicer(view, self._admission, self._scheduler, self._channels),
+                ClusterServicer(view, self._admission, self._queue, self._scheduler, self._channels),
                 cluster_service_pb2,
                 "ClusterService",
             ),

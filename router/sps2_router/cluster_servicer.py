@@ -11,6 +11,7 @@ from sps2_router.admission import Admission
 from sps2_router.channels import LeaderChannels
 from sps2_router.cluster_watch import watch_cluster
 from sps2_router.drains import drain_group
+from sps2_router.prompt_queue import PromptQueue
 from sps2_router.resizes import resize_request
 from sps2_router.scheduler import Scheduler, WorkersView
 
@@ -21,11 +22,17 @@ class ClusterServicer:
     """Serves sps2.v1.ClusterService."""
 
     def __init__(
-        self, view: WorkersView, admission: Admission, scheduler: Scheduler, channels: LeaderChannels
+        self,
+        view: WorkersView,
+        admission: Admission,
+        queue: PromptQueue,
+        scheduler: Scheduler,
+        channels: LeaderChannels,
     ) -> None:
         self._view = view
         self._channels = channels
         self._admission = admission
+        self._queue = queue
         self._scheduler = scheduler
 
     async def GetClusterState(self, _: pb.GetClusterStateRequest, __: Context) -> pb.GetClusterStateResponse:  # noqa: N802
@@ -36,6 +43,7 @@ class ClusterServicer:
             directory_connected=self._view.connected,
             num_requests_live=self._admission.num_live,
             num_requests_by_group=self._scheduler.num_requests_by_group,
+            num_queued_tokens=self._queue.num_tokens,
         )
 
     async def WatchClusterState(  # noqa: N802

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from sps2_layout.profiles import DEFAULT
-from sps2_router.admission import AdmissionLimits
 from sps2_router.front_door import TimeLimits
+from sps2_router.prompt_queue import QueueLimits
 from sps2_router.retries import RetryLimits
 from sps2_router.scheduler import SchedulerLimits
 from sps2_service.config import ServiceConfig, setting
@@ -25,6 +25,9 @@ class RouterConfig(ServiceConfig):
     auth_tokens: Path | None = None
     """File of bearer tokens, read again when it changes: lines of TENANT SHA256 [operator] [until=TIME]. Without it
     everybody may call."""
+    tenants: Path | None = None
+    """File of what tenants may use, read again when it changes: lines of TENANT [weight=2] [max-queued-tokens=N]
+    [max-live-requests=N] [tokens-per-minute=N], `*` for the rest. Without it nobody has limits of its own."""
     max_connection_age_s: float | None = setting(1800.0, minimum=1)
     """Seconds after which a connection is closed once its calls have ended, so that clients find new routers; empty:
     never."""
@@ -32,16 +35,16 @@ class RouterConfig(ServiceConfig):
     """Name that requests use; empty: the folder's name."""
     profile: str = DEFAULT.name
     """Attention of prompts whose request names none: exact, paper, default, or a JSON file of profiles."""
-    policy: Literal["least_loaded"] = "least_loaded"
-    """How groups are picked."""
-    max_queued_tokens: int = setting(AdmissionLimits.max_queued_tokens, minimum=1)
-    """Prompt tokens that may wait for their prefill; more are refused, one request alone never."""
-    max_live_requests: int = setting(AdmissionLimits.max_live_requests, minimum=1)
+    policy: Literal["least_loaded", "round_robin"] = "least_loaded"
+    """How groups are picked: the ones with the least to do, or in turns."""
+    max_queued_tokens: int = setting(QueueLimits.max_tokens, minimum=1)
+    """Prompt tokens that may wait for their prefill; more are refused, but no request alone, no tenant in its share."""
+    max_live_requests: int = setting(1024, minimum=1)
     """Requests that are served at once; more are refused."""
     prefills_per_group: int = setting(SchedulerLimits.prefills_per_group, minimum=1)
     """Requests that one prefill group holds at once; the rest waits here, without KV."""
     max_queue_s: float = setting(RetryLimits.queue_wait_s, minimum=0)
-    """Seconds that a new request waits for its prefill to begin."""
+    """Most seconds that a new request waits for its prefill; expected to wait for over half of it, it is refused."""
     regroup_wait_s: float = setting(SchedulerLimits.regroup_wait_s, minimum=0)
     """Seconds that a request which lost its group waits for another one."""
     max_attempts: int = setting(RetryLimits.max_attempts, minimum=1)
@@ -56,9 +59,9 @@ class RouterConfig(ServiceConfig):
     """Prompts that are tokenized at once."""
 
     @property
-    def admission_limits(self) -> AdmissionLimits:
-        """For Admission."""
-        return AdmissionLimits(self.max_queued_tokens, self.max_live_requests)
+    def queue_limits(self) -> QueueLimits:
+        """For PromptQueue."""
+        return QueueLimits(self.max_queued_tokens, self.max_queue_s)
 
     @property
     def scheduler_limits(self) -> SchedulerLimits:

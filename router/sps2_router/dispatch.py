@@ -6,24 +6,25 @@ another one in `retries`, what the client gets in `answer`.
 """
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
 
-from sps2_router.admission import Admission, LiveRequest
+from sps2_router.admission import LiveRequest
 from sps2_router.answer import Answer, Send
 from sps2_router.attempt import Attempt
 from sps2_router.channels import LeaderChannels
 from sps2_router.detokenizer import Decoder
 from sps2_router.handshake import Phase
+from sps2_router.policies.base import Ask
+from sps2_router.prompt_queue import PromptQueue, Queued
 from sps2_router.retries import Retries, RetryLimits
 from sps2_router.scheduler import Scheduler, Seat
 from sps2_router.types import GroupPair, Request
 from sps2_service.errors import ServiceError, Unavailable
-from sps2_service.turns import turn_us
+from sps2_service.turns import now_us, turn_us
 
 log = structlog.get_logger(__name__)
 
@@ -33,13 +34,13 @@ class Dispatcher:
 
     def __init__(
         self,
-        admission: Admission,
+        queue: PromptQueue,
         scheduler: Scheduler,
         channels: LeaderChannels,
         decoder: Decoder,
         limits: RetryLimits,
     ) -> None:
-        self._admission = admission
+        self._queue = queue
         self._scheduler = scheduler
         self._channels = channels
         self._decoder = decoder
@@ -54,9 +55,11 @@ class Dispatcher:
         """
         answer = Answer(request, self._decoder, arrived_at, send)
         live.progress.count_tokens = lambda: answer.num_tokens
-        with ExitStack() as queue:
-            queue.enter_context(self._admission.queue(request.num_prompt_tokens))
-            await self._attempts(request, live, answer, Retries(self._limits), queue.close)
+        turn = turn_us(now_us(), request.priority)
+        with self._queue.hold(
+            _ask(request), turn, live.scope.remaining, live.progress.count_tokens
+        ) as queued:
+            await self._attempts(request, live, answer, Retries(self._limits), queued)
         await answer.end()
 
     async def _attempts(
@@ -65,10 +68,10 @@ class Dispatcher:
         live: LiveRequest,
         answer: Answer,
         retries: Retries,
-        on_prefill_started: Callable[[], None],
+        queued: Queued,
     ) -> None:
         """Serves a request, or a choice that goes on, until it has ended."""
-        while (failure := await self._try(request, live, answer, retries, on_prefill_started)) is not None:
+        while (failure := await self._try(request, live, answer, retries, queued)) is not None:
             rest = await answer.rest(request)
             if not rest:
                 return
@@ -83,18 +86,18 @@ class Dispatcher:
             )
             await asyncio.sleep(pause)
             if len(rest) > 1:
-                await self._apart(rest, live, answer, retries)
+                await self._apart(rest, live, answer, retries, queued)
                 return
             (request,) = rest
 
     async def _apart(
-        self, rest: Sequence[Request], live: LiveRequest, answer: Answer, retries: Retries
+        self, rest: Sequence[Request], live: LiveRequest, answer: Answer, retries: Retries, queued: Queued
     ) -> None:
         """Choices that have begun no longer share their text: each goes on by itself."""
         try:
             async with asyncio.TaskGroup() as choices:
                 for one in rest:
-                    choices.create_task(self._attempts(one, live, answer, retries.fork(), lambda: None))
+                    choices.create_task(self._attempts(one, live, answer, retries.fork(), queued))
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
@@ -104,7 +107,7 @@ class Dispatcher:
         live: LiveRequest,
         answer: Answer,
         retries: Retries,
-        on_prefill_started: Callable[[], None],
+        queued: Queued,
     ) -> "_Failure | None":
         """One attempt; None when it has ended well.
 
@@ -117,9 +120,10 @@ class Dispatcher:
                     taken = await stack.enter_async_context(self._seat(request, live, retries))
             except Unavailable as error:
                 raise retries.no_group(error) from None
-            retries.asked_at_us = retries.asked_at_us or _now_us()
+            stack.enter_context(queued.placed())
+            retries.asked_at_us = retries.asked_at_us or now_us()
             attempt = await stack.enter_async_context(
-                self._attempt(request, live, taken, retries.asked_at_us, on_prefill_started)
+                self._attempt(request, live, taken, retries.asked_at_us, queued)
             )
             live.progress.begun(attempt.handshake, attempt.number)
             try:
@@ -138,9 +142,10 @@ class Dispatcher:
         # A request that lost its group waits for one; a new one is told at once that there is none.
         is_new = retries.asked_at_us is None
         return self._scheduler.seat(
-            request.num_tokens,
+            _ask(request),
             retries.avoid,
-            turn=turn_us(retries.asked_at_us or _now_us(), request.priority),
+            turn=turn_us(retries.asked_at_us or now_us(), request.priority),
+            had_seat=not is_new,
             wait_s=self._limits.queue_wait_s if is_new else None,
             patient=bool(retries.avoid),
             on_queued=live.progress.queued,
@@ -153,7 +158,7 @@ class Dispatcher:
         live: LiveRequest,
         seat: Seat,
         asked_at_us: int,
-        on_prefill_started: Callable[[], None],
+        queued: Queued,
     ) -> AsyncIterator[Attempt]:
         pair, number = seat.pair, live.next_attempt()
         log.info(
@@ -174,7 +179,7 @@ class Dispatcher:
                 decode_channel=decode_channel,
                 scope=live.scope,
                 asked_at_us=asked_at_us,
-                on_prefill_started=on_prefill_started,
+                on_prefill_started=queued.leave,
                 on_prefill_computed=lambda: self._scheduler.leave_prefill(seat),
             ) as attempt,
         ):
@@ -190,5 +195,7 @@ class _Failure:
     pair: GroupPair
 
 
-def _now_us() -> int:
-    return time.time_ns() // 1000
+def _ask(request: Request) -> Ask:
+    choice = request.choice
+    left = choice.max_tokens - len(request.generated_ids)
+    return Ask(request.num_tokens, left * choice.num_choices, request.tenant)

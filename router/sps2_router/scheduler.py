@@ -1,4 +1,4 @@
-"""Gives each attempt its place: in the order of their turns, on the pair of groups that the policy picks.
+"""Gives each attempt its place: in the order of the line, on the pair of groups that the policy picks.
 
 A prefill group takes only a few attempts of this router at once (one computes, one waits behind it), so that
 requests queue here, where they hold no KV, and are bound to a group as late as possible. One that comes back for
@@ -9,16 +9,17 @@ Knows groups and counts; nothing about calls. Used on one event loop only.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sps2.v1 import cluster_pb2
 from sps2_router.line import Line, Place
-from sps2_router.policies.base import NO_LOAD, GroupLoad, Policy, match
+from sps2_router.policies.base import NO_LOAD, Ask, GroupLoad, Policy, match
 from sps2_router.types import Group, GroupPair, group_workers
 from sps2_service.errors import Unavailable
 
 RETRY_AFTER_S = 1.0
+MAX_RETRY_AFTER_S = 60.0
 
 POOLS = {cluster_pb2.WORKER_ROLE_PREFILL: "prefill", cluster_pb2.WORKER_ROLE_DECODE: "decode"}
 
@@ -51,23 +52,28 @@ class SchedulerLimits:
 class Seat:
     """One attempt's place in a pair of groups."""
 
-    def __init__(self, pair: GroupPair, num_prompt_tokens: int) -> None:
+    def __init__(self, pair: GroupPair, ask: Ask) -> None:
         self.pair = pair
-        self.num_prompt_tokens = num_prompt_tokens
+        self.ask = ask
         self.in_prefill = True
 
 
 class Scheduler:
     """Seats attempts. `wake` it whenever the view changed."""
 
-    def __init__(self, view: WorkersView, policy: Policy, model_hash: str, limits: SchedulerLimits) -> None:
+    def __init__(
+        self, view: WorkersView, policy: Policy, model_hash: str, limits: SchedulerLimits, line: Line
+    ) -> None:
         self._view = view
         self._policy = policy
         self._model_hash = model_hash
         self._limits = limits
-        self._line = Line()
+        self._line = line
         self._changed = asyncio.Event()
         self._seats: set[Seat] = set()
+        self._num_seats = 0
+        self._last_seats: dict[str, int] = {}
+        """By group: the number of the last seat in it."""
         self._now = asyncio.get_running_loop().time
         self._followed_at = float("-inf")
 
@@ -80,7 +86,7 @@ class Scheduler:
     @property
     def num_requests_by_group(self) -> dict[str, int]:
         """Attempts that this router has on each group."""
-        return {name: load.num_requests for name, load in self._loads().items()}
+        return {name: load.num_requests for name, load in self._loads().items() if load.num_requests}
 
     def check_ready(self) -> None:
         """Raises Unavailable, saying what is missing, unless some prefill and decode group match."""
@@ -100,10 +106,11 @@ class Scheduler:
     @asynccontextmanager
     async def seat(
         self,
-        num_prompt_tokens: int,
+        ask: Ask,
         avoid: frozenset[str] = frozenset(),
         *,
         turn: int = 0,
+        had_seat: bool = False,
         wait_s: float | None = None,
         patient: bool = False,
         on_queued: Callable[[Place], None] = lambda _: None,
@@ -111,9 +118,10 @@ class Scheduler:
         """Waits for its turn and for a group with room, and holds the place while the block runs.
 
         Args:
-            num_prompt_tokens: Counts as load.
+            ask: What is to be placed.
             avoid: Groups that are used only when there is no other.
-            turn: The lower goes first; of equal ones the one that came first.
+            turn: Of one tenant's the lower goes first; of equal ones the one that came first.
+            had_seat: It had one before, so that it owes nothing of its tenant's share.
             wait_s: Longest wait in seconds; None is without end.
             patient: Wait for a pair of ready groups instead of failing when there is none.
             on_queued: Gets its place in the line.
@@ -125,34 +133,40 @@ class Scheduler:
             self.check_ready()
         try:
             async with asyncio.timeout(wait_s):
-                with self._line.place(turn) as place:
+                with self._line.place(ask, turn, paid=had_seat) as place:
                     on_queued(place)
-                    seat = Seat(await self._next_pair(place, avoid, patient=patient), num_prompt_tokens)
-                    self._seats.add(seat)
+                    seat = Seat(await self._next_pair(ask, place, avoid, patient=patient), ask)
+                    self._take(seat)
+                    place.served = True
         except TimeoutError:
             raise Unavailable(
                 "QUEUE_WAIT",
                 f"no prefill group had room for {wait_s:g} s; try again",
-                retry_after=RETRY_AFTER_S,
+                retry_after=min(max(wait_s or 0.0, RETRY_AFTER_S), MAX_RETRY_AFTER_S),
             ) from None
         try:
             yield seat
         finally:
             self._seats.remove(seat)
-            self.wake()
+            self._room_made()
 
     def leave_prefill(self, seat: Seat) -> None:
         """The prefill group has computed it; another attempt may have its place there."""
         seat.in_prefill = False
+        self._room_made()
+
+    def _room_made(self) -> None:
+        if self._line.first is None and not any(seat.in_prefill for seat in self._seats):
+            self._line.forget_shares()
         self.wake()
 
-    async def _next_pair(self, place: Place, avoid: frozenset[str], *, patient: bool) -> GroupPair:
+    async def _next_pair(self, ask: Ask, place: Place, avoid: frozenset[str], *, patient: bool) -> GroupPair:
         await place.first()
         give_up_at = self._now() + (self._limits.regroup_wait_s if patient else 0.0)
         while True:
             await place.first()  # one that goes before it may have come
             self._changed.clear()
-            if (pair := self._pick(avoid)) is not None:
+            if (pair := self._pick(ask, avoid)) is not None:
                 return pair
             try:
                 self.check_ready()
@@ -165,19 +179,27 @@ class Scheduler:
             except TimeoutError:
                 continue
 
-    def _pick(self, avoid: frozenset[str]) -> GroupPair | None:
+    def _take(self, seat: Seat) -> None:
+        self._seats.add(seat)
+        self._num_seats += 1
+        for group in (seat.pair.prefill, seat.pair.decode):
+            self._last_seats[group.name] = self._num_seats
+
+    def _pick(self, ask: Ask, avoid: frozenset[str]) -> GroupPair | None:
+        groups = group_workers(self._view.workers.values())
+        self._last_seats = {name: number for name, number in self._last_seats.items() if name in groups}
         loads = self._loads()
-        prefill, decode = self._candidates(group_workers(self._view.workers.values()))
+        prefill, decode = self._candidates(groups)
         free = [
             g for g in prefill if loads.get(g.name, NO_LOAD).num_requests < self._limits.prefills_per_group
         ]
-        liked = self._policy.pick(_without(free, avoid), _without(decode, avoid), loads)
+        liked = self._policy.pick(ask, _without(free, avoid), _without(decode, avoid), loads)
         if liked is not None:
             return liked
         # With a group left that is not to be avoided but full, waiting for it beats going back to a bad one.
         if _without(prefill, avoid) and not _without(free, avoid):
             return None
-        return self._policy.pick(_without(free, avoid) or free, _without(decode, avoid) or decode, loads)
+        return self._policy.pick(ask, _without(free, avoid) or free, _without(decode, avoid) or decode, loads)
 
     def _candidates(self, groups: Mapping[str, Group]) -> tuple[list[Group], list[Group]]:
         """Ready prefill groups and ready decode groups that serve our model."""
@@ -191,13 +213,15 @@ class Scheduler:
         return group.leader is not None and group.leader.capabilities.model_hash == self._model_hash
 
     def _loads(self) -> dict[str, GroupLoad]:
-        loads: dict[str, GroupLoad] = {}
+        loads = {name: GroupLoad(last_seat=number) for name, number in self._last_seats.items()}
         for seat in self._seats:
             groups = [seat.pair.decode, *([seat.pair.prefill] if seat.in_prefill else [])]
             for group in groups:
                 load = loads.get(group.name, NO_LOAD)
-                loads[group.name] = GroupLoad(
-                    load.num_requests + 1, load.num_prompt_tokens + seat.num_prompt_tokens
+                loads[group.name] = replace(
+                    load,
+                    num_requests=load.num_requests + 1,
+                    num_prompt_tokens=load.num_prompt_tokens + seat.ask.num_tokens,
                 )
         return loads
 

@@ -16,6 +16,10 @@ class Milestones:
     """The first token was handed to the client's stream."""
     last_sent_at: float = 0.0
     """The same for the newest token."""
+    tbt_p50: float = 0.0
+    """Median time between steps, as the decode leader has said last."""
+    tbt_p99: float = 0.0
+    """99th percentile of the same."""
 
 
 def timings(milestones: Milestones, handshake: Handshake, num_tokens: int) -> generation_pb2.Timings:
@@ -32,6 +36,8 @@ def timings(milestones: Milestones, handshake: Handshake, num_tokens: int) -> ge
         ttft=milestones.first_sent_at - milestones.arrived_at,
         tpot=decoding / (num_tokens - 1) if num_tokens > 1 else 0.0,
         e2e=milestones.last_sent_at - milestones.arrived_at,
+        tbt_p50=milestones.tbt_p50,
+        tbt_p99=milestones.tbt_p99,
     )
 
 

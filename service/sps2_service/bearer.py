@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
-import structlog
 
 from sps2_service.caller import Caller, current_caller
 from sps2_service.errors import PermissionDenied, Unauthenticated
+from sps2_service.followed_file import FollowedFile, parse_lines
 from sps2_service.interceptors import guarded
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -29,12 +29,6 @@ Continuation: TypeAlias = Callable[[grpc.HandlerCallDetails], Awaitable["Handler
 
 EXEMPT = "/grpc.health.v1.Health/"
 SCHEME = "Bearer "
-
-log = structlog.get_logger(__name__)
-
-
-class TokenFileError(ValueError):
-    """The file cannot be read, or a line of it is wrong; names the line, never what is in it."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +47,9 @@ def parse_tokens(text: str) -> tuple[TokenEntry, ...]:
     """The entries of a token file.
 
     Raises:
-        TokenFileError: a line is wrong.
+        LinesError: a line is wrong.
     """
-    entries = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        words = line.partition("#")[0].split()
-        if words:
-            try:
-                entries.append(_entry(words))
-            except ValueError as error:
-                raise TokenFileError(f"line {number}: {error}") from None
-    return tuple(entries)
+    return parse_lines(text, _entry)
 
 
 def _entry(words: Sequence[str]) -> TokenEntry:
@@ -89,10 +75,8 @@ class Tokens:
     """The tokens of a file, which is read again whenever it has changed."""
 
     def __init__(self, path: Path) -> None:
-        """Raises TokenFileError."""
-        self._path = path
-        self._seen = self._stamp()
-        self._entries = self._read()
+        """Raises LinesError."""
+        self._file = FollowedFile(path, parse_tokens)
 
     def caller_of(self, token: str) -> Caller:
         """Whose a token is. Takes the same time whichever entry it matches.
@@ -100,9 +84,8 @@ class Tokens:
         Raises:
             Unauthenticated: nobody's, or no longer.
         """
-        self._follow()
         digest, found = hashlib.sha256(token.encode()).digest(), None
-        for entry in self._entries:
+        for entry in self._file.value():
             if hmac.compare_digest(entry.digest, digest):
                 found = entry
         if found is None:
@@ -110,32 +93,6 @@ class Tokens:
         if found.until is not None and datetime.now(UTC) >= found.until:
             raise Unauthenticated("TOKEN_EXPIRED", f"the token ended on {found.until:%Y-%m-%d %H:%M %Z}")
         return found.caller
-
-    def _follow(self) -> None:
-        try:
-            if (stamp := self._stamp()) == self._seen:
-                return
-            self._seen = stamp
-            self._entries = self._read()
-        except TokenFileError as error:
-            log.error("the tokens stay as they were", reason=str(error))  # noqa: TRY400 - the reason says it
-        else:
-            log.info("tokens read", count=len(self._entries))
-
-    def _stamp(self) -> tuple[int, int, int]:
-        try:
-            stat = self._path.stat()
-        except OSError as error:
-            raise TokenFileError(f"{self._path}: cannot be read: {error.strerror}") from None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
-
-    def _read(self) -> tuple[TokenEntry, ...]:
-        try:
-            return parse_tokens(self._path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenFileError(f"{self._path}: cannot be read: {type(error).__name__}") from None
-        except TokenFileError as error:
-            raise TokenFileError(f"{self._path}: {error}") from None
 
 
 class BearerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in the stubs only

@@ -1,4 +1,6 @@
-"""Who comes first where requests wait: one order for the router's queue and for room on decode groups. Pure."""
+"""Who comes first where requests wait: one order for the router's queue and for room on decode groups."""
+
+import time
 
 MAX_PRIORITY = 10
 """Priorities are -10 to 10."""
@@ -14,3 +16,8 @@ def turn_us(asked_at_us: int, priority: int) -> int:
         priority: -10 to 10; each step is as good as 10 s of waiting.
     """
     return asked_at_us - priority * PRIORITY_US
+
+
+def now_us() -> int:
+    """When one asks that asks now, in microseconds since 1970."""
+    return time.time_ns() // 1000

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 
 from sps2_client import Client
+from sps2_layout.profiles import EXACT
 from support.deployment import DEMO_MODEL, deployment
 from support.faults import Victim, make_model, target
 from support.identity import Tally, book_prompts, check_greedy
+from support.prefix_sharing import Sharing, prompts_alike
 from support.resizing import answer_resized
-from support.streams import wait_for_free_kv
+from support.streams import Asked, wait_for_free_kv
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -34,7 +36,7 @@ def test_a_stream_goes_on_when_a_tensor_rank_dies(tmp_path: Path) -> None:
 
 
 def test_two_holders_of_two_parts(tmp_path: Path) -> None:
-    """From one prefill rank, with a row that moves."""
+    """From one prefill rank, with a row that moves, and prompts that begin alike."""
     tally, prompts = Tally(), book_prompts((5, 700))
     arguments = ["--decode-tp", "2", "--debug-invariants", "--profile", "exact"]
     with deployment(DEMO_MODEL, "1x1", "1x4", arguments) as running, running.client() as client:
@@ -48,4 +50,7 @@ def test_two_holders_of_two_parts(tmp_path: Path) -> None:
         assert {one.tensor_ranks for one in workers} == {2}
         for kind in ("tensor", "q_exchange", "kv_move"):
             assert min(posted(client, kind).values()) > 0, kind
+        sharing = Sharing(running, client, EXACT, tally)
+        one, other = prompts_alike(640, [30, 100])
+        sharing.check(Asked(one, 60, None), [Asked(other, 80, 7)], 640)
     tally.check()

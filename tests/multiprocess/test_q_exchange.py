@@ -23,8 +23,9 @@ def rows_for(num_ranks: int) -> tuple[DecodeRow, ...]:
     )
 
 
+@pytest.mark.parametrize("by_memory", [False, True])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_equals_attention_over_all_keys(num_ranks: int) -> None:
+def test_equals_attention_over_all_keys(num_ranks: int, *, by_memory: bool) -> None:
     rows = rows_for(num_ranks)
     plan = DecodePlan(rows, num_ranks, NUM_Q_HEADS, HEAD_DIM, 4)
     generator = torch.Generator().manual_seed(num_ranks)
@@ -68,7 +69,7 @@ def test_equals_attention_over_all_keys(num_ranks: int) -> None:
             outputs.append(dict(zip(ids, o, strict=True)))
         return outputs, communicator.bytes_posted["q_exchange"]
 
-    results = run_ranks(num_ranks, on_rank)
+    results = run_ranks(num_ranks, on_rank, by_memory=by_memory)
 
     for row in rows:
         for step in range(NUM_STEPS):

@@ -34,7 +34,9 @@ USAGE = generation_pb2.Usage(
     prompt_tokens=11,
     cached_tokens=2,
     output_tokens=3,
-    timings=generation_pb2.Timings(queue=0.1, prefill=0.2, transfer=0.3, ttft=0.4, tpot=0.5, e2e=0.6),
+    timings=generation_pb2.Timings(
+        queue=0.1, prefill=0.2, transfer=0.3, ttft=0.4, tpot=0.5, e2e=0.6, tbt_p50=0.7, tbt_p99=0.8
+    ),
     bytes=generation_pb2.BytesMoved(collective=100, q_exchange=200, kv_transfer=300),
     attention_profile="exact",
 )
@@ -240,6 +242,7 @@ class FakeRouter(
             directory_connected=True,
             num_requests_live=1,
             num_requests_by_group={"decode-0": 1},
+            num_queued_tokens=1234,
         )
 
     def ResizeRequest(  # noqa: N802

@@ -160,6 +160,9 @@ class FakePrefill(FakeLeader):
         self.may_sample = asyncio.Event()
         self.may_sample.set()
         """Cleared: it computes forever."""
+        self.compute_s = 0.0
+        """What a prompt takes; one is computed after the other."""
+        self._computing = asyncio.Lock()
         self.progress_interval_s = 0.02
         self.reports_progress = True
         self.requests: list[prefill_pb.PrefillRequest] = []
@@ -185,7 +188,9 @@ class FakePrefill(FakeLeader):
         choice = self.requests[-1].choice
         if self.refusals:
             await self.refusals.pop(0).abort(context)
-        yield prefill_pb.PrefillResponse(started=prefill_pb.PrefillStarted())
+        async with self._computing:
+            yield prefill_pb.PrefillResponse(started=prefill_pb.PrefillStarted())
+            await asyncio.sleep(self.compute_s)
         while not self.may_sample.is_set():
             await asyncio.sleep(self.progress_interval_s)
             if self.reports_progress:

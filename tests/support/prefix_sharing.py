@@ -131,7 +131,10 @@ class Sharing:
 
     @contextmanager
     def _blocks_seen(self) -> Iterator[list[int]]:
-        """Blocks used on all decode ranks, every now and then, as their heartbeats tell."""
+        """Blocks used on all decode ranks, every now and then, as their heartbeats tell.
+
+        Tensor ranks hold their heads' part of the same blocks, which are counted once.
+        """
         seen: list[int] = []
         over = Event()
 
@@ -139,7 +142,8 @@ class Sharing:
             with self.running.client() as client:
                 while not over.wait(SAMPLE_S):
                     workers = client.cluster_state().workers
-                    seen.append(sum(one.kv_blocks_used for one in workers if one.group.startswith("decode")))
+                    decode = [one for one in workers if one.role == "decode"]
+                    seen.append(sum(one.kv_blocks_used for one in decode if one.rank % one.tensor_ranks == 0))
 
         thread = Thread(target=look)
         thread.start()

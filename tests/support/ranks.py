@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from sps2_engine.collectives import Communicator, TorchCommunicator, form_groups
+from sps2_engine.collectives import Communicator, SummingCommunicator, TorchCommunicator, form_groups
+from sps2_engine.host_exchange import within_host
 from sps2_engine.mesh import Mesh
 from sps2_engine.rank_groups import RankGroups, form_rank_groups
 
@@ -23,13 +24,21 @@ Result = TypeVar("Result")
 TIMEOUT = timedelta(seconds=30)
 
 
-def run_ranks(num_ranks: int, work: Callable[[Communicator], Result]) -> list[Result]:
+def run_ranks(
+    num_ranks: int, work: Callable[[Communicator], Result], *, by_memory: bool = False
+) -> list[Result]:
     """Calls `work` once on each rank with its communicator and returns the results by rank."""
-    return run_mesh(Mesh(num_ranks, 1), lambda groups: work(groups.everyone))
+    return run_mesh(Mesh(num_ranks, 1), lambda groups: work(groups.everyone), by_memory=by_memory)
 
 
-def run_mesh(mesh: Mesh, work: Callable[[RankGroups], Result]) -> list[Result]:
-    """Calls `work` once on each rank of a mesh with its groups and returns the results by rank."""
+def run_mesh(mesh: Mesh, work: Callable[[RankGroups], Result], *, by_memory: bool = False) -> list[Result]:
+    """Calls `work` once on each rank of a mesh with its groups and returns the results by rank.
+
+    Args:
+        mesh: of the ranks.
+        work: what each does.
+        by_memory: whether they exchange through shared memory, as decode ranks do.
+    """
     if mesh.size == 1:
         return [work(RankGroups.solo())]
     store = dist.HashStore()  # type: ignore[attr-defined,unused-ignore] # the stubs do not export it
@@ -38,9 +47,10 @@ def run_mesh(mesh: Mesh, work: Callable[[RankGroups], Result]) -> list[Result]:
     def on_rank(rank: int) -> Result:
         device, posted = torch.device("cpu"), Counter[str]()
 
-        def form(own: Store, rank: int, size: int) -> TorchCommunicator:
+        def form(own: Store, rank: int, size: int) -> SummingCommunicator:
             lanes = form_groups(own, 1, rank, size, device, "127.0.0.1", TIMEOUT)
-            return TorchCommunicator(lanes, device, posted)
+            group = TorchCommunicator(lanes, device, posted)
+            return within_host(group, TIMEOUT.total_seconds()) if by_memory else group
 
         groups = form_rank_groups(mesh, rank, store, form)
         formed.wait()  # a rank with nothing to exchange may not leave while others still connect to it

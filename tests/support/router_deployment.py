@@ -103,7 +103,7 @@ class Deployment:
         for leader in (*self.prefills, *self.decodes):
             await until(lambda leader=leader: leader.num_live == 0)
         await until(lambda: self.router._admission.num_live == 0)
-        assert self.router._admission.num_queued_tokens == 0
+        assert self.router._queue.num_tokens == 0
         assert self.router._scheduler.num_requests_by_group == {}
         await until(lambda: not any("Attempt." in repr(task.get_coro()) for task in asyncio.all_tasks()))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Barrier
 from time import monotonic
 
-from sps2_client import Client, GenerationOptions, TextDelta
+from sps2_client import Client, GenerationOptions, TextDelta, Usage
 from support.identity import GENERATE_TIMEOUT_S, Prompt, Tally, book_ids, reference
 from support.oracle import compare
 from support.waiting import wait_until
@@ -48,6 +48,7 @@ class Answered:
     token_ids: tuple[int, ...]
     began: float
     ended: float
+    usage: Usage
 
 
 def mixed_requests(lengths: Sequence[int], least_tokens: int = 16) -> list[Asked]:
@@ -69,7 +70,8 @@ def ask(client: Client, asked: Asked) -> Answered:
         for event in stream:
             if isinstance(event, TextDelta):
                 began = began or monotonic()
-        return Answered(stream.final().token_ids, began, monotonic())
+        final = stream.final()
+        return Answered(final.token_ids, began, monotonic(), final.usage)
 
 
 def ask_together(client: Client, requests: Sequence[Asked]) -> list[Answered]:

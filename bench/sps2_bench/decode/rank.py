@@ -36,7 +36,7 @@ class DecodeRank:
         self._decoder = load_decoder(Path(settings["folder"]), DTYPES[settings["dtype"]], CPU, share=share)
         self._decoder.pack()
         self._form: str = settings["form"]
-        self._groups = join_mesh(settings, settings["tensor"])
+        self._groups = join_mesh(settings, settings["tensor"], in_steps=True)
 
     @torch.inference_mode()
     def __call__(self, message: Message) -> Message:

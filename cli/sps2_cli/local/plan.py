@@ -98,6 +98,10 @@ class UpOptions:
     """ "auto", "cpu" or "cuda"."""
     profile: str = "exact"
     """Attention of requests that name none: exact, paper, default, or a JSON file."""
+    policy: str = "least_loaded"
+    """How the router picks groups."""
+    max_queue_s: float = 300.0
+    """Seconds that a request may wait for its prefill."""
     exchange: str = "auto"
     """What prefill ranks exchange: "auto", "heads" or "kv"."""
     prefill_tp: int = 1
@@ -247,11 +251,18 @@ def split_password(url: str) -> tuple[str, str | None]:
 
 def router_spec(options: UpOptions, commands: Commands, directory: str) -> ProcessSpec:
     """The router."""
-    model = ("--model", str(options.model), "--model-name", options.model_name)
+    flags: dict[str, str | Path] = {
+        "--directory": directory,
+        "--profile": options.profile,
+        "--policy": options.policy,
+        "--max-queue-s": f"{options.max_queue_s:g}",
+        "--model": options.model,
+        "--model-name": options.model_name,
+    }
     return ProcessSpec(
         name="router",
         kind="router",
-        command=(*commands.router, "--directory", directory, "--profile", options.profile, *model),
+        command=(*commands.router, *(str(part) for pair in flags.items() for part in pair)),
         listen=options.listen,
     )
 

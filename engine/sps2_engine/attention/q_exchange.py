@@ -14,6 +14,7 @@ from sps2_engine.attention.decode_plan import DecodePlan
 from sps2_engine.collectives import Communicator
 from sps2_kernels.merge_states import merge_into, merge_pair
 from sps2_kernels.paged_decode import PagedRows, SlotRuns, paged_decode_partial
+from sps2_kernels.row_ops import append_rows
 
 KIND = "q_exchange"
 """Name of the byte counter."""
@@ -66,6 +67,7 @@ class QExchange:
         self._out_received = [plan.out_bytes(peer, rank) for peer in ranks]
         self._home_kv = PagedRows([runs[row.row_id] for row in self.home_rows], device)
         self._guest_kv = PagedRows([runs[row.row_id] for rows in guests for row in rows], device)
+        self._num_slots = len(cache.k)
         self._new_slots = torch.zeros(len(self.home_rows), dtype=torch.int64, device=device)
         order = [index for part in sent for index in part]
         self._send_order = torch.tensor(order, dtype=torch.int64, device=device)
@@ -80,7 +82,12 @@ class QExchange:
         """Takes for each home row the slot that its new key and value go to.
 
         A row whose last slot it is already (it has ended) writes it again and does not grow.
+
+        Raises:
+            IndexError: the arena has no such slot.
         """
+        if new_slots and not 0 <= min(new_slots) <= max(new_slots) < self._num_slots:
+            raise IndexError(f"slots {new_slots} of {self._num_slots}")
         self._home_kv.append(new_slots)
         self._new_slots.copy_(torch.tensor(new_slots, dtype=torch.int64))
 
@@ -99,8 +106,7 @@ class QExchange:
             GroupError: an exchange failed.
         """
         if len(self.home_rows):
-            cache.k.index_copy_(0, self._new_slots, k)
-            cache.v.index_copy_(0, self._new_slots, v)
+            append_rows(k, v, self._new_slots, cache.k, cache.v)
         if not self._plan.exchanges:
             return paged_decode_partial(q, cache.k, cache.v, self._home_kv, self._scale)[0]
         torch.index_select(q, 0, self._send_order, out=self._q_out)

@@ -1,12 +1,12 @@
 """The gated feed-forward block."""
 
 from torch import Tensor
-from torch.nn import functional
 
 from sps2_engine.layers.linear import Linear
 from sps2_engine.layers.tensor_ranks import TensorRanks
 from sps2_engine.mesh import Part
 from sps2_engine.weights import WeightSource
+from sps2_kernels.row_ops import swiglu
 
 
 class SwiGLU:
@@ -30,8 +30,7 @@ class SwiGLU:
 
     def add_to(self, out: Tensor, x: Tensor, ranks: TensorRanks) -> None:
         """Does out [rows, hidden] += SwiGLU(x [rows, hidden]); holds 2 values per row and own column between."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [rows, intermediate] each
-        self.down.add_to(out, functional.silu(gate, inplace=True).mul_(up), ranks)
+        self.down.add_to(out, swiglu(self.gate_up(x)), ranks)
 
     def pack(self) -> None:
         """See `Linear.pack`."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sps2_engine.weights import wide_dtype
+from sps2_kernels.row_ops import rotate, split_rotated
 
 
 class RopeSpec(Protocol):
@@ -146,16 +147,11 @@ class Rotation:
 
         (a, b) -> (a cos - b sin, b cos + a sin), with a and b the first and second half of a head.
         """
-        cos, sin = self.cos[rows], self.sin[rows]
-        # bf16 heads are turned in fp32 and rounded once: angles in bf16 would cost as much error as that.
-        turned = out if out.dtype == cos.dtype else torch.empty_like(out, dtype=cos.dtype)
-        x_first, x_second = x.chunk(2, dim=-1)
-        first, second = turned.chunk(2, dim=-1)
-        torch.mul(x, cos, out=turned)
-        first.addcmul_(x_second, sin, value=-1)
-        second.addcmul_(x_first, sin)
-        if turned is not out:
-            out.copy_(turned)
+        rotate(x, self.cos[rows], self.sin[rows], out)
+
+    def split(self, qkv: Tensor, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Takes the projections of tokens `rows` apart into q and k, rotated, and v; see `split_rotated`."""
+        split_rotated(qkv, self.cos[rows], self.sin[rows], q, k, v)
 
 
 class RotaryEmbedding:

@@ -86,13 +86,14 @@ class SelfAttention:
         q, k, v = (x.new_empty(len(x), heads, self.head_dim, dtype=dtype) for heads in self.num_heads)
         for rows in walk(len(x), self.qkv.flops_per_row):
             qkv = self.qkv(self.norm(x[rows]))
+            if self.qk_norms is None:
+                rotation.split(qkv, rows, q[rows], k[rows], v[rows])
+                continue
             # [chunk, q + k + v heads, head_dim]
             new_q, new_k, new_v = torch.split(qkv.view(len(qkv), -1, self.head_dim), self.num_heads, dim=1)
-            if self.qk_norms is not None:
-                q_norm, k_norm = self.qk_norms
-                new_q, new_k = q_norm(new_q), k_norm(new_k)
-            rotation.write(new_q, rows, out=q[rows])
-            rotation.write(new_k, rows, out=k[rows])
+            q_norm, k_norm = self.qk_norms
+            rotation.write(q_norm(new_q), rows, out=q[rows])
+            rotation.write(k_norm(new_k), rows, out=k[rows])
             v[rows] = new_v
         return q, k, v
 

@@ -19,12 +19,14 @@ from torch.distributed.distributed_c10d import Store
 from sps2.internal.v1 import engine_pb2
 from sps2_engine.collectives import (
     GroupError,
+    SummingCommunicator,
     TorchCommunicator,
     connect_store,
     form_groups,
     meet,
     open_store,
 )
+from sps2_engine.host_exchange import within_host
 from sps2_engine.mesh import Mesh
 from sps2_engine.rank_groups import RankGroups, form_rank_groups
 from sps2_engine.runtime.link import SupervisorLink
@@ -49,6 +51,8 @@ class Role(Protocol):
     steps_done: int
     """Grows while the engine progresses."""
     bytes_posted: Counter[str]
+    exchanges_in_steps: bool
+    """Whether its exchanges are small and waited for, rather than large and hidden behind compute."""
 
     @property
     def kv_blocks_used(self) -> int:
@@ -168,10 +172,13 @@ class EngineHost:
             store = connect_store(form.store_address, CONNECT_TIMEOUT)
         meet(store, epoch, form.rank, form.world_size, FORM_TIMEOUT, lambda: self._ended_epoch >= epoch)
 
-        def form_one(store: Store, rank: int, size: int) -> TorchCommunicator:
+        def form_one(store: Store, rank: int, size: int) -> SummingCommunicator:
             device, timeout = self._device, self._collective_timeout
             lanes = form_groups(store, epoch, rank, size, device, self._host, timeout)
-            return TorchCommunicator(lanes, device, self._role.bytes_posted)
+            group = TorchCommunicator(lanes, device, self._role.bytes_posted)
+            if device.type == "cpu" and self._role.exchanges_in_steps:
+                return within_host(group, timeout.total_seconds())
+            return group
 
         return form_rank_groups(mesh, form.rank, store, form_one)
 

@@ -1,14 +1,26 @@
 """The interface of a routing policy.
 
 The scheduler calls `pick` on the event loop, once for each attempt that has its turn, with candidates that
-take requests right now. A policy is pure: same candidates and loads, same answer; no clock, no network.
+take requests right now. A policy is pure: same arguments, same answer; no clock, no network, nothing remembered.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sps2_router.types import Group, GroupPair
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is known of an attempt that asks for a place."""
+
+    num_tokens: int
+    """Tokens that prefill computes."""
+    max_new_tokens: int = 0
+    """Most tokens that decode draws after them, of all choices."""
+    tenant: str = ""
+    """Whose it is; empty where no tokens are asked for."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,8 @@ class GroupLoad:
     """Attempts that hold a place in the group."""
     num_prompt_tokens: int = 0
     """Their prompts' tokens."""
+    last_seat: int = 0
+    """Number of the last attempt that was given a place in it, counted by the router; 0: none was."""
 
 
 NO_LOAD = GroupLoad()
@@ -29,15 +43,21 @@ class Policy(ABC):
 
     @abstractmethod
     def pick(
-        self, prefill: Sequence[Group], decode: Sequence[Group], loads: Mapping[str, GroupLoad]
+        self, ask: Ask, prefill: Sequence[Group], decode: Sequence[Group], loads: Mapping[str, GroupLoad]
     ) -> GroupPair | None:
         """The pair to use, or None when no prefill candidate matches a decode candidate.
 
         Args:
+            ask: What is to be placed.
             prefill: Ready prefill groups that have room.
             decode: Ready decode groups.
             loads: This router's own load by group name; groups without an entry have none.
         """
+
+
+def matching_pairs(prefill: Sequence[Group], decode: Sequence[Group]) -> Iterator[GroupPair]:
+    """Every pair of groups that can work together."""
+    return (GroupPair(p, d) for p in prefill for d in decode if match(p, d))
 
 
 def match(prefill: Group, decode: Group) -> bool:

@@ -10,7 +10,8 @@ import pytest
 from sps2.v1 import cluster_service_pb2, cluster_service_pb2_grpc
 from sps2.v1 import inference_service_pb2 as pb
 from sps2_client import AsyncClient, PermissionDenied, Unauthenticated
-from sps2_service.bearer import TokenFileError, parse_tokens
+from sps2_service.bearer import parse_tokens
+from sps2_service.followed_file import LinesError
 from support.router_deployment import Code, Deployment, failure, prompt, reason, until
 
 pytestmark = pytest.mark.service
@@ -138,6 +139,6 @@ async def test_a_file_that_changes_is_read_again(tokens: Path) -> None:
     ["acme", "acme secret", "acme " + "0" * 63, f"acme {'0' * 64} root", f"acme {'0' * 64} until=soon"],
 )
 def test_a_wrong_line_is_named_and_not_shown(text: str) -> None:
-    with pytest.raises(TokenFileError, match="line 2") as caught:
+    with pytest.raises(LinesError, match="line 2") as caught:
         parse_tokens("# first\n" + text)
     assert "secret" not in str(caught.value)

@@ -67,7 +67,7 @@ async def test_a_waiting_request_leaves_the_queue_when_its_client_does() -> None
         await until(lambda: up.router._admission.num_live == 2 and up.prefill.num_live == 1)
         second.cancel()
         # The first one is out of the queue when the router has heard that its prefill started.
-        await until(lambda: up.router._admission.num_live == 1 and not up.router._admission.num_queued_tokens)
+        await until(lambda: up.router._admission.num_live == 1 and not up.router._queue.num_tokens)
         first.cancel()
         await reading
         await up.assert_all_freed()

@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2
 from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_layout.block_hash import BLOCK_TOKENS, block_hashes
 from sps2_router.front_door import tenant_salt
+from sps2_router.policies import POLICIES
 from support.fake_workers import NO_KV, PREEMPTED, FakeDecode, FakePrefill, Refusal, rank_died
 from support.router_deployment import (
     Code,
@@ -29,17 +30,20 @@ from support.tiny_model import byte_ids
 pytestmark = pytest.mark.service
 
 
-async def test_failures_before_the_commit_are_not_seen(up: Deployment) -> None:
-    up.prefills.append(FakePrefill("prefill-1/0"))
-    up.decodes.append(FakeDecode("decode-1/0"))
-    await up.add(up.prefills[1], up.decodes[1])
-    up.prefill.refusals = [rank_died("prefill-0/1")]
-    up.decode.refuse_commit = [rank_died("decode-0/1")]
-    answer = await up.generate(prompt())
-    assert answer.text == "abcd"
-    assert [one.attempt.number for one in up.decode.reserved] == [1, 2]
-    assert [one.attempt.number for one in up.decodes[1].reserved] == [3]
-    assert [one.attempt.number for one in up.prefills[1].requests] == [2, 3]
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_failures_before_the_commit_are_not_seen(policy: str) -> None:
+    """Each attempt is made on groups that none has failed on, whichever policy picks them."""
+    async with Deployment(policy=policy) as up:
+        up.prefills.append(FakePrefill("prefill-1/0"))
+        up.decodes.append(FakeDecode("decode-1/0"))
+        await up.add(up.prefills[1], up.decodes[1])
+        up.prefill.refusals = [rank_died("prefill-0/1")]
+        up.decodes[1].refuse_commit = [rank_died("decode-1/1")]
+        answer = await up.generate(prompt())
+        assert answer.text == "abcd"
+        assert [one.attempt.number for one in up.decode.reserved] == [1, 3]
+        assert [one.attempt.number for one in up.decodes[1].reserved] == [2]
+        assert [one.attempt.number for one in up.prefills[1].requests] == [2, 3]
 
 
 async def test_attempts_are_counted(up: Deployment) -> None:
@@ -306,11 +310,11 @@ async def test_a_group_that_drains_is_no_failure_in_any_phase() -> None:
         up.decodes.append(FakeDecode("decode-1/0"))
         await up.add(up.prefills[1], up.decodes[1])
         up.prefill.refusals = [draining("prefill-0")]
-        up.decode.fail_after = [(1, draining("decode-0"))]
+        up.decodes[1].fail_after = [(1, draining("decode-1"))]
         answer = await up.generate(prompt())
         assert answer.text == "abcd"
         assert [one.attempt.number for one in up.prefills[1].requests] == [2, 3]
-        assert [one.attempt.number for one in up.decodes[1].reserved] == [3]
+        assert [one.attempt.number for one in up.decode.reserved] == [1, 3]
 
 
 async def test_the_last_group_that_drains_is_waited_for_then_said() -> None:

@@ -64,7 +64,16 @@ def test_document_of_one_answer() -> None:
         "logprobs": [],
         "more_choices": [],
         "usage": {"prompt_tokens": 11, "cached_tokens": 2, "output_tokens": 3},
-        "timings_s": {"queue": 0.1, "prefill": 0.2, "transfer": 0.3, "ttft": 0.4, "tpot": 0.5, "e2e": 0.6},
+        "timings_s": {
+            "queue": 0.1,
+            "prefill": 0.2,
+            "transfer": 0.3,
+            "ttft": 0.4,
+            "tpot": 0.5,
+            "e2e": 0.6,
+            "tbt_p50": 0.7,
+            "tbt_p99": 0.8,
+        },
         "bytes": {"collective": 100, "q_exchange": 200, "kv_transfer": 300},
         "attention_profile": "exact",
         "request_id": "mine",
@@ -234,6 +243,8 @@ def test_status_for_programs_and_people() -> None:
     assert (decode["group"], decode["ready"], decode["num_requests_live"]) == ("decode-0", True, 1)
     assert [one["kv_blocks_used"] for one in decode["ranks"]] == [25, 25]
     assert people.exit_code == 0
+    assert document["num_queued_tokens"] == 1234
+    assert "tokens queued 1,234" in people.stdout
     assert "decode: 1 of 1 groups ready" in people.stdout
     assert "25/100 (25%)" in people.stdout
 

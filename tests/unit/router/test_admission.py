@@ -1,12 +1,25 @@
-"""Admission: ids, nonces, the bounded queue, draining."""
+"""Admission: ids, nonces, bounds, draining."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
-from sps2_router.admission import Admission, AdmissionLimits
+from sps2_router.admission import Admission
 from sps2_router.scope import CallScope
-from sps2_service.errors import Aborted, AlreadyExists, Cancelled, ServiceError, Unavailable
+from sps2_router.tenants import Tenants
+from sps2_service.errors import (
+    Aborted,
+    AlreadyExists,
+    Cancelled,
+    ResourceExhausted,
+    ServiceError,
+    Unavailable,
+)
+
+
+def admitting(max_live_requests: int = 10) -> Admission:
+    return Admission(max_live_requests, Tenants(None))
 
 
 def scope() -> CallScope:
@@ -39,7 +52,7 @@ async def ended(task: asyncio.Task[None]) -> ServiceError:
 
 
 async def test_an_id_is_free_again_after_its_request() -> None:
-    admission = Admission(AdmissionLimits())
+    admission = admitting()
     for _ in range(2):
         with scope() as own, admission.register("r", b"", own):
             assert admission.num_live == 1
@@ -48,7 +61,7 @@ async def test_an_id_is_free_again_after_its_request() -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(b"", b""), (b"1", b""), (b"", b"1"), (b"1", b"2")])
 async def test_a_live_id_is_refused_without_the_same_nonce(first: bytes, second: bytes) -> None:
-    admission = Admission(AdmissionLimits())
+    admission = admitting()
     task = await start(admission, nonce=first)
     with pytest.raises(AlreadyExists), scope() as own, admission.register("r", second, own):
         pass
@@ -58,7 +71,7 @@ async def test_a_live_id_is_refused_without_the_same_nonce(first: bytes, second:
 
 
 async def test_a_retry_supersedes_and_counts_on() -> None:
-    admission = Admission(AdmissionLimits())
+    admission = admitting()
     attempts: list[int] = []
     tasks = []
     for _ in range(3):
@@ -73,11 +86,11 @@ async def test_a_retry_supersedes_and_counts_on() -> None:
 
 
 async def test_an_unknown_id_is_not_found() -> None:
-    assert Admission(AdmissionLimits()).find("r") is None
+    assert admitting().find("r") is None
 
 
 async def test_live_requests_are_bounded() -> None:
-    admission = Admission(AdmissionLimits(max_live_requests=1))
+    admission = admitting(max_live_requests=1)
     task = await start(admission, "a", b"1")
     with pytest.raises(Unavailable) as caught, scope() as own, admission.register("b", b"", own):
         pass
@@ -89,20 +102,26 @@ async def test_live_requests_are_bounded() -> None:
     await ended(retry)
 
 
-async def test_the_queue_is_bounded_in_tokens() -> None:
-    admission = Admission(AdmissionLimits(max_queued_tokens=100))
-    with admission.queue(60), admission.queue(40):
-        with pytest.raises(Unavailable) as caught, admission.queue(1):
+async def test_live_requests_of_a_tenant_are_bounded(tmp_path: Path) -> None:
+    (tmp_path / "tenants").write_text("acme max-live-requests=1\n")
+    admission = Admission(10, Tenants(tmp_path / "tenants"))
+    with scope() as own, admission.register("a", b"1", own, "acme"):
+        with (
+            pytest.raises(ResourceExhausted) as caught,
+            scope() as two,
+            admission.register("b", b"", two, "acme"),
+        ):
             pass
-        assert caught.value.reason == "QUEUE_FULL"
+        assert [one.subject for one in caught.value.quota] == ["tenant:acme"]
         assert caught.value.retry_after is not None
-    assert admission.num_queued_tokens == 0
-    with admission.queue(5000):  # one request alone always fits
-        assert admission.num_queued_tokens == 5000
+        with scope() as three, admission.register("c", b"", three, "other"):
+            pass
+    with scope() as own, admission.register("b", b"", own, "acme"):
+        pass
 
 
 async def test_draining_takes_nothing_and_waits_for_the_rest() -> None:
-    admission = Admission(AdmissionLimits())
+    admission = admitting()
     task = await start(admission)
     admission.drain()
     with pytest.raises(Unavailable) as caught, scope() as own, admission.register("b", b"", own):

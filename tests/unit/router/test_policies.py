@@ -1,19 +1,32 @@
 """Routing policies and the groups that they choose from."""
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from sps2.v1 import cluster_pb2
-from sps2_router.policies.base import GroupLoad
+from sps2_cli.up import Policy as UpPolicy
+from sps2_router.config import RouterConfig
+from sps2_router.policies import POLICIES
+from sps2_router.policies.base import Ask, GroupLoad, Policy
 from sps2_router.policies.least_loaded import LeastLoaded
+from sps2_router.policies.round_robin import RoundRobin
 from sps2_router.types import Group, group_workers
+from sps2_service.config_fields import fields_of
 from support.router_groups import group, worker
 
 PREFILL = [group("prefill-0"), group("prefill-1")]
 DECODE = [group("decode-0"), group("decode-1")]
 
 
-def names(prefill: list[Group], decode: list[Group], loads: dict[str, GroupLoad]) -> tuple[str, str] | None:
-    picked = LeastLoaded().pick(prefill, decode, loads)
+def names(
+    prefill: list[Group],
+    decode: list[Group],
+    loads: dict[str, GroupLoad],
+    policy: Callable[[], Policy] = LeastLoaded,
+) -> tuple[str, str] | None:
+    picked = policy().pick(Ask(10), prefill, decode, loads)
     return None if picked is None else (picked.prefill.name, picked.decode.name)
 
 
@@ -21,8 +34,29 @@ def busy(name: str, **load: Any) -> Group:
     return group(name, load=cluster_pb2.WorkerLoad(**load))
 
 
-def test_without_load_the_first_names() -> None:
-    assert names(PREFILL[::-1], DECODE[::-1], {}) == ("prefill-0", "decode-0")
+every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+
+
+def test_flags_name_every_policy() -> None:
+    (flag,) = (field for field in fields_of(RouterConfig) if field.name == "policy")
+    assert set(flag.choices) == set(POLICIES) == {one.value for one in UpPolicy}
+
+
+@every_policy
+def test_without_load_the_first_names(policy: Callable[[], Policy]) -> None:
+    assert names(PREFILL[::-1], DECODE[::-1], {}, policy) == ("prefill-0", "decode-0")
+
+
+@every_policy
+def test_of_idle_groups_the_one_used_least_recently(policy: Callable[[], Policy]) -> None:
+    loads = {"prefill-0": GroupLoad(last_seat=3), "prefill-1": GroupLoad(last_seat=2)}
+    loads |= {"decode-0": GroupLoad(last_seat=3)}
+    assert names(PREFILL, DECODE, loads, policy) == ("prefill-1", "decode-1")
+
+
+def test_a_round_does_not_look_at_what_there_is_to_do() -> None:
+    loads = {"prefill-0": GroupLoad(1, 10, last_seat=1), "prefill-1": GroupLoad(last_seat=2)}
+    assert names(PREFILL, DECODE, loads, RoundRobin) == ("prefill-0", "decode-0")
 
 
 def test_own_counts_decide_at_once() -> None:
@@ -41,11 +75,12 @@ def test_ties_go_to_fewer_tokens() -> None:
     assert names(PREFILL, decode, loads) == ("prefill-1", "decode-1")
 
 
-def test_only_matching_groups_are_paired() -> None:
+@every_policy
+def test_only_matching_groups_are_paired(policy: Callable[[], Policy]) -> None:
     bf16, other = group("decode-0", dtype="bf16"), group("decode-1", model_hash="other")
-    assert names(PREFILL, [bf16, other], {}) is None
-    assert names(PREFILL, [bf16, other, group("decode-2")], {}) == ("prefill-0", "decode-2")
-    assert names([], DECODE, {}) is None
+    assert names(PREFILL, [bf16, other], {}, policy) is None
+    assert names(PREFILL, [bf16, other, group("decode-2")], {}, policy) == ("prefill-0", "decode-2")
+    assert names([], DECODE, {}, policy) is None
 
 
 def test_a_group_is_ready_with_its_leader() -> None:

@@ -6,6 +6,8 @@ from contextlib import AsyncExitStack
 import pytest
 
 from sps2.v1 import cluster_pb2
+from sps2_router.line import Line
+from sps2_router.policies.base import Ask
 from sps2_router.policies.least_loaded import LeastLoaded
 from sps2_router.scheduler import Scheduler, SchedulerLimits
 from sps2_service.errors import Unavailable
@@ -15,10 +17,12 @@ from support.router_groups import worker
 STARTING = cluster_pb2.WORKER_STATE_STARTING
 
 
-def scheduler(*workers: cluster_pb2.WorkerInfo, **limits: float) -> tuple[Scheduler, FakeView]:
+def scheduler(
+    *workers: cluster_pb2.WorkerInfo, line: Line | None = None, **limits: float
+) -> tuple[Scheduler, FakeView]:
     view = FakeView()
     view.workers = {one.worker_id: one for one in workers}
-    return Scheduler(view, LeastLoaded(), "hash", SchedulerLimits(**limits)), view  # type: ignore[arg-type]
+    return Scheduler(view, LeastLoaded(), "hash", SchedulerLimits(**limits), line or Line()), view  # type: ignore[arg-type]
 
 
 def refusal(*workers: cluster_pb2.WorkerInfo) -> str:
@@ -43,7 +47,7 @@ async def test_refusals_say_what_is_missing() -> None:
 
 async def test_work_is_spread_and_counted() -> None:
     seats, _ = scheduler(*map(worker, ["prefill-0/0", "prefill-1/0", "decode-0/0", "decode-1/0"]))
-    async with seats.seat(10) as one, seats.seat(10) as two:
+    async with seats.seat(Ask(10)) as one, seats.seat(Ask(10)) as two:
         assert {one.pair.prefill.name, two.pair.prefill.name} == {"prefill-0", "prefill-1"}
         assert seats.num_requests_by_group == dict.fromkeys(
             ["prefill-0", "prefill-1", "decode-0", "decode-1"], 1
@@ -59,7 +63,7 @@ async def test_first_come_first_served() -> None:
     order: list[int] = []
 
     async def take(number: int) -> None:
-        async with seats.seat(1):
+        async with seats.seat(Ask(1)):
             order.append(number)
             await asyncio.sleep(0)
 
@@ -72,7 +76,7 @@ async def test_first_come_first_served() -> None:
 async def test_a_cancelled_waiter_leaves_the_queue() -> None:
     seats, _ = scheduler(worker("prefill-0/0"), worker("decode-0/0"), prefills_per_group=1)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(seats.seat(1))
+        await stack.enter_async_context(seats.seat(Ask(1)))
         head, behind = (asyncio.create_task(enter_and_leave(seats)) for _ in range(2))
         await asyncio.sleep(0.01)
         head.cancel()
@@ -82,17 +86,17 @@ async def test_a_cancelled_waiter_leaves_the_queue() -> None:
 
 
 async def enter_and_leave(seats: Scheduler) -> None:
-    async with seats.seat(1):
+    async with seats.seat(Ask(1)):
         pass
 
 
 async def test_groups_to_avoid_are_used_only_without_another() -> None:
     seats, view = scheduler(*map(worker, ["prefill-0/0", "prefill-1/0", "decode-0/0"]))
     avoid = frozenset({"prefill-0", "decode-0"})
-    async with seats.seat(1, avoid) as seat:
+    async with seats.seat(Ask(1), avoid) as seat:
         assert (seat.pair.prefill.name, seat.pair.decode.name) == ("prefill-1", "decode-0")
     del view.workers["prefill-1/0"]
-    async with seats.seat(1, avoid) as seat:
+    async with seats.seat(Ask(1), avoid) as seat:
         assert seat.pair.prefill.name == "prefill-0"
 
 
@@ -102,7 +106,7 @@ async def test_only_the_patient_wait_for_a_group() -> None:
         await enter_and_leave(seats)
 
     async def patient() -> str:
-        async with seats.seat(1, patient=True) as seat:
+        async with seats.seat(Ask(1), patient=True) as seat:
             return seat.pair.prefill.name
 
     waiting = asyncio.create_task(patient())
@@ -115,7 +119,7 @@ async def test_only_the_patient_wait_for_a_group() -> None:
 async def test_patience_ends() -> None:
     seats, _ = scheduler(worker("decode-0/0"), regroup_wait_s=0.05)
     with pytest.raises(Unavailable):
-        async with seats.seat(1, patient=True):
+        async with seats.seat(Ask(1), patient=True):
             pass
 
 
@@ -139,22 +143,57 @@ async def test_turns_not_arrival_say_who_is_next() -> None:
     order: list[int] = []
 
     async def take(turn: int) -> None:
-        async with seats.seat(1, turn=turn):
+        async with seats.seat(Ask(1), turn=turn):
             order.append(turn)
 
-    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks, seats.seat(1):
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks, seats.seat(Ask(1)):
         for turn in (7, 9, 8, 3, 5):
             tasks.create_task(take(turn))
             await asyncio.sleep(0)
     assert order == [3, 5, 7, 8, 9]
 
 
+async def test_tenants_share_and_who_had_a_seat_goes_first() -> None:
+    line = Line({"big": 2.0, "small": 1.0}.__getitem__)
+    seats, _ = scheduler(worker("prefill-0/0"), worker("decode-0/0"), line=line, prefills_per_group=1)
+    order: list[str] = []
+
+    async def take(tenant: str, turn: int, *, had_seat: bool = False) -> None:
+        async with seats.seat(Ask(100, 10, tenant), turn=turn, had_seat=had_seat):
+            order.append(tenant[0].upper() if had_seat else tenant[0])
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks, seats.seat(Ask(1, tenant="small")):
+        for number in range(6):
+            tasks.create_task(take("small", number))
+            tasks.create_task(take("big", 10 + number))
+        tasks.create_task(take("small", -1, had_seat=True))
+        await asyncio.sleep(0)
+        assert line.num_tokens == 12 * 100
+    assert "".join(order) == "Sbsbbsbbsbsss"
+
+
 async def test_the_wait_for_a_place_ends() -> None:
     seats, _ = scheduler(worker("prefill-0/0"), worker("decode-0/0"), prefills_per_group=1)
-    async with seats.seat(1):
+    async with seats.seat(Ask(1)):
         for place in ("first", "second"):
             with pytest.raises(Unavailable, match=r"0\.01 s") as caught:
-                async with seats.seat(1, wait_s=0.01):
+                async with seats.seat(Ask(1), wait_s=0.01):
                     raise AssertionError(f"{place} had none")
             assert (caught.value.reason, caught.value.retry_after) == ("QUEUE_WAIT", 1.0)
     await asyncio.wait_for(enter_and_leave(seats), 1)
+
+
+async def test_idle_groups_take_turns_and_a_new_one_is_next() -> None:
+    seats, view = scheduler(*map(worker, ["prefill-0/0", "prefill-1/0", "decode-0/0", "decode-1/0"]))
+
+    async def used() -> tuple[str, str]:
+        async with seats.seat(Ask(1)) as seat:
+            return seat.pair.prefill.name, seat.pair.decode.name
+
+    assert [await used() for _ in range(3)] == [
+        ("prefill-0", "decode-0"),
+        ("prefill-1", "decode-1"),
+        ("prefill-0", "decode-0"),
+    ]
+    view.workers["decode-2/0"] = worker("decode-2/0")
+    assert await used() == ("prefill-1", "decode-2")

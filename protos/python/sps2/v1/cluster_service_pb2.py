@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sps2.v1 import cluster_pb2 as sps2_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsps2/v1/cluster_service.proto\x12\x07sps2.v1\x1a\x15sps2/v1/cluster.proto\"\"\n\x11\x44rainGroupRequest\x12\r\n\x05group\x18\x01 \x01(\t\"&\n\x12\x44rainGroupResponse\x12\x10\n\x08\x62udget_s\x18\x01 \x01(\x01\"M\n\x14ResizeRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65gree\x18\x02 \x01(\x05\x12\x11\n\x05ranks\x18\x03 \x03(\x05\x42\x02\x10\x01\"\x90\x01\n\x15ResizeRequestResponse\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04home\x18\x02 \x01(\x05\x12\x13\n\x07holders\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x18\n\x10num_blocks_moved\x18\x04 \x01(\x03\x12\x15\n\rlongest_gap_s\x18\x05 \x01(\x01\x12\x14\n\x0cmedian_gap_s\x18\x06 \x01(\x01\"\x18\n\x16GetClusterStateRequest\"\x8b\x02\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x1b\n\x13\x64irectory_connected\x18\x02 \x01(\x08\x12\x19\n\x11num_requests_live\x18\x03 \x01(\x05\x12W\n\x15num_requests_by_group\x18\x04 \x03(\x0b\x32\x38.sps2.v1.GetClusterStateResponse.NumRequestsByGroupEntry\x1a\x39\n\x17NumRequestsByGroupEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\x1a\n\x18WatchClusterStateRequest\"\xb9\x01\n\x19WatchClusterStateResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12$\n\x07updated\x18\x03 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x1a\n\x12removed_worker_ids\x18\x04 \x03(\t\x12\x1b\n\x13\x64irectory_connected\x18\x05 \x01(\x08\x12\x19\n\x11num_requests_live\x18\x06 \x01(\x05\x32\xdb\x02\n\x0e\x43lusterService\x12T\n\x0fGetClusterState\x12\x1f.sps2.v1.GetClusterStateRequest\x1a .sps2.v1.GetClusterStateResponse\x12\\\n\x11WatchClusterState\x12!.sps2.v1.WatchClusterStateRequest\x1a\".sps2.v1.WatchClusterStateResponse0\x01\x12N\n\rResizeRequest\x12\x1d.sps2.v1.ResizeRequestRequest\x1a\x1e.sps2.v1.ResizeRequestResponse\x12\x45\n\nDrainGroup\x12\x1a.sps2.v1.DrainGroupRequest\x1a\x1b.sps2.v1.DrainGroupResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsps2/v1/cluster_service.proto\x12\x07sps2.v1\x1a\x15sps2/v1/cluster.proto\"\"\n\x11\x44rainGroupRequest\x12\r\n\x05group\x18\x01 \x01(\t\"&\n\x12\x44rainGroupResponse\x12\x10\n\x08\x62udget_s\x18\x01 \x01(\x01\"M\n\x14ResizeRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65gree\x18\x02 \x01(\x05\x12\x11\n\x05ranks\x18\x03 \x03(\x05\x42\x02\x10\x01\"\x90\x01\n\x15ResizeRequestResponse\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04home\x18\x02 \x01(\x05\x12\x13\n\x07holders\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x18\n\x10num_blocks_moved\x18\x04 \x01(\x03\x12\x15\n\rlongest_gap_s\x18\x05 \x01(\x01\x12\x14\n\x0cmedian_gap_s\x18\x06 \x01(\x01\"\x18\n\x16GetClusterStateRequest\"\xa6\x02\n\x17GetClusterStateResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x1b\n\x13\x64irectory_connected\x18\x02 \x01(\x08\x12\x19\n\x11num_requests_live\x18\x03 \x01(\x05\x12W\n\x15num_requests_by_group\x18\x04 \x03(\x0b\x32\x38.sps2.v1.GetClusterStateResponse.NumRequestsByGroupEntry\x12\x19\n\x11num_queued_tokens\x18\x05 \x01(\x03\x1a\x39\n\x17NumRequestsByGroupEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\x1a\n\x18WatchClusterStateRequest\"\xb9\x01\n\x19WatchClusterStateResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12$\n\x07updated\x18\x03 \x03(\x0b\x32\x13.sps2.v1.WorkerInfo\x12\x1a\n\x12removed_worker_ids\x18\x04 \x03(\t\x12\x1b\n\x13\x64irectory_connected\x18\x05 \x01(\x08\x12\x19\n\x11num_requests_live\x18\x06 \x01(\x05\x32\xdb\x02\n\x0e\x43lusterService\x12T\n\x0fGetClusterState\x12\x1f.sps2.v1.GetClusterStateRequest\x1a .sps2.v1.GetClusterStateResponse\x12\\\n\x11WatchClusterState\x12!.sps2.v1.WatchClusterStateRequest\x1a\".sps2.v1.WatchClusterStateResponse0\x01\x12N\n\rResizeRequest\x12\x1d.sps2.v1.ResizeRequestRequest\x1a\x1e.sps2.v1.ResizeRequestResponse\x12\x45\n\nDrainGroup\x12\x1a.sps2.v1.DrainGroupRequest\x1a\x1b.sps2.v1.DrainGroupResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,13 +49,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCLUSTERSTATEREQUEST']._serialized_start=367
   _globals['_GETCLUSTERSTATEREQUEST']._serialized_end=391
   _globals['_GETCLUSTERSTATERESPONSE']._serialized_start=394
-  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=661
-  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_start=604
-  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_end=661
-  _globals['_WATCHCLUSTERSTATEREQUEST']._serialized_start=663
-  _globals['_WATCHCLUSTERSTATEREQUEST']._serialized_end=689
-  _globals['_WATCHCLUSTERSTATERESPONSE']._serialized_start=692
-  _globals['_WATCHCLUSTERSTATERESPONSE']._serialized_end=877
-  _globals['_CLUSTERSERVICE']._serialized_start=880
-  _globals['_CLUSTERSERVICE']._serialized_end=1227
+  _globals['_GETCLUSTERSTATERESPONSE']._serialized_end=688
+  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_start=631
+  _globals['_GETCLUSTERSTATERESPONSE_NUMREQUESTSBYGROUPENTRY']._serialized_end=688
+  _globals['_WATCHCLUSTERSTATEREQUEST']._serialized_start=690
+  _globals['_WATCHCLUSTERSTATEREQUEST']._serialized_end=716
+  _globals['_WATCHCLUSTERSTATERESPONSE']._serialized_start=719
+  _globals['_WATCHCLUSTERSTATERESPONSE']._serialized_end=904
+  _globals['_CLUSTERSERVICE']._serialized_start=907
+  _globals['_CLUSTERSERVICE']._serialized_end=1254
 # @@protoc_insertion_point(module_scope)

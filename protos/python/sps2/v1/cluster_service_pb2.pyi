@@ -188,10 +188,13 @@ class GetClusterStateResponse(_message.Message):
     DIRECTORY_CONNECTED_FIELD_NUMBER: _builtins.int
     NUM_REQUESTS_LIVE_FIELD_NUMBER: _builtins.int
     NUM_REQUESTS_BY_GROUP_FIELD_NUMBER: _builtins.int
+    NUM_QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
     directory_connected: _builtins.bool
     """Whether the router's view is live (its watch of the directory is up)."""
     num_requests_live: _builtins.int
     """Requests that this router is serving."""
+    num_queued_tokens: _builtins.int
+    """Prompt tokens that wait at this router for their prefill."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[_cluster_pb2.WorkerInfo]:
         """Workers, ordered by worker_id."""
@@ -207,10 +210,11 @@ class GetClusterStateResponse(_message.Message):
         directory_connected: _builtins.bool = ...,
         num_requests_live: _builtins.int = ...,
         num_requests_by_group: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        num_queued_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory_connected", b"directory_connected", "num_requests_by_group", b"num_requests_by_group", "num_requests_live", b"num_requests_live", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory_connected", b"directory_connected", "num_queued_tokens", b"num_queued_tokens", "num_requests_by_group", b"num_requests_by_group", "num_requests_live", b"num_requests_live", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -547,6 +547,8 @@ class Timings(_message.Message):
     TTFT_FIELD_NUMBER: _builtins.int
     TPOT_FIELD_NUMBER: _builtins.int
     E2E_FIELD_NUMBER: _builtins.int
+    TBT_P50_FIELD_NUMBER: _builtins.int
+    TBT_P99_FIELD_NUMBER: _builtins.int
     queue: _builtins.float
     """From arrival until prefill started."""
     prefill: _builtins.float
@@ -559,6 +561,12 @@ class Timings(_message.Message):
     """Mean time between tokens after the first, of the longest choice; 0 with fewer than two."""
     e2e: _builtins.float
     """From arrival until the last token."""
+    tbt_p50: _builtins.float
+    """Median time between two steps that made a token of it, by the decode leader's clock, of the last
+    attempt's newest few thousand; 0 where a stop string or the first token ended every choice.
+    """
+    tbt_p99: _builtins.float
+    """99th percentile of the same."""
     def __init__(
         self,
         *,
@@ -568,10 +576,12 @@ class Timings(_message.Message):
         ttft: _builtins.float = ...,
         tpot: _builtins.float = ...,
         e2e: _builtins.float = ...,
+        tbt_p50: _builtins.float = ...,
+        tbt_p99: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["e2e", b"e2e", "prefill", b"prefill", "queue", b"queue", "tpot", b"tpot", "transfer", b"transfer", "ttft", b"ttft"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["e2e", b"e2e", "prefill", b"prefill", "queue", b"queue", "tbt_p50", b"tbt_p50", "tbt_p99", b"tbt_p99", "tpot", b"tpot", "transfer", b"transfer", "ttft", b"ttft"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -382,6 +382,8 @@ class DecodeFinished(_message.Message):
     Q_EXCHANGE_BYTES_FIELD_NUMBER: _builtins.int
     NUM_HOLDERS_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    TBT_P50_S_FIELD_NUMBER: _builtins.int
+    TBT_P99_S_FIELD_NUMBER: _builtins.int
     reason: _generation_pb2.FinishReason.ValueType
     """Why."""
     q_exchange_bytes: _builtins.int
@@ -390,6 +392,10 @@ class DecodeFinished(_message.Message):
     """Decode ranks that held its KV."""
     choice_index: _builtins.int
     """Choice that ended."""
+    tbt_p50_s: _builtins.float
+    """Median time between two steps that made a token of the attempt so far, by the leader's clock; 0: fewer than two."""
+    tbt_p99_s: _builtins.float
+    """99th percentile of the same."""
     def __init__(
         self,
         *,
@@ -397,10 +403,12 @@ class DecodeFinished(_message.Message):
         q_exchange_bytes: _builtins.int = ...,
         num_holders: _builtins.int = ...,
         choice_index: _builtins.int = ...,
+        tbt_p50_s: _builtins.float = ...,
+        tbt_p99_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "num_holders", b"num_holders", "q_exchange_bytes", b"q_exchange_bytes", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "num_holders", b"num_holders", "q_exchange_bytes", b"q_exchange_bytes", "reason", b"reason", "tbt_p50_s", b"tbt_p50_s", "tbt_p99_s", b"tbt_p99_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
