@@ -368,8 +368,10 @@ class DirectoryMachine(RuleBasedStateMachine):
                 process.fence.renew(self.passed, CONFIG.lease_ttl_s)
             return
         status = self.renew_worker(process.info, replica, lost=lost)
-        if status in {LEASE_STATUS_RENEWED, None}:
+        if status == LEASE_STATUS_RENEWED:
             process.fence.renew(self.passed, CONFIG.lease_ttl_s)
+        elif status is None:
+            process.fence.keep(self.passed, CONFIG.lease_ttl_s)
         else:
             process.fence.lose()
             process.leased = False
