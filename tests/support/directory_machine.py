@@ -446,7 +446,9 @@ class DirectoryMachine(RuleBasedStateMachine):
 
     def keep_clock_past_forgotten(self) -> None:
         """Over a loss epochs rest on the wall clock alone: they grow as long as it is not set back as well."""
-        self.clock.us = max([self.clock.us, *(self.epochs[group] + 1 for group in self.forgotten)])
+        before = self.clock.us
+        self.clock.us = max([before, *(self.epochs[group] + 1 for group in self.forgotten)])
+        self.unseen += (self.clock.us - before) / 1e6
 
     def move(self, seconds: float) -> None:
         self.clock.move(seconds)
