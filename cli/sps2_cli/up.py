@@ -56,6 +56,13 @@ class Policy(StrEnum):
     ROUND_ROBIN = "round_robin"
 
 
+class Sharing(StrEnum):
+    """Which prompts all ranks of a prefill group share."""
+
+    AUTO = "auto"
+    ALL = "all"
+
+
 class Transport(StrEnum):
     """How KV travels from prefill to decode ranks."""
 
@@ -155,6 +162,13 @@ def up(
             help="What prefill ranks exchange: shares of the heads, or keys and values of all heads."
         ),
     ] = Exchange.AUTO,
+    sharing: Annotated[
+        Sharing,
+        typer.Option(
+            help="Prompts that all ranks of a prefill group share: all, or auto: those that gain by it; "
+            "each other one is computed by a rank alone."
+        ),
+    ] = Sharing.AUTO,
     prefill_tp: Annotated[
         int,
         typer.Option(
@@ -233,6 +247,7 @@ def up(
             device=device.value,
             dtype=dtype.value,
             exchange=exchange.value,
+            sharing=sharing.value,
             prefill_tp=prefill_tp,
             decode_tp=decode_tp,
             kv_transport=kv_transport.value,

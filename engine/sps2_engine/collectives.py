@@ -83,8 +83,11 @@ class Communicator(Protocol):
         """
         ...
 
-    def agree(self, flag: bool) -> bool:
-        """Rank 0's flag, on every rank (one small broadcast, counted as "control"); waits for no exchange.
+    def agree(self, value: int) -> int:
+        """Rank 0's value, on every rank (one small broadcast, counted as "control"); waits for no exchange.
+
+        Args:
+            value: 64 bits with sign; those of the other ranks do not matter.
 
         Raises:
             GroupError: as in `PendingExchange.wait`.
@@ -133,9 +136,9 @@ class SoloCommunicator:
         """A rank alone has no peer; a caller that exchanges has made a wrong plan."""
         raise ValueError("a group of one rank has nobody to exchange with")
 
-    def agree(self, flag: bool) -> bool:
-        """The flag itself."""
-        return flag
+    def agree(self, value: int) -> int:
+        """The value itself."""
+        return value
 
     def close(self) -> None:
         """Nothing to leave."""
@@ -166,9 +169,9 @@ class LeadingRanks:
         idle = [0] * (self._group.size - self.size)
         return self._group.all_to_all(send, [*send_bytes, *idle], [*recv_bytes, *idle], kind, lane, into)
 
-    def agree(self, flag: bool) -> bool:
+    def agree(self, value: int) -> int:
         """See `Communicator.agree`: the whole group does."""
-        return self._group.agree(flag)
+        return self._group.agree(value)
 
     def close(self) -> None:
         """See `Communicator.close`."""
@@ -217,7 +220,7 @@ class TorchCommunicator:
         self.rank = groups[0].rank()
         self.size = groups[0].size()
         self.bytes_posted = bytes_posted if bytes_posted is not None else Counter()
-        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self._agreed = torch.zeros(1, dtype=torch.int64, device=device)
 
     def all_to_all(
         self,
@@ -247,18 +250,18 @@ class TorchCommunicator:
             raise GroupError(f"sum failed: {error}") from error
         self.bytes_posted[kind] += 2 * tensor.nbytes * (self.size - 1) // self.size
 
-    def agree(self, flag: bool) -> bool:
+    def agree(self, value: int) -> int:
         """See `Communicator.agree`."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        self._flag.fill_(int(flag))
+        self._agreed.fill_(value)
         try:
-            self._open_groups[-1].broadcast([self._flag], options).wait()
+            self._open_groups[-1].broadcast([self._agreed], options).wait()
         except RuntimeError as error:
             raise GroupError(f"agreement failed: {error}") from error
         if self.rank == 0:
-            self.bytes_posted["control"] += self._flag.nbytes * (self.size - 1)
-        return bool(self._flag.item())
+            self.bytes_posted["control"] += self._agreed.nbytes * (self.size - 1)
+        return int(self._agreed.item())
 
     def close(self) -> None:
         """See `Communicator.close`; the connections of a process group end with its last reference."""

@@ -9,6 +9,7 @@ from sps2.internal.v1 import prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.runtime.options import EngineOptions
 from sps2_prefill_worker.coordinator import PrefillCoordinator
+from sps2_prefill_worker.planning import Sharing
 from sps2_prefill_worker.servicer import PrefillServicer
 from sps2_service.config import load_config
 from sps2_service.directory_client import DirectoryClient
@@ -29,6 +30,9 @@ class PrefillWorkerConfig(WorkerConfig):
 
     exchange: Literal["auto", "heads", "kv"] = "auto"
     """What travels between ranks: shares of all heads, or keys and values; auto: what is sooner. Rank 0 decides."""
+    sharing: Sharing = "auto"
+    """Prompts that all ranks of a group share: all, or auto: those that gain by it; each other one is computed by a rank
+    alone. Rank 0 decides."""
 
 
 def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
@@ -37,7 +41,7 @@ def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> 
 
 def _lead(config: WorkerConfig, _directory: DirectoryClient, model: LeaderModel) -> LeaderService:
     assert isinstance(config, PrefillWorkerConfig)
-    coordinator = PrefillCoordinator(config.exchange, config.threads, config.tp)
+    coordinator = PrefillCoordinator(config.exchange, config.threads, config.tp, config.sharing)
     service = prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"]
     return LeaderService(coordinator, PrefillServicer(coordinator, model.vocabulary), service)
 

@@ -15,8 +15,8 @@ from sps2_engine.attention.cost_model import Choice
 from sps2_engine.kv_transfer.relayout import check_covers
 from sps2_layout.attention import Attention
 from sps2_layout.wire import unpack_attention
-from sps2_prefill_worker.planning import PlannedPrompt, PromptPlanner
-from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler
+from sps2_prefill_worker.planning import PlannedPrompt, PromptPlanner, Sharing
+from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler, Start
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure, group_draining
 from sps2_service.ranks.group import GroupLeader, GroupState
@@ -39,6 +39,8 @@ class Attempt:
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     dispatched: bool = False
     """Whether the ranks know of it."""
+    speaker: int = 0
+    """Rank whose word on its beginning and progress counts."""
     cancelling: bool = False
     delivered: dict[int, prefill_service_pb2.PrefillDelivered] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
@@ -56,18 +58,24 @@ class PrefillCoordinator:
         exchange: the schedule that serves prompts, or "auto".
         threads: of each rank, on a CPU.
         tp: tensor ranks; divides the group.
+        sharing: which prompts all ranks share.
     """
 
-    def __init__(self, exchange: Choice = "auto", threads: int = 1, tp: int = 1) -> None:
+    def __init__(
+        self, exchange: Choice = "auto", threads: int = 1, tp: int = 1, sharing: Sharing = "auto"
+    ) -> None:
         self._exchange: Choice = exchange
         self._threads = threads
         self._tp = tp
+        self._sharing: Sharing = sharing
         self._planner: PromptPlanner | None = None
         self._scheduler = PrefillScheduler()
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._leader: GroupLeader | None = None
         self._kv_blocks = 0
         self._slice_flops = 0
+        self._short_tokens = 0
+        self._num_started = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -86,6 +94,7 @@ class PrefillCoordinator:
         load.num_requests_waiting = len(self._scheduler.waiting)
         load.num_requests_running = len(self._attempts) - len(self._scheduler.waiting)
         load.queued_tokens = self._scheduler.num_tokens
+        load.short_prompt_tokens = self._short_tokens
 
     async def prefill(
         self, request: prefill_service_pb2.PrefillRequest
@@ -122,9 +131,12 @@ class PrefillCoordinator:
 
     def on_formed(self, epoch: int, ranks: list[engine_pb2.EngineLoaded]) -> None:
         """See `Coordinator.on_formed`."""
-        self._kv_blocks = min(loaded.kv_blocks_total for loaded in ranks)
-        self._slice_flops = min(loaded.slice_flops for loaded in ranks)
-        self._planner = PromptPlanner.of(ranks, self._exchange, self._threads, self._tp)
+        planner = PromptPlanner.of(ranks, self._exchange, self._threads, self._tp, self._sharing)
+        costs = planner.costs
+        self._planner, self._num_started = planner, 0
+        self._kv_blocks, self._slice_flops = costs.kv_blocks, costs.slice_flops
+        self._short_tokens = planner.short_tokens
+        self._scheduler = PrefillScheduler(planner.mesh.sp, costs.short_flops, costs.kv_blocks)
 
     def on_broken(self, error: Unavailable) -> None:
         """See `Coordinator.on_broken`."""
@@ -144,13 +156,16 @@ class PrefillCoordinator:
                 self._on_report(rank, attempt, event.prefill)
 
     def _admit(self, request: prefill_service_pb2.PrefillRequest) -> Attempt:
-        attempt = Attempt(request, self._check(request))
+        planned = self._check(request)
+        attempt = Attempt(request, planned)
         if attempt.key in self._attempts:
             raise Aborted("DUPLICATE_ATTEMPT", f"attempt {attempt.key} is being prefilled already")
         self._attempts[attempt.key] = attempt
         self._idle.clear()
-        self._scheduler.submit(Job(attempt.key, len(request.token_ids)))
-        self._start_next()
+        num_blocks = -(-planned.most_kept // BLOCK_TOKENS)
+        job = Job(attempt.key, len(request.token_ids), planned.interlude_flops, planned.alone, num_blocks)
+        self._scheduler.submit(job)
+        self._start_waiting()
         return attempt
 
     def _check(self, request: prefill_service_pb2.PrefillRequest) -> PlannedPrompt:
@@ -191,12 +206,15 @@ class PrefillCoordinator:
                 f"for {self._kv_blocks * BLOCK_TOKENS}: raise --kv-tokens, use more ranks or lower max_tokens",
             )
 
-    def _start_next(self) -> None:
-        job = self._scheduler.start_next()
-        if job is None:
-            return
+    def _start_waiting(self) -> None:
+        while (start := self._scheduler.start_next()) is not None:
+            self._start(start)
+
+    def _start(self, start: Start) -> None:
+        job = start.job
         attempt = self._attempts[job.key]
-        attempt.dispatched = True
+        attempt.dispatched, attempt.speaker = True, (start.alone_on or 0) * self._tp
+        self._num_started += 1
         request, planned = attempt.request, attempt.planned
         log.info(
             "prefill starts",
@@ -204,6 +222,8 @@ class PrefillCoordinator:
             num_tokens=job.num_tokens,
             exchange=planned.exchange,
             num_ranks=planned.plan.num_ranks,
+            alone_on=start.alone_on,
+            short=job.is_short,
             tp=self._tp,
         )
         for rank in range(self._group.size):
@@ -214,15 +234,16 @@ class PrefillCoordinator:
                 choice=request.choice,
                 attention=request.attention,
                 slice_flops=self._slice_flops,
+                number=self._num_started,
             )
-            planned.assign(rank, run, request.token_ids)
+            planned.assign(rank, run, request.token_ids, start.alone_on)
             self._group.send(rank, engine_pb2.EngineCommand(run_prefill=run))
 
     def _on_report(self, rank: int, attempt: Attempt, report: engine_pb2.PrefillReport) -> None:
         kind = report.WhichOneof("report")
-        if kind == "started" and rank == 0:
+        if kind == "started" and rank == attempt.speaker:
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(started=report.started))
-        elif kind == "progress" and rank == 0:
+        elif kind == "progress" and rank == attempt.speaker:
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(progress=report.progress))
         elif kind == "first_token":
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(first_token=report.first_token))
@@ -260,13 +281,14 @@ class PrefillCoordinator:
 
     def _computed(self, attempt: Attempt) -> None:
         self._scheduler.computed(attempt.key)
-        self._start_next()
+        self._start_waiting()
 
     def _forget(self, attempt: Attempt) -> None:
         self._attempts.pop(attempt.key, None)
         if not self._attempts:
             self._idle.set()
-        self._computed(attempt)
+        self._scheduler.over(attempt.key)
+        self._start_waiting()
 
 
 def _attention_of(request: prefill_service_pb2.PrefillRequest) -> Attention:

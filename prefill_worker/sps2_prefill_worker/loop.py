@@ -1,6 +1,7 @@
 """The prefill engine: computes its slice of a prompt, and hands each layer's KV to the publisher as it comes.
 
-Knows nothing of scheduling: the leader's supervisor sends one prompt after another.
+Knows nothing of scheduling: the leader's supervisor sends one prompt after another. At the ends of a long prompt's
+slices all ranks agree to give it up, or to compute short ones first that have come meanwhile.
 """
 
 import logging
@@ -16,7 +17,7 @@ from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
 from sps2_engine.attention.cost_model import AttentionShape, make_plan
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
 from sps2_engine.choice import ChoiceState, Drawn, draw_tokens, num_choices
-from sps2_engine.collectives import LeadingRanks, SoloCommunicator
+from sps2_engine.collectives import Communicator, LeadingRanks, SoloCommunicator
 from sps2_engine.kv_pool import slot_runs
 from sps2_engine.kv_transfer.rows import TensorSource, cut_rows, num_before, tensor_source
 from sps2_engine.kv_transfer.sender import KvSender
@@ -33,6 +34,7 @@ from sps2_engine.slices import Slicer
 from sps2_kernels.segment_attention import warm_up_attention
 from sps2_layout.layout import Span, exact_layout
 from sps2_layout.placement import num_held
+from sps2_prefill_worker.interludes import FairShare, ToldRuns, short_work
 from sps2_prefill_worker.planning import follow, spans_of
 from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt_key
 
@@ -46,6 +48,9 @@ CPU_BF16_SLICE_FLOPS = 8_000_000_000
 """The same where attention does about twice as much, and products four times."""
 CUDA_SLICE_FLOPS = 20_000_000_000_000
 """100 ms at a quarter of an H200's rate."""
+
+GO_ON, GIVE_UP = 0, -1
+"""What ranks agree upon at the end of a slice; a positive number is that of the last short prompt to compute first."""
 
 
 class AttemptCancelledError(Exception):
@@ -74,6 +79,8 @@ class PrefillRole:
         self._groups = RankGroups.solo()
         self._epoch = 0
         self._cancelled: set[AttemptKey] = set()
+        self._told = ToldRuns(options.collective_timeout_s)
+        self._bytes_of_interludes = 0
         self._lease_holds_until = -math.inf
         self._publisher: Publisher | None = None
         self.steps_done = 0
@@ -106,6 +113,7 @@ class PrefillRole:
     def join(self, groups: RankGroups, epoch: int) -> None:
         """See `Role.join`."""
         self._groups, self._epoch = groups, epoch
+        self._told.clear()  # what was told after the last epoch's end
 
     def reset(self) -> None:
         """See `Role.reset`."""
@@ -114,8 +122,12 @@ class PrefillRole:
         self._cancelled.clear()
 
     def notice(self, command: engine_pb2.EngineCommand) -> None:
-        """See `Role.notice`: a cancel takes effect at the end of the running prompt's slice."""
-        if command.HasField("cancel_prefill"):
+        """See `Role.notice`: what takes effect at the end of the running prompt's slice."""
+        if command.HasField("run_prefill"):
+            self._told.add(command.run_prefill)
+        elif command.HasField("abort_group") or command.HasField("shutdown"):
+            self._told.end()
+        elif command.HasField("cancel_prefill"):
             self._cancelled.add(attempt_key(command.cancel_prefill.attempt))
         elif command.HasField("hold_lease"):
             self._lease_holds_until = command.hold_lease.holds_until_s
@@ -123,23 +135,33 @@ class PrefillRole:
     def execute(self, command: engine_pb2.EngineCommand) -> None:
         """See `Role.execute`."""
         if command.HasField("run_prefill"):
-            self._prefill(command.run_prefill)
+            if self._told.begin(command.run_prefill):
+                self._prefill(command.run_prefill)
         elif command.HasField("cancel_prefill"):
-            attempt = command.cancel_prefill.attempt
-            self._loaded_publisher.give_up(attempt_key(attempt))
-            self._cancelled.discard(attempt_key(attempt))
-            self._report(attempt, cancelled=engine_pb2.PrefillCancelled())
+            self._forget(attempt_key(command.cancel_prefill.attempt))
 
     @property
     def _loaded_publisher(self) -> Publisher:
         assert self._publisher is not None, "commands come after load"
         return self._publisher
 
+    def _forget(self, key: AttemptKey) -> None:
+        """Frees what a cancelled attempt holds, unless that was done between two slices."""
+        if key not in self._cancelled:
+            return
+        self._loaded_publisher.give_up(key)
+        self._cancelled.discard(key)
+        attempt = placement_pb2.Attempt(request_id=key[0], number=key[1])
+        self._report(attempt, cancelled=engine_pb2.PrefillCancelled())
+
     def _prefill(self, run: engine_pb2.RunPrefill) -> None:
         spans = spans_of(run)
         sent = self._source.rows(len(run.token_ids), num_before(spans, num_held(run.placement)))
         delivery = self._loaded_publisher.begin(run.attempt, run.placement, cut_rows(spans, sent))
         self._report(run.attempt, started=prefill_service_pb2.PrefillStarted())
+        if run.HasField("alone_on") and run.alone_on != self._groups.sequence.rank:
+            self._loaded_publisher.computed(delivery, 0, 0.0)
+            return
         try:
             self._compute(run, delivery, sent)
         except AttemptCancelledError:
@@ -148,11 +170,11 @@ class PrefillRole:
 
     def _compute(self, run: engine_pb2.RunPrefill, delivery: Delivery, sent: Span) -> None:
         """Computes this rank's tokens; KV of the rows `sent` among them is its to deliver."""
-        started, ranks = time.perf_counter(), self._groups.sequence
+        started, ranks = time.perf_counter(), self._ranks_of(run)
         plan = follow(run, ranks.rank, ranks.size, self._shape)
-        slicer = Slicer(run.slice_flops, lambda: self._end_slice(key))
+        slicer = self._slicer(run)
         schedule = CsaSchedule(plan, LeadingRanks(ranks, plan.num_ranks), self._model.scale, slicer)
-        key, posted_before = attempt_key(run.attempt), self._collective_bytes
+        posted_before = self._collective_bytes
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             kept_k, kept_v = k[sent.slice], v[sent.slice]
@@ -177,13 +199,44 @@ class PrefillRole:
 
     @property
     def _collective_bytes(self) -> int:
-        return self.bytes_posted[KIND] + self.bytes_posted[SUM_KIND]
+        """Posted for all prompts but those that are over and went between the slices of another."""
+        return self.bytes_posted[KIND] + self.bytes_posted[SUM_KIND] - self._bytes_of_interludes
 
-    def _end_slice(self, key: AttemptKey) -> None:
-        """All ranks come here together: they go on together, or none does."""
+    def _ranks_of(self, run: engine_pb2.RunPrefill) -> Communicator:
+        """Those that may share a prompt which this one computes."""
+        return SoloCommunicator(self.bytes_posted) if run.HasField("alone_on") else self._groups.sequence
+
+    def _slicer(self, run: engine_pb2.RunPrefill) -> Slicer:
+        """How a prompt's work is cut; a short one's is about as much as a slice, and is not."""
+        if run.interlude_flops:
+            return Slicer.endless()
+        key, share = attempt_key(run.attempt), FairShare(run.slice_flops)
+        return Slicer(run.slice_flops, lambda: self._end_slice(key, share))
+
+    def _end_slice(self, key: AttemptKey, share: FairShare) -> None:
+        """All ranks come here together: they go on together, or none does, or all compute short prompts first."""
         self.steps_done += 1
-        if self._groups.everyone.agree(key in self._cancelled):
+        share.earn()
+        everyone = self._groups.everyone
+        verdict = everyone.agree(self._verdict(key, share) if everyone.rank == 0 else GO_ON)
+        if verdict == GIVE_UP:
             raise AttemptCancelledError
+        if verdict != GO_ON:
+            posted_before = self._collective_bytes
+            for run in self._told.take(verdict):
+                self._prefill(run)
+            self._bytes_of_interludes += self._collective_bytes - posted_before
+        for cancelled in list(self._cancelled):
+            # Whose turn it is, and those that have none yet, are given up by all ranks together.
+            if cancelled != key and not self._told.knows(cancelled):
+                self._forget(cancelled)
+
+    def _verdict(self, key: AttemptKey, share: FairShare) -> int:
+        if key in self._cancelled:
+            return GIVE_UP
+        waiting = self._told.short_ones()
+        num_affordable = share.afford(short_work(waiting))
+        return waiting[num_affordable - 1].number if num_affordable else GO_ON
 
     def _sample_first(self, run: engine_pb2.RunPrefill, logits: Tensor, started: float) -> None:
         """Draws the first token of every choice from logits [1, vocab]."""

@@ -1,7 +1,9 @@
-"""Which prompt a prefill group computes next. Pure: no torch, no clock, no network.
+"""Which prompts a prefill group computes next, and where. Pure: no torch, no clock, no network.
 
-One prompt computes at a time, first come first served; a prompt whose KV is still on its way no longer holds the
-compute up.
+Long prompts compute one at a time, first come first served. Short ones do not wait for them: a few are handed to the
+ranks at any time, in the order in which they came, and go between the slices of a long one, as often as its fair share
+allows (`interludes`). Those that a rank computes by itself go to the rank that has least of them to do, so that ranks
+compute several at once. A prompt whose KV is still on its way no longer holds the compute up.
 """
 
 from collections import deque
@@ -16,25 +18,63 @@ class Job:
 
     key: AttemptKey
     num_tokens: int
+    interlude_flops: int = 0
+    """What a short prompt costs its busiest rank; 0 of one that is not short."""
+    alone: bool = False
+    """Whether one sequence rank computes it by itself."""
+    num_blocks: int = 0
+    """KV blocks that it takes, on the rank that has most of them."""
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it may go between the slices of another."""
+        return self.interlude_flops > 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """A prompt that the ranks are to be told of now."""
+
+    job: Job
+    alone_on: int | None = None
+    """The sequence rank that computes it by itself; None: all do together."""
 
 
 @dataclass
 class PrefillScheduler:
-    """Waiting prompts and the one that computes."""
+    """Waiting prompts, and those that the ranks know of."""
 
+    num_ranks: int = 1
+    """Sequence ranks of the group."""
+    short_flops: int = 0
+    """Short work that a rank knows of at most, but for one prompt: what waits here is withdrawn at once."""
+    kv_blocks: int = 0
+    """Blocks of KV that a rank can hold."""
     waiting: deque[Job] = field(default_factory=deque)
-    computing: Job | None = None
+    long: Job | None = None
+    """The long prompt that computes."""
+    short: dict[AttemptKey, Start] = field(default_factory=dict)
+    """Short ones that the ranks know of and have not computed."""
+    _blocks: dict[AttemptKey, int] = field(default_factory=dict)
+    """Of prompts that the ranks know of, until they are over."""
 
     def submit(self, job: Job) -> None:
         """Puts a prompt at the end of the queue."""
         self.waiting.append(job)
 
-    def start_next(self) -> Job | None:
-        """The prompt to start now, if the group is free and one waits."""
-        if self.computing is not None or not self.waiting:
+    def start_next(self) -> Start | None:
+        """The prompt to start now, if there is one; call until there is none."""
+        start = self._next()
+        if start is None:
             return None
-        self.computing = self.waiting.popleft()
-        return self.computing
+        job = start.job
+        self.waiting.remove(job)
+        self._blocks[job.key] = job.num_blocks
+        if job.is_short:
+            self.short[job.key] = start
+        else:
+            self.long = job
+        return start
 
     def withdraw(self, key: AttemptKey) -> bool:
         """Takes a waiting prompt out; False when it is not waiting (any more)."""
@@ -46,16 +86,52 @@ class PrefillScheduler:
 
     def computed(self, key: AttemptKey) -> None:
         """The prompt's compute is over, whatever became of it."""
-        if self.computing is not None and self.computing.key == key:
-            self.computing = None
+        self.short.pop(key, None)
+        if self.long is not None and self.long.key == key:
+            self.long = None
+
+    def over(self, key: AttemptKey) -> None:
+        """No rank holds anything of it any more."""
+        self.computed(key)
+        self._blocks.pop(key, None)
 
     def clear(self) -> None:
         """Forgets everything: the group is gone."""
         self.waiting.clear()
-        self.computing = None
+        self.short.clear()
+        self._blocks.clear()
+        self.long = None
 
     @property
     def num_tokens(self) -> int:
         """Prompt tokens waiting or computing."""
-        running = self.computing.num_tokens if self.computing else 0
-        return running + sum(job.num_tokens for job in self.waiting)
+        computing = [start.job for start in self.short.values()] + ([self.long] if self.long else [])
+        return sum(job.num_tokens for job in (*computing, *self.waiting))
+
+    def _next(self) -> Start | None:
+        for job in self.waiting:
+            if job.is_short:
+                return self._place(job)  # the next short one waits behind it
+            if self.long is None:
+                return Start(job)  # no short one has come before it
+        return None
+
+    def _place(self, job: Job) -> Start | None:
+        """Where a short prompt goes, None while there is no room for it.
+
+        It must not wait for blocks between the slices of a long one, which holds some until it is computed.
+        """
+        if self.long is not None and sum(self._blocks.values()) + job.num_blocks > self.kv_blocks:
+            return None
+        ranks = range(self.num_ranks)
+        rank = min(ranks, key=self._load)
+        busiest = self._load(rank) if job.alone else max(map(self._load, ranks))
+        if busiest and busiest + job.interlude_flops > self.short_flops:
+            return None
+        return Start(job, rank if job.alone else None)
+
+    def _load(self, rank: int) -> int:
+        """Short work that a sequence rank knows of."""
+        return sum(
+            start.job.interlude_flops for start in self.short.values() if start.alone_on in (None, rank)
+        )

@@ -107,7 +107,6 @@ class Router:
             model,
             tokenizer,
             self._admission,
-            self._queue,
             dispatcher,
             config.time_limits,
             ladder,

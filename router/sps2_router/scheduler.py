@@ -1,8 +1,9 @@
 """Gives each attempt its place: in the order of the line, on the pair of groups that the policy picks.
 
 A prefill group takes only a few attempts of this router at once (one computes, one waits behind it), so that
-requests queue here, where they hold no KV, and are bound to a group as late as possible. One that comes back for
-another attempt has the turn that it had, so it does not queue behind those that came after it.
+requests queue here, where they hold no KV, and are bound to a group as late as possible. Prompts that a prefill group
+calls short have places of their own there: it computes them beside long ones, and they do not wait behind those. One
+that comes back for another attempt has the turn that it had, so it does not queue behind those that came after it.
 Knows groups and counts; nothing about calls. Used on one event loop only.
 """
 
@@ -42,11 +43,13 @@ class SchedulerLimits:
     """How the scheduler fills groups."""
 
     prefills_per_group: int = 2
-    """Attempts that one prefill group holds at once; the rest waits in the router."""
+    """Attempts that one prefill group holds at once, but for short ones; the rest waits in the router."""
     regroup_wait_s: float = 30.0
     """Seconds that a request which lost its group waits for a ready one; a new request does not wait."""
     directory_away_s: float = 3.0
     """Seconds that the last view is trusted while no directory answers; then workers fence themselves."""
+    short_prefills_per_group: int = 8
+    """Attempts with short prompts that a prefill group holds besides the others."""
 
 
 class Seat:
@@ -103,6 +106,12 @@ class Scheduler:
         if not any(match(p, d) for p in prefill for d in decode):
             raise _not_ready("no ready prefill group matches a ready decode group in dtype")
 
+    def sized(self, ask: Ask) -> Ask:
+        """The same, with whether some prefill group computes it while it computes long ones."""
+        prefill, _ = self._candidates(group_workers(self._view.workers.values()))
+        most = max((group.short_prompt_tokens for group in prefill), default=0)
+        return replace(ask, is_short=ask.num_tokens <= most)
+
     @asynccontextmanager
     async def seat(
         self,
@@ -118,7 +127,7 @@ class Scheduler:
         """Waits for its turn and for a group with room, and holds the place while the block runs.
 
         Args:
-            ask: What is to be placed.
+            ask: What is to be placed, as `sized` gives it.
             avoid: Groups that are used only when there is no other.
             turn: Of one tenant's the lower goes first; of equal ones the one that came first.
             had_seat: It had one before, so that it owes nothing of its tenant's share.
@@ -156,7 +165,7 @@ class Scheduler:
         self._room_made()
 
     def _room_made(self) -> None:
-        if self._line.first is None and not any(seat.in_prefill for seat in self._seats):
+        if self._line.is_empty and not any(seat.in_prefill for seat in self._seats):
             self._line.forget_shares()
         self.wake()
 
@@ -179,6 +188,12 @@ class Scheduler:
             except TimeoutError:
                 continue
 
+    def _has_room(self, group: Group, *, is_short: bool) -> bool:
+        seats = (seat for seat in self._seats if seat.in_prefill and seat.pair.prefill.name == group.name)
+        num_alike = sum(seat.ask.is_short is is_short for seat in seats)
+        limits = self._limits
+        return num_alike < (limits.short_prefills_per_group if is_short else limits.prefills_per_group)
+
     def _take(self, seat: Seat) -> None:
         self._seats.add(seat)
         self._num_seats += 1
@@ -190,9 +205,7 @@ class Scheduler:
         self._last_seats = {name: number for name, number in self._last_seats.items() if name in groups}
         loads = self._loads()
         prefill, decode = self._candidates(groups)
-        free = [
-            g for g in prefill if loads.get(g.name, NO_LOAD).num_requests < self._limits.prefills_per_group
-        ]
+        free = [group for group in prefill if self._has_room(group, is_short=ask.is_short)]
         liked = self._policy.pick(ask, _without(free, avoid), _without(decode, avoid), loads)
         if liked is not None:
             return liked

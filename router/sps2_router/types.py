@@ -155,6 +155,11 @@ class Group:
         return self.leader is not None and self.leader.state == cluster_pb2.WORKER_STATE_DRAINING
 
     @property
+    def short_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt that it computes while it computes longer ones; 0: none."""
+        return self.leader.load.short_prompt_tokens if self.leader is not None else 0
+
+    @property
     def num_ready(self) -> int:
         """Ranks that are READY."""
         return sum(worker.state == cluster_pb2.WORKER_STATE_READY for worker in self.workers)

@@ -34,7 +34,7 @@ def test_odd_heads_on_many_ranks(odd_heads: Path) -> None:
     """The bytes come first: they are counted since the beginning of a deployment."""
     tally, prompts = Tally(), byte_prompts([1, 3, 70, 500])
     exchange: Exchange = "kv"
-    arguments = ["--exchange", exchange]
+    arguments = ["--exchange", exchange, "--sharing", "all"]
     with (
         deployment(odd_heads, prefill="1x4", decode="1x3", arguments=arguments) as running,
         running.client() as client,

@@ -100,7 +100,7 @@ class QueueRanks:
             self._queues[self.rank][peer].put(part)
         return Received([sent[self.rank] for sent in self._queues])
 
-    def agree(self, flag: bool) -> bool:
+    def agree(self, value: int) -> int:
         """Not asked here."""
         raise NotImplementedError
 

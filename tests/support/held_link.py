@@ -62,9 +62,9 @@ class HeldLink:
         self.busy_s += took_s
         return _HeldExchange(pending, self._free_at_s)
 
-    def agree(self, flag: bool) -> bool:
+    def agree(self, value: int) -> int:
         """See `Communicator.agree`."""
-        return self._inner.agree(flag)
+        return self._inner.agree(value)
 
     def close(self) -> None:
         """See `Communicator.close`."""

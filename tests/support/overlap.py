@@ -59,7 +59,7 @@ def time_step(
         schedule = CsaSchedule(
             plan, link, plan.head_dim**-0.5, pipelined=pipelined, trace=trace, attention=attention
         )
-        communicator.agree(flag=True)  # begin together
+        communicator.agree(1)  # begin together
         begin = time.perf_counter()
         schedule.attend(0, q, k, v)
         return begin, time.perf_counter(), link.busy_s, trace

@@ -104,6 +104,8 @@ class UpOptions:
     """Seconds that a request may wait for its prefill."""
     exchange: str = "auto"
     """What prefill ranks exchange: "auto", "heads" or "kv"."""
+    sharing: str = "auto"
+    """Prompts that all ranks of a prefill group share: "auto" or "all"."""
     prefill_tp: int = 1
     """Prefill ranks that split every layer between them; the rest of a group's ranks split the prompt."""
     decode_tp: int = 1
@@ -336,6 +338,7 @@ def _worker_spec(
     }
     if role == "prefill":
         flags["--exchange"] = options.exchange
+        flags["--sharing"] = options.sharing
     if leader is not None:
         flags["--leader"] = leader
     arguments = [str(part) for pair in flags.items() for part in pair]

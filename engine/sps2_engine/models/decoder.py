@@ -76,6 +76,11 @@ class SelfAttention:
         for rows in walk(len(x), self.output.flops_per_row):
             self.output.add_to(x[rows], o[rows], ranks)
 
+    @property
+    def flops_per_row(self) -> int:
+        """FLOPs of one row's products, attention itself left out."""
+        return self.qkv.flops_per_row + self.output.flops_per_row
+
     def pack(self) -> None:
         """See `Decoder.pack`."""
         self.qkv.pack()
@@ -195,6 +200,11 @@ class Decoder:
         """
         self._check(ranks)
         return self._vocabulary.logits(hidden, ranks)
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of one token's products in all layers, of what is held; attention itself and the logits left out."""
+        return sum(attention.flops_per_row + forward.mlp.flops_per_row for attention, forward in self._layers)
 
     def pack(self) -> None:
         """Makes the weights' form for few rows besides their own (`few_rows`): for a rank that decodes."""

@@ -59,6 +59,7 @@ class LoadedModel:
             num_q_heads=config.num_q_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
+            linear_flops_per_token=self.decoder.flops_per_token,
         )
 
 

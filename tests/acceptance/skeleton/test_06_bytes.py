@@ -28,7 +28,9 @@ def test_demo_model(must_show: MustShow, prefill: int, decode: int, exchange: Ex
     with must_show(f"6 bytes, demo model, (R, D) = ({prefill}, {decode}), {exchange}") as figures:
         with (
             deployment(
-                prefill=f"1x{prefill}", decode=f"1x{decode}", arguments=["--exchange", exchange]
+                prefill=f"1x{prefill}",
+                decode=f"1x{decode}",
+                arguments=["--exchange", exchange, "--sharing", "all"],
             ) as running,
             running.client() as client,
         ):
@@ -44,7 +46,7 @@ def test_odd_heads(must_show: MustShow, tmp_path: Path, transport: str) -> None:
         folder = make_tiny_checkpoint(
             tmp_path / "odd", "qwen2", num_attention_heads=14, num_key_value_heads=2
         )
-        arguments = ["--kv-transport", transport, "--exchange", "heads"]
+        arguments = ["--kv-transport", transport, "--exchange", "heads", "--sharing", "all"]
         with deployment(folder, "1x3", "1x4", arguments) as running, running.client() as client:
             total = check_bytes(client, folder, (3, 4), byte_prompts(LENGTHS), NUM_TOKENS, "heads")
         figures.append(f"posted = planned = usage: {total}")

@@ -8,7 +8,7 @@ from sps2_engine.mesh import TensorShare
 from sps2_layout.attention import Attention
 from sps2_layout.profiles import EXACT, Ladder, Profile, paper_profile
 from sps2_layout.wire import pack_attention
-from sps2_prefill_worker.planning import TO_WIRE, PromptPlanner, follow, spans_of
+from sps2_prefill_worker.planning import TO_WIRE, PlannedPrompt, PromptPlanner, Sharing, follow, spans_of
 
 LOADED = engine_pb2.EngineLoaded(device="cpu", dtype="fp32", num_q_heads=8, num_kv_heads=2, head_dim=64)
 DENSE_QUERIES = Ladder("dense", (Profile(8, ((1, 1), (8, 4)), dense_queries=True, tail=5),), 1)
@@ -98,3 +98,68 @@ def test_tensor_ranks_are_told_the_same_tokens(ladder: Ladder, tp: int, num_repl
         assert run.token_ids == runs[rank // tp * tp].token_ids
     assert sorted(token for run in runs[::tp] for token in run.token_ids) == list(range(333))
     assert planned.most_kept == -(-planned.plan.most_tokens // num_replicas)
+
+
+COSTS = {
+    "num_layers": 4,
+    "linear_flops_per_token": 6_000_000,
+    "slice_flops": 4_000_000_000,
+    "kv_blocks_total": 64,
+}
+"""About the demo model, in fp32 on a core."""
+
+
+def sized(num_ranks: int, sharing: Sharing = "auto", **changes: int) -> PromptPlanner:
+    loaded = engine_pb2.EngineLoaded()
+    loaded.CopyFrom(LOADED)
+    for name, value in (COSTS | changes).items():
+        setattr(loaded, name, value)
+    return PromptPlanner.of([loaded] * num_ranks, "auto", threads=1, sharing=sharing)
+
+
+def exact(planner: PromptPlanner, num_tokens: int) -> PlannedPrompt:
+    return planner.plan(Attention(num_tokens, num_tokens))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_prompts_are_shared_from_some_length_on(num_ranks: int) -> None:
+    """Where compute is four times what exchanges add to it; more ranks want longer prompts."""
+    planner = sized(num_ranks)
+    lengths = range(16, 1600, 16)  # between them what is rounded up to whole slices decides
+    alone = [exact(planner, num_tokens).alone for num_tokens in lengths]
+    border = alone.index(False)
+    assert not any(alone[border:])
+    assert {2: 80, 4: 200, 8: 450}[num_ranks] < lengths[border] < {2: 200, 4: 450, 8: 1000}[num_ranks]
+    assert exact(planner, 2000).plan.num_ranks == num_ranks
+
+
+def test_what_all_share_and_what_has_no_room_on_one_rank_is_shared() -> None:
+    assert exact(sized(2), 65).alone
+    assert not exact(sized(2, sharing="all"), 65).alone
+    assert not exact(sized(2, kv_blocks_total=1), 65).alone
+    assert not exact(sized(1), 65).alone, "there is nobody to share it with"
+
+
+def test_a_prompt_is_short_by_what_its_busiest_rank_computes() -> None:
+    for planner in (sized(1), sized(2)):
+        longest = planner.short_tokens
+        assert 0 < exact(planner, longest - 8).interlude_flops <= 2 * COSTS["slice_flops"]
+        assert exact(planner, longest + 8).interlude_flops == 0
+    assert sized(2).short_tokens > sized(1).short_tokens
+    assert PromptPlanner.of([LOADED] * 2, "auto", threads=1).short_tokens == 0, "nobody knows what it costs"
+
+
+@pytest.mark.parametrize("alone_on", [0, 1])
+def test_a_rank_alone_is_told_the_whole_prompt_and_the_others_none(alone_on: int) -> None:
+    planned = exact(sized(2), 65)
+    runs = [
+        engine_pb2.RunPrefill(attention=pack_attention(Attention(65, 65)), num_prompt_tokens=65)
+        for _ in range(2)
+    ]
+    for rank, run in enumerate(runs):
+        planned.assign(rank, run, range(65), alone_on)
+    assert [list(run.token_ids) for run in runs] == [
+        list(range(65)) if rank == alone_on else [] for rank in range(2)
+    ]
+    assert {(run.alone_on, run.interlude_flops > 0) for run in runs} == {(alone_on, True)}
+    assert follow(runs[alone_on], 0, 1, sized(2).model).num_ranks == 1

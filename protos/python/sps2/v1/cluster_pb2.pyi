@@ -219,6 +219,7 @@ class WorkerLoad(_message.Message):
     CONTROL_SHARE_FIELD_NUMBER: _builtins.int
     NUM_RESIZES_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_MOVED_FIELD_NUMBER: _builtins.int
+    SHORT_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     num_requests_running: _builtins.int
     """Requests being computed."""
     num_requests_waiting: _builtins.int
@@ -239,6 +240,8 @@ class WorkerLoad(_message.Message):
     """Changes of the number of ranks that hold a request's KV, done in this life (leaders of decode groups)."""
     num_blocks_moved: _builtins.int
     """KV blocks that have gone from rank to rank for these, and to even out their use (leaders of decode groups)."""
+    short_prompt_tokens: _builtins.int
+    """Tokens of the longest prompt that runs between the slices of longer ones (leaders of prefill groups); 0: none does."""
     @_builtins.property
     def bytes_posted(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Bytes that the rank has really posted since it started, by kind:
@@ -258,10 +261,11 @@ class WorkerLoad(_message.Message):
         control_share: _builtins.float = ...,
         num_resizes: _builtins.int = ...,
         num_blocks_moved: _builtins.int = ...,
+        short_prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_posted", b"bytes_posted", "control_share", b"control_share", "kv_blocks_used", b"kv_blocks_used", "load_fraction", b"load_fraction", "num_blocks_moved", b"num_blocks_moved", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_resizes", b"num_resizes", "queued_tokens", b"queued_tokens", "steps_done", b"steps_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_posted", b"bytes_posted", "control_share", b"control_share", "kv_blocks_used", b"kv_blocks_used", "load_fraction", b"load_fraction", "num_blocks_moved", b"num_blocks_moved", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_resizes", b"num_resizes", "queued_tokens", b"queued_tokens", "short_prompt_tokens", b"short_prompt_tokens", "steps_done", b"steps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

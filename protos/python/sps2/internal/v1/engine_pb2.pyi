@@ -211,6 +211,9 @@ class RunPrefill(_message.Message):
     SLICE_FLOPS_FIELD_NUMBER: _builtins.int
     EXCHANGE_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ALONE_ON_FIELD_NUMBER: _builtins.int
+    INTERLUDE_FLOPS_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
     """Tokens of the whole prompt and of what was generated in earlier attempts."""
     @_builtins.property
@@ -224,9 +227,19 @@ class RunPrefill(_message.Message):
         """First token of this rank's slice; not read any more, see spans."""
 
     slice_flops: _builtins.int
-    """FLOPs of one slice: every rank looks for a cancel each time the busiest rank has done so many."""
+    """FLOPs of one slice: every rank looks for a cancel, and for short prompts that go first, each time the busiest rank
+    has done so many.
+    """
     exchange: Global___Exchange.ValueType
     """How what lies across ranks is exchanged; the same on every rank, because the leader chose."""
+    number: _builtins.int
+    """Counts the prompts of an epoch from 1, in the order of their commands; every rank is told of each."""
+    alone_on: _builtins.int
+    """Index of the slice of the group (sequence rank) that computes it by itself; the whole group without it."""
+    interlude_flops: _builtins.int
+    """FLOPs of its busiest rank, where it may go before its turn: whole, at the end of a slice of an earlier prompt. 0
+    where it may not.
+    """
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -266,12 +279,17 @@ class RunPrefill(_message.Message):
         slice_flops: _builtins.int = ...,
         exchange: Global___Exchange.ValueType = ...,
         spans: _abc.Iterable[Global___TokenSpan] | None = ...,
+        number: _builtins.int = ...,
+        alone_on: _builtins.int | None = ...,
+        interlude_flops: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alone_on", b"_alone_on", "alone_on", b"alone_on", "attempt", b"attempt", "attention", b"attention", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "exchange", b"exchange", "num_prompt_tokens", b"num_prompt_tokens", "placement", b"placement", "slice_flops", b"slice_flops", "spans", b"spans", "token_begin", b"token_begin", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alone_on", b"_alone_on", "alone_on", b"alone_on", "attempt", b"attempt", "attention", b"attention", "choice", b"choice", "exchange", b"exchange", "interlude_flops", b"interlude_flops", "num_prompt_tokens", b"num_prompt_tokens", "number", b"number", "placement", b"placement", "slice_flops", b"slice_flops", "spans", b"spans", "token_begin", b"token_begin", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__alone_on: _TypeAlias = _typing.Literal["alone_on"]  # noqa: Y015
+    _WhichOneofArgType__alone_on: _TypeAlias = _typing.Literal["_alone_on", b"_alone_on"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alone_on) -> _WhichOneofReturnType__alone_on | None: ...
 
 Global___RunPrefill: _TypeAlias = RunPrefill  # noqa: Y015
 
@@ -726,6 +744,7 @@ class EngineLoaded(_message.Message):
     NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
     HEAD_DIM_FIELD_NUMBER: _builtins.int
     SLICE_FLOPS_FIELD_NUMBER: _builtins.int
+    LINEAR_FLOPS_PER_TOKEN_FIELD_NUMBER: _builtins.int
     process_incarnation: _builtins.str
     """Life of the engine process; the fence of its KV."""
     transfer_address: _builtins.str
@@ -746,6 +765,8 @@ class EngineLoaded(_message.Message):
     """Head size."""
     slice_flops: _builtins.int
     """FLOPs that prefill may do here between two looks for a cancel."""
+    linear_flops_per_token: _builtins.int
+    """FLOPs of the matrix products of one token in all layers, of the part of the model that the rank holds."""
     def __init__(
         self,
         *,
@@ -759,10 +780,11 @@ class EngineLoaded(_message.Message):
         num_kv_heads: _builtins.int = ...,
         head_dim: _builtins.int = ...,
         slice_flops: _builtins.int = ...,
+        linear_flops_per_token: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "head_dim", b"head_dim", "kv_blocks_total", b"kv_blocks_total", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_q_heads", b"num_q_heads", "process_incarnation", b"process_incarnation", "slice_flops", b"slice_flops", "transfer_address", b"transfer_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "head_dim", b"head_dim", "kv_blocks_total", b"kv_blocks_total", "linear_flops_per_token", b"linear_flops_per_token", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_q_heads", b"num_q_heads", "process_incarnation", b"process_incarnation", "slice_flops", b"slice_flops", "transfer_address", b"transfer_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
