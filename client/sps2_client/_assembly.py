@@ -7,6 +7,7 @@ count and digest match the tokens; Usage last. What fails a check never reaches 
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sps2.v1 import generation_pb2, inference_service_pb2
 from sps2_client import _convert
@@ -134,8 +135,9 @@ class Assembly:
 
     @property
     def received(self) -> Received:
-        """Both, for errors."""
-        return Received(self.text, self.token_ids)
+        """Both, of every choice, for errors."""
+        first, *more = (Received(one.text, tuple(one.token_ids)) for one in self._choices)
+        return replace(first, more_choices=tuple(more))
 
     def take(self, message: inference_service_pb2.StreamGenerateTextResponse) -> Event:
         """The event in a message, once it has passed its checks.

@@ -127,4 +127,6 @@ class AsyncStream(StreamCore, AsyncIterator[Event]):
         if delay is None:
             raise failure from error
         await asyncio.sleep(delay)
+        if self._closed:
+            raise self._closed_error() from error
         self._call = self._open_stream(self._request, timeout=self._deadline.left)

@@ -54,6 +54,8 @@ class Received:
     """Text so far."""
     token_ids: tuple[int, ...] = ()
     """Tokens so far."""
+    more_choices: "tuple[Received, ...]" = ()
+    """The same of choices 1, 2, ... of a request for several."""
 
 
 class SPS2Error(Exception):

@@ -1,6 +1,6 @@
 """The blocking stream."""
 
-import time
+import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Protocol, Self
@@ -51,7 +51,7 @@ class Stream(StreamCore, Iterator[Event]):
         super().__init__(request, address, timeouts, max_retries)
         self._open_stream = open_stream
         self._alarm = alarm
-        self._closed = False
+        self._closed = threading.Event()
         self._call = open_stream(request, timeout=self._deadline.left)
 
     def __enter__(self) -> Self:
@@ -95,7 +95,7 @@ class Stream(StreamCore, Iterator[Event]):
 
     def close(self) -> None:
         """Cancels the call unless it has ended; safe to call twice and from another thread."""
-        self._closed = True
+        self._closed.set()
         self._call.cancel()
 
     def _advance(self) -> Event:
@@ -113,7 +113,7 @@ class Stream(StreamCore, Iterator[Event]):
 
     def _recover(self, error: grpc.RpcError) -> None:
         """Opens the next try, or raises what the failure means."""
-        if self._closed:
+        if self._closed.is_set():
             raise self._closed_error() from error
         if self._alarm.fired:
             raise self._timed_out() from error
@@ -121,5 +121,8 @@ class Stream(StreamCore, Iterator[Event]):
         delay = self._retry_delay(failure)
         if delay is None:
             raise failure from error
-        time.sleep(delay)
+        if self._closed.wait(delay):
+            raise self._closed_error() from error
         self._call = self._open_stream(self._request, timeout=self._deadline.left)
+        if self._closed.is_set():  # by another thread meanwhile, which cancelled the call before
+            self._call.cancel()

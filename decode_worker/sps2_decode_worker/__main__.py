@@ -11,7 +11,7 @@ from sps2_decode_worker.servicer import DecodeServicer
 from sps2_engine.runtime.options import EngineOptions
 from sps2_service.config import load_config, setting
 from sps2_service.directory_client import DirectoryClient
-from sps2_service.ranks.worker import LeaderService, WorkerConfig, run_worker
+from sps2_service.ranks.worker import LeaderModel, LeaderService, WorkerConfig, run_worker
 from sps2_service.run import prepare_process
 
 _MODEL = "--model models/demo --directory 127.0.0.1:50060"
@@ -36,17 +36,17 @@ def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> 
     return EngineOptions(**config.engine_settings(model_hash)).arguments(socket_fd)
 
 
-def _lead(config: WorkerConfig, directory: DirectoryClient, model_hash: str) -> LeaderService:
+def _lead(config: WorkerConfig, directory: DirectoryClient, model: LeaderModel) -> LeaderService:
     assert isinstance(config, DecodeWorkerConfig)
     coordinator = DecodeCoordinator(
         directory,
-        model_hash,
+        model.model_hash,
         config.min_holder_tokens,
         tp=config.tp,
         debug_invariants=config.debug_invariants,
     )
     service = decode_service_pb2.DESCRIPTOR.services_by_name["DecodeService"]
-    return LeaderService(coordinator, DecodeServicer(coordinator), service)
+    return LeaderService(coordinator, DecodeServicer(coordinator, model.vocabulary), service)
 
 
 def main() -> int:

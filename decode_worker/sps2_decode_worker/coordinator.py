@@ -406,11 +406,6 @@ class DecodeCoordinator:
                 f"attempt {request.attempt.number} of request {request.attempt.request_id!r} is served already: "
                 "two live requests may not share an id",
             )
-        if request.num_prompt_tokens < 1 or max_new_tokens(request.choice) < 1:
-            raise InvalidArgument(
-                "EMPTY_REQUEST",
-                "num_prompt_tokens must be at least 1, and max_tokens more than what is generated",
-            )
 
     async def _wait(
         self, live: LiveAttempt, ready: Callable[[], bool], timeout_s: float, reason: str

@@ -1,4 +1,4 @@
-"""DecodeService of a leader: unpack, call, pack."""
+"""DecodeService of a leader: unpack, check, call, pack."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
@@ -10,14 +10,17 @@ from sps2.internal.v1 import decode_service_pb2
 from sps2.v1 import generation_pb2
 from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
 from sps2_decode_worker.coordinator import DecodeCoordinator
+from sps2_decode_worker.validation import check_reserve, check_start
 from sps2_service.errors import InvalidArgument
+from sps2_service.request_fields import Vocabulary
 
 
 class DecodeServicer:
     """Implements `sps2.internal.v1.DecodeService`."""
 
-    def __init__(self, coordinator: DecodeCoordinator) -> None:
+    def __init__(self, coordinator: DecodeCoordinator, vocabulary: Vocabulary) -> None:
         self._coordinator = coordinator
+        self._vocabulary = vocabulary
 
     async def Decode(  # noqa: N802 - named by the proto
         self,
@@ -26,11 +29,13 @@ class DecodeServicer:
     ) -> AsyncIterator[decode_service_pb2.DecodeResponse]:
         """See decode_service.proto. The call is the attempt's lifetime: its end frees everything."""
         reserve = await _next_step(requests, "reserve")
+        check_reserve(reserve.reserve, self._vocabulary)
         live = await self._coordinator.reserve(reserve.reserve)
         try:
             yield decode_service_pb2.DecodeResponse(placement=live.reserve.placement)
             # Prefill computes meanwhile; a group that breaks under it is told at once, not at `start`.
             start = await _first_of(_next_step(requests, "start"), live)
+            check_start(start.start, len(live.rows), self._vocabulary)
             await self._coordinator.commit(live, start.start)
             stops = asyncio.ensure_future(self._stop_choices(requests, live))
             try:

@@ -3,6 +3,7 @@
 from sps2.internal.v1 import placement_pb2
 from sps2_layout.attention import Attention
 from sps2_layout.layout import Layout, Level
+from sps2_layout.profiles import MAX_SHARDS
 
 
 def pack_attention(attention: Attention) -> placement_pb2.AttentionLayout:
@@ -45,6 +46,8 @@ def unpack_attention(message: placement_pb2.AttentionLayout) -> Attention:
 def _unpack_csa(num_tokens: int, csa: placement_pb2.CsaMask) -> Layout:
     if csa.query_mode not in {placement_pb2.QUERY_MODE_SAMPLED, placement_pb2.QUERY_MODE_DENSE}:
         raise ValueError(f"query mode {csa.query_mode} is unknown here")
+    if csa.num_shards > MAX_SHARDS:  # plans take time and memory by their number
+        raise ValueError(f"{csa.num_shards} shards; at most {MAX_SHARDS} are planned")
     if any(min(level.group, level.stride) < 1 for level in csa.levels):
         raise ValueError("groups and strides must be at least 1")
     return Layout(

@@ -1,4 +1,4 @@
-"""PrefillService of a leader: unpack, call, pack."""
+"""PrefillService of a leader: unpack, check, call, pack."""
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -8,13 +8,16 @@ import grpc
 
 from sps2.internal.v1 import prefill_service_pb2
 from sps2_prefill_worker.coordinator import PrefillCoordinator
+from sps2_prefill_worker.validation import check_prefill
+from sps2_service.request_fields import Vocabulary
 
 
 class PrefillServicer:
     """Implements `sps2.internal.v1.PrefillService`."""
 
-    def __init__(self, coordinator: PrefillCoordinator) -> None:
+    def __init__(self, coordinator: PrefillCoordinator, vocabulary: Vocabulary) -> None:
         self._coordinator = coordinator
+        self._vocabulary = vocabulary
 
     async def Prefill(  # noqa: N802 - named by the proto
         self,
@@ -22,6 +25,7 @@ class PrefillServicer:
         _context: "grpc.aio.ServicerContext[Any, Any]",
     ) -> AsyncIterator[prefill_service_pb2.PrefillResponse]:
         """See prefill_service.proto."""
+        check_prefill(request, self._vocabulary)
         async with aclosing(self._coordinator.prefill(request)) as events:
             async for event in events:
                 yield event

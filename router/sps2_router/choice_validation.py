@@ -1,26 +1,15 @@
 """What the fields of a spec that say how tokens are chosen must be, and the choice that they come to. Pure."""
 
-import math
 from typing import NoReturn
 
 from sps2.v1 import generation_pb2
 from sps2_router.types import ServedModel, TokenChoice
 from sps2_service.errors import InvalidArgument
+from sps2_service.request_fields import check_num_choices, check_num_logprobs, check_sampling
 
 MAX_STOP_TOKEN_IDS = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
-MAX_LOGIT_BIASES = 1024
-MAX_LOGPROBS = 20
-MAX_CHOICES = 32
-RANGES = {
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.01, 100.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-}
-"""Fields of SamplingSpec with a closed range. The lower end of the repetition penalty keeps logits finite."""
-MAX_LOGIT_BIAS = 100.0
 
 
 def check_choice(spec: generation_pb2.GenerationSpec, model: ServedModel) -> None:
@@ -29,43 +18,12 @@ def check_choice(spec: generation_pb2.GenerationSpec, model: ServedModel) -> Non
     Raises:
         InvalidArgument: a field is wrong; names it.
     """
-    _check_sampling(spec.sampling)
-    _check_bias(spec.sampling, model)
+    check_sampling("spec.sampling", spec.sampling, model.vocabulary)
     _check_stop(spec.stop)
-    if spec.HasField("num_logprobs") and not 0 <= spec.num_logprobs <= MAX_LOGPROBS:
-        _refuse("spec.num_logprobs", f"is {spec.num_logprobs}; send 0 to {MAX_LOGPROBS}")
-    if spec.HasField("num_choices") and not 1 <= spec.num_choices <= MAX_CHOICES:
-        _refuse("spec.num_choices", f"is {spec.num_choices}; send 1 to {MAX_CHOICES}")
-
-
-def _check_sampling(sampling: generation_pb2.SamplingSpec) -> None:
-    temperature, top_p, top_k = sampling.temperature, sampling.top_p, sampling.top_k
-    if not (math.isfinite(temperature) and temperature >= 0):
-        _refuse("spec.sampling.temperature", f"is {temperature:g}; send a finite number >= 0 (0 is greedy)")
-    if sampling.HasField("top_p") and not 0 < top_p <= 1:  # also refuses NaN
-        _refuse("spec.sampling.top_p", f"is {top_p:g}; send a number in (0, 1]")
-    if top_k < -1:
-        _refuse("spec.sampling.top_k", f"is {top_k}; send -1 or 0 (off) or more")
-    for name, (lowest, highest) in RANGES.items():
-        value = getattr(sampling, name)
-        # The wire's fp32 has no 0.01.
-        if sampling.HasField(name) and not lowest <= round(value, 6) <= highest:  # type: ignore[arg-type]
-            _refuse(f"spec.sampling.{name}", f"is {value:g}; send a number from {lowest:g} to {highest:g}")
-    if sampling.first_choice < 0:
-        _refuse("spec.sampling.first_choice", f"is {sampling.first_choice}; send 0 or more")
-
-
-def _check_bias(sampling: generation_pb2.SamplingSpec, model: ServedModel) -> None:
-    field = "spec.sampling.logit_bias"
-    if len(sampling.logit_bias) > MAX_LOGIT_BIASES:
-        _refuse(field, f"has {len(sampling.logit_bias)} entries; send at most {MAX_LOGIT_BIASES}")
-    for token_id, bias in sampling.logit_bias.items():
-        if not 0 <= token_id < model.vocabulary_size:
-            _refuse(
-                f"{field}[{token_id}]", f"{model.name!r} has token ids from 0 to {model.vocabulary_size - 1}"
-            )
-        if not abs(bias) <= MAX_LOGIT_BIAS:  # also refuses NaN
-            _refuse(f"{field}[{token_id}]", f"is {bias:g}; send a number from -100 to 100")
+    if spec.HasField("num_logprobs"):
+        check_num_logprobs("spec.num_logprobs", spec.num_logprobs)
+    if spec.HasField("num_choices"):
+        check_num_choices("spec.num_choices", spec.num_choices)
 
 
 def _check_stop(stop: generation_pb2.StopSpec) -> None:

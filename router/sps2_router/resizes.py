@@ -9,9 +9,9 @@ from sps2.internal.v1 import decode_service_pb2, decode_service_pb2_grpc
 from sps2.v1 import cluster_pb2
 from sps2.v1 import cluster_service_pb2 as pb
 from sps2_router.channels import LeaderChannels
-from sps2_router.validation import check_request_id
 from sps2_router.worker_errors import worker_error
 from sps2_service.errors import NotFound
+from sps2_service.request_fields import check_request_id
 
 RESIZE_TIMEOUT_S = 65.0
 """A little longer than a leader takes at most."""

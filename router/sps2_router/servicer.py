@@ -11,7 +11,7 @@ from sps2_router.call import Call
 from sps2_router.front_door import FrontDoor
 from sps2_router.live_requests import LiveRequests
 from sps2_router.relay import Event
-from sps2_router.validation import check_request_id
+from sps2_service.request_fields import check_request_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -8,7 +8,7 @@ from sps2.v1 import tokenizer_service_pb2 as pb
 from sps2_router.prompt_ids import ids_of_chat, ids_of_text
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.types import ServedModel
-from sps2_router.validation import check_model, check_token_ids
+from sps2_router.validation import check_model
 from sps2_service.errors import InvalidArgument
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -42,5 +42,5 @@ class TokenizerServicer:
             raise InvalidArgument.of_field(
                 "token_ids", f"has {len(request.token_ids)} ids; send at most {limit}"
             )
-        check_token_ids(request.token_ids, "token_ids", self._model)
+        self._model.vocabulary.check("token_ids", request.token_ids)
         return pb.DetokenizeTokensResponse(text=await self._tokenizer.decode_all(list(request.token_ids)))

@@ -9,6 +9,7 @@ from enum import Enum, auto
 
 from sps2.v1 import cluster_pb2
 from sps2_layout.attention import Attention
+from sps2_service.request_fields import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class ServedModel:
     """Ids that end a stream unless the request ignores them."""
     keys_per_token: int = 1536
     """So many keys that a token sees cost as much as what else it costs."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """For checks."""
+        return Vocabulary(self.name, self.vocabulary_size)
 
 
 @dataclass(frozen=True)

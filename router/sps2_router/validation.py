@@ -12,9 +12,9 @@ from sps2_layout.profiles import NAMED, Ladder
 from sps2_router.choice_validation import check_choice, resolve_choice
 from sps2_router.types import Request, Reuse, ServedModel
 from sps2_service.errors import FieldViolation, InvalidArgument, NotFound, OutOfRange
+from sps2_service.request_fields import check_request_id
 from sps2_service.turns import MAX_PRIORITY
 
-MAX_REQUEST_ID_CHARS = 64
 MAX_NONCE_BYTES = 32
 MAX_CHAT_MESSAGES = 1024
 MAX_ROLE_CHARS = 64
@@ -35,7 +35,8 @@ def check_fields(spec: generation_pb2.GenerationSpec, model: ServedModel) -> Non
         InvalidArgument: a field is wrong; names it.
         OutOfRange: more token ids than the context takes.
     """
-    check_request_id(spec.request_id, "spec.request_id", may_be_empty=True)
+    if spec.request_id:
+        check_request_id(spec.request_id, "spec.request_id")
     if len(spec.nonce) > MAX_NONCE_BYTES:
         raise InvalidArgument.of_field(
             "spec.nonce", f"is {len(spec.nonce)} bytes long; use at most {MAX_NONCE_BYTES}"
@@ -47,7 +48,7 @@ def check_fields(spec: generation_pb2.GenerationSpec, model: ServedModel) -> Non
             "spec.priority", f"is {spec.priority}; send {-MAX_PRIORITY} to {MAX_PRIORITY}"
         )
     check_choice(spec, model)
-    check_token_ids(spec.stop.stop_token_ids, "spec.stop.stop_token_ids", model)
+    model.vocabulary.check("spec.stop.stop_token_ids", spec.stop.stop_token_ids)
     if spec.prefix_reuse not in REUSES:
         raise InvalidArgument.of_field(
             "spec.prefix_reuse", f"is {spec.prefix_reuse}; send 0 to {max(REUSES)}, see PrefixReuse"
@@ -58,18 +59,6 @@ def check_fields(spec: generation_pb2.GenerationSpec, model: ServedModel) -> Non
             "spec.attention_profile",
             f"{shown!r} is unknown; send one of {', '.join(NAMED)}, or nothing for the deployment's own",
         )
-
-
-def check_request_id(request_id: str, field: str, *, may_be_empty: bool = False) -> None:
-    """Ids are 1 to 64 printable ASCII characters; raises InvalidArgument naming `field`."""
-    if not request_id and not may_be_empty:
-        raise InvalidArgument.of_field(field, "is empty; name the request")
-    if len(request_id) > MAX_REQUEST_ID_CHARS:
-        raise InvalidArgument.of_field(
-            field, f"is {len(request_id)} characters long; use at most {MAX_REQUEST_ID_CHARS}"
-        )
-    if not (request_id.isascii() and (request_id.isprintable() or not request_id)):
-        raise InvalidArgument.of_field(field, "holds control or non-ASCII characters; use printable ASCII")
 
 
 def check_model(name: str, model: ServedModel) -> None:
@@ -95,19 +84,9 @@ def _check_prompt(spec: generation_pb2.GenerationSpec, model: ServedModel) -> No
             if not ids:
                 raise InvalidArgument.of_field("spec.token_ids.ids", "is empty; send at least one token id")
             _check_room(len(ids), model)  # before millions of them are looked at
-            check_token_ids(ids, "spec.token_ids.ids", model)
+            model.vocabulary.check("spec.token_ids.ids", ids)
         case _:
             raise InvalidArgument.of_field("spec.prompt", "is missing; set one of text, token_ids and chat")
-
-
-def check_token_ids(ids: Sequence[int], field: str, model: ServedModel) -> None:
-    """Raises InvalidArgument that names the first id outside of the vocabulary, as `field[index]`."""
-    if ids and (min(ids) < 0 or max(ids) >= model.vocabulary_size):  # two passes in C, no loop in Python
-        index = next(i for i, one in enumerate(ids) if not 0 <= one < model.vocabulary_size)
-        raise InvalidArgument.of_field(
-            f"{field}[{index}]",
-            f"is {ids[index]}; {model.name!r} has token ids from 0 to {model.vocabulary_size - 1}",
-        )
 
 
 def check_chat(chat: generation_pb2.ChatMessages, field: str) -> None:

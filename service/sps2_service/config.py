@@ -80,6 +80,8 @@ class ServiceConfig:
     """Names of which a caller's certificate must have one; empty: any certificate of --tls-ca will do."""
     tls_server_name: str = ""
     """Name that the certificates of called services must have; empty: the host that is called."""
+    health_port: int = setting(0, minimum=0, maximum=65535)
+    """A further port of the same host with gRPC health alone, in plaintext, for probes that speak no TLS; 0: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe lines that are logged."""
     log_format: Literal["auto", "json", "text"] = "auto"

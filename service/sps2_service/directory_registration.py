@@ -127,7 +127,10 @@ class Registration:
         self._leased = standing in {Standing.REGISTERED, Standing.DEGRADED}
         if self._leased:
             self.last_contact = sent
+        if standing is Standing.REGISTERED:
             self.fence.renew(sent, self._lease_ttl_s)
+        elif standing is Standing.DEGRADED:
+            self.fence.keep(sent, self._lease_ttl_s)
         else:
             self.fence.lose()
         self.on_fence(self.fence.holds_until)

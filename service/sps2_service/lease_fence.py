@@ -20,8 +20,16 @@ class LeaseFence:
     """From then on the worker is fenced; -inf without a lease."""
 
     def renew(self, sent_at: float, ttl_s: float) -> None:
-        """A heartbeat that was sent at `sent_at` was answered well; DEGRADED is well."""
+        """A heartbeat that was sent at `sent_at` was answered well: the directory knows of the lease."""
         self.holds_until = max(self.holds_until, sent_at + FENCE_SHARE * ttl_s)
+
+    def keep(self, sent_at: float, ttl_s: float) -> None:
+        """It was answered DEGRADED: a lease that held goes on, for none ends meanwhile.
+
+        One that had lapsed stays so: it may have ended before the directory lost sight of its store.
+        """
+        if self.holds(sent_at):
+            self.renew(sent_at, ttl_s)
 
     def lose(self) -> None:
         """The directory knows of no lease: nothing is held until there is a new one."""

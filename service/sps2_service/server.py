@@ -22,6 +22,8 @@ MAX_METADATA_BYTES = 8 * 1024
 LIVENESS = "liveness"
 """Name under which health answers SERVING from start to stop: whether the process lives, not whether it can serve.
 A liveness probe asks it; the empty name would have a rank killed for waiting for the rest of its group."""
+MAX_HEALTH_CALLS = 64
+"""At once on a health port: watches hold theirs."""
 
 
 class CannotListenError(OSError):
@@ -122,12 +124,14 @@ class ServiceServer:
         tls: Tls | None = None,
         peers: tuple[str, ...] = (),
         with_reflection: bool = False,
+        health_port: int = 0,
         options: ServerOptions = ServerOptions(),
         interceptors: Sequence["grpc.aio.ServerInterceptor[Any, Any]"] = (),
     ) -> None:
         """`interceptors` may raise ServiceError to refuse a call.
 
         `tls` None serves plaintext; `peers` are the names of which a caller's certificate must have one.
+        `health_port`, if not 0, has nothing but health, in plaintext, for probes that speak no TLS.
         """
         named = [PeerNamesInterceptor(peers)] if peers else []
         self.grpc_server = grpc.aio.server(
@@ -140,6 +144,8 @@ class ServiceServer:
         self._names = [""]  # the empty name is the server as a whole
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # not in the stubs
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
+        self._health_port = health_port
+        self._health_server = self._make_health_server(options) if health_port else None
 
     def add(self, servicer: object, service: ServiceDescriptor) -> None:
         """Registers a servicer, see `add_service`, and its name with health and reflection."""
@@ -166,8 +172,10 @@ class ServiceServer:
             raise CannotListenError(
                 f"cannot listen on {listen}: is the address in use or malformed?"
             ) from error
+        host = listen.rpartition(":")[0]
+        await self._start_health(host)
         await self.grpc_server.start()
-        return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+        return listen if listen.startswith("unix:") else f"{host}:{port}"
 
     async def set_serving(self, serving: bool) -> None:
         """Sets what grpc.health.v1 says about the server and each of its services; no effect after `stop`."""
@@ -181,10 +189,36 @@ class ServiceServer:
         """NOT_SERVING for good; no new calls; running ones get `grace` seconds before they are cancelled."""
         await self._health.enter_graceful_shutdown()
         await self.grpc_server.stop(grace)
+        if self._health_server is not None:
+            await self._health_server.stop(0)
+
+    def _make_health_server(self, options: ServerOptions) -> grpc.aio.Server:
+        """The same answers as under TLS, from a server that carries nothing else."""
+        server = grpc.aio.server(
+            interceptors=[StatusInterceptor()],
+            options=options.arguments(),
+            maximum_concurrent_rpcs=MAX_HEALTH_CALLS,
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        return server
+
+    async def _start_health(self, host: str) -> None:
+        if self._health_server is None:
+            return
+        where = f"{host}:{self._health_port}"
+        try:
+            self._health_server.add_insecure_port(where)
+        except RuntimeError as error:
+            raise CannotListenError(f"cannot listen on {where} (--health-port): is it in use?") from error
+        await self._health_server.start()
 
 
 def server_for(config: ServiceConfig, options: ServerOptions = ServerOptions()) -> ServiceServer:
     """A server with what every service can be told."""
     return ServiceServer(
-        tls=config.tls, peers=config.tls_peers, with_reflection=config.reflection, options=options
+        tls=config.tls,
+        peers=config.tls_peers,
+        with_reflection=config.reflection,
+        health_port=config.health_port,
+        options=options,
     )

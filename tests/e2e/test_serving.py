@@ -2,8 +2,9 @@
 
 import pytest
 
-from support.bad_calls import check_calls, spec_calls, wire_calls, worker_calls
+from support.bad_calls import check_calls, spec_calls, wire_calls
 from support.bad_input import check_all_refused
+from support.bad_worker_calls import check_worker_calls
 from support.deployment import DEMO_MODEL, LocalDeployment
 from support.streams import ask, ask_together, check_same, epochs, mixed_requests, wait_for_free_kv
 
@@ -24,7 +25,6 @@ def test_bad_requests_are_refused_and_it_goes_on(demo: LocalDeployment) -> None:
     check_all_refused(demo)
     with demo.client() as client:
         model = client.list_models()[0]
-        leader = next(one for one in client.cluster_state().workers if one.worker_id == "decode-0/0")
         check_calls(demo.address, spec_calls(model) + wire_calls())
-        check_calls(leader.grpc_address, worker_calls(model))
+        check_worker_calls(client, DEMO_MODEL)
         wait_for_free_kv(client)

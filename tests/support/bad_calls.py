@@ -1,6 +1,7 @@
 """Bad input on the wire itself: raw gRPC calls, each with the status and the field that must come back.
 
-`bad_input` has what an SDK lets through; here is what only another client can send.
+`bad_input` has what an SDK lets through; here is what only another client can send. What reaches workers is in
+`bad_worker_calls`.
 """
 
 import math
@@ -12,7 +13,6 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from sps2.internal.v1 import decode_service_pb2, placement_pb2
 from sps2.v1 import generation_pb2, inference_service_pb2, model_service_pb2, tokenizer_service_pb2
 from sps2_client import Model
 
@@ -42,6 +42,10 @@ class BadCall:
     metadata: tuple[tuple[str, str], ...] = ()
     timeout: float = TIMEOUT_S
     compression: grpc.Compression | None = None
+    then: tuple[bytes, ...] = ()
+    """Further messages of a call that streams its requests."""
+    streams: bool = False
+    """Whether it does."""
 
 
 def spec_calls(model: Model) -> list[BadCall]:
@@ -132,7 +136,7 @@ def wire_calls() -> list[BadCall]:
             "method", "/sps2.v1.InferenceService/Guess", whole, Code.UNIMPLEMENTED, reason="UNKNOWN_METHOD"
         ),
         BadCall("service", "/sps2.v2.InferenceService/GenerateText", whole, Code.UNIMPLEMENTED),
-        BadCall("a worker's call", DECODE, b"", Code.UNIMPLEMENTED),
+        BadCall("a worker's call", DECODE, b"", Code.UNIMPLEMENTED, streams=True),
         BadCall("deadline", GENERATE, whole, Code.DEADLINE_EXCEEDED, timeout=0.001),
         BadCall("cancel of none", CANCEL, _about("nobody"), Code.NOT_FOUND, reason="REQUEST_NOT_FOUND"),
         BadCall("cancel without id", CANCEL, b"", Code.INVALID_ARGUMENT, "request_id"),
@@ -164,22 +168,11 @@ def wire_calls() -> list[BadCall]:
     ]
 
 
-def worker_calls(model: Model) -> list[BadCall]:
-    """Rows for the leader of a decode group, as only the router may send them."""
-    attempt = placement_pb2.Attempt(request_id="r", number=1)
-    foreign = decode_service_pb2.ReserveKv(attempt=attempt, num_prompt_tokens=8, model_hash="other")
-    raw = decode_service_pb2.DecodeRequest(reserve=foreign).SerializeToString()
-    return [
-        BadCall("a worker's noise", DECODE, b"\xff" * 24, Code.INVALID_ARGUMENT, reason="MALFORMED_REQUEST"),
-        BadCall(f"a model other than {model.name}", DECODE, raw, Code.FAILED_PRECONDITION),
-    ]
-
-
 def check_call(channel: grpc.Channel, bad: BadCall) -> None:
     """Makes it; status, reason and field must be right, and nothing of a bug of ours."""
-    make: Any = channel.stream_stream if bad.method == DECODE else channel.unary_stream
+    make: Any = channel.stream_stream if bad.streams else channel.unary_stream
     serialize: Any = None
-    request: Any = iter([bad.raw]) if bad.method == DECODE else bad.raw
+    request: Any = iter([bad.raw, *bad.then]) if bad.streams else bad.raw
     call = make(bad.method, serialize, serialize)(
         request, timeout=bad.timeout, metadata=bad.metadata, compression=bad.compression
     )

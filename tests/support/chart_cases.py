@@ -70,6 +70,13 @@ CASES: dict[str, Values] = {
     "own redis, given password": {"redis": {"passwordSecret": {"name": "given", "key": "pw"}}},
     "profiles": {"attention": {"file": '{"profiles": []}'}},
     "exact": {"attention": {"profile": "exact"}},
+    "tls": {
+        "tls": {"secret": "sps2-tls", "serverName": "sps2.internal"},
+        "prefill": {"ranks": 4, "placement": "lws"},
+        "decode": {"groups": 2, "ranks": 3},
+        "router": {"flags": {"tls-client-certs": False}},
+    },
+    "tls, statefulset": {"tls": {"secret": "certs"}, **pools(ranks=2, placement="statefulset")},
     "ingress": {"router": {"ingress": INGRESS, "service": {"type": "LoadBalancer", "port": 443}}},
     "grpc route": {"router": {"grpcRoute": GRPC_ROUTE}},
     "no policies": {"networkPolicy": {"enabled": False}},

@@ -84,7 +84,8 @@ def flags_are_those_of_the_services(rendered: Rendered) -> None:
             assert module_exists(process.container["command"][2])
             host, _, _ = process.config.listen.rpartition(":")
             assert host in {"0.0.0.0", process.ip}
-            assert [port["containerPort"] for port in process.container["ports"]] == [process.port]
+            listened_on = dict.fromkeys((process.port, process.probe_port))
+            assert [port["containerPort"] for port in process.container["ports"]] == [*listened_on]
     for component, port in PORTS.items():
         for workload in rendered.part(component):
             assert [p.port for p in _processes(workload)][:1] in ([port], [])
@@ -160,6 +161,8 @@ def policies_open_nothing_else(rendered: Rendered) -> None:
         return
     labels = {one.component: one.labels for one in rendered.workloads}
     closed = [("directory", PORTS["directory"]), ("prefill", PORTS["prefill"]), ("decode", FREE_PORT)]
+    # The kubelet of a node reaches its pods whatever policies say.
+    closed += [("directory", PORTS["directory"] + 1000), ("decode", PORTS["decode"] + 1000)]
     for target, port in closed:
         assert not allowed(policies, None, labels[target], port), target
         assert not allowed(policies, labels["test"], labels[target], port), target
@@ -202,11 +205,32 @@ def probes_ask_where_it_listens(rendered: Rendered) -> None:
         for process in _processes(workload):
             container = process.container
             for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
-                assert container[kind]["grpc"]["port"] == process.port, (workload.name, kind)
+                assert container[kind]["grpc"]["port"] == process.probe_port, (workload.name, kind)
             # A rank that waits for its group lives, but is not ready.
             assert container["livenessProbe"]["grpc"]["service"] == LIVENESS
             assert container["startupProbe"]["grpc"]["service"] == LIVENESS
             assert "service" not in container["readinessProbe"]["grpc"]
+
+
+def tls_is_everywhere_or_nowhere(rendered: Rendered) -> None:
+    tls = rendered.values["tls"]
+    for workload in rendered.workloads:
+        volumes = [volume["secret"] for volume in workload.spec["volumes"] if volume["name"] == "tls"]
+        if workload.component == "redis":
+            assert not volumes
+            continue
+        assert [volume["secretName"] for volume in volumes] == [tls["secret"]] * bool(tls["secret"])
+        for process in _processes(workload):
+            config = process.config
+            assert (config.tls is not None) == bool(tls["secret"]) == bool(config.health_port), workload.name
+            assert config.tls_server_name == (tls["serverName"] if tls["secret"] else "")
+            assert config.health_port != process.port
+        if workload.component == "test":
+            names = {entry["name"] for one in workload.containers for entry in one["env"]}
+            assert ({"SPS2_TLS_CA", "SPS2_TLS_CERT", "SPS2_TLS_KEY"} <= names) == bool(tls["secret"])
+    for one in rendered.of("Service"):
+        protocols = {port.get("appProtocol") for port in one["spec"]["ports"]} - {None}
+        assert protocols <= {"https" if tls["secret"] else "kubernetes.io/h2c"}
 
 
 def autoscalers_rule_alone(rendered: Rendered) -> None:
@@ -305,6 +329,7 @@ INVARIANTS: tuple[Callable[[Rendered], None], ...] = (
     policies_open_nothing_else,
     containers_are_confined,
     probes_ask_where_it_listens,
+    tls_is_everywhere_or_nowhere,
     autoscalers_rule_alone,
     secrets_come_by_reference,
     references_lead_somewhere,

@@ -368,8 +368,10 @@ class DirectoryMachine(RuleBasedStateMachine):
                 process.fence.renew(self.passed, CONFIG.lease_ttl_s)
             return
         status = self.renew_worker(process.info, replica, lost=lost)
-        if status in {LEASE_STATUS_RENEWED, None}:
+        if status == LEASE_STATUS_RENEWED:
             process.fence.renew(self.passed, CONFIG.lease_ttl_s)
+        elif status is None:
+            process.fence.keep(self.passed, CONFIG.lease_ttl_s)
         else:
             process.fence.lose()
             process.leased = False
@@ -444,7 +446,9 @@ class DirectoryMachine(RuleBasedStateMachine):
 
     def keep_clock_past_forgotten(self) -> None:
         """Over a loss epochs rest on the wall clock alone: they grow as long as it is not set back as well."""
-        self.clock.us = max([self.clock.us, *(self.epochs[group] + 1 for group in self.forgotten)])
+        before = self.clock.us
+        self.clock.us = max([before, *(self.epochs[group] + 1 for group in self.forgotten)])
+        self.unseen += (self.clock.us - before) / 1e6
 
     def move(self, seconds: float) -> None:
         self.clock.move(seconds)

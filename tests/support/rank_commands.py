@@ -1,10 +1,13 @@
 """The command of a rendered container as its process will see it: variables expanded, flags parsed by the service."""
 
+import atexit
 import functools
 import importlib.util
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sps2_decode_worker.__main__ import DecodeWorkerConfig
@@ -20,6 +23,7 @@ CONFIGS: dict[str, type[ServiceConfig]] = {
     "sps2_prefill_worker": PrefillWorkerConfig,
     "sps2_decode_worker": DecodeWorkerConfig,
 }
+TLS_FOLDER = "/etc/sps2-tls"
 REFERENCE = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
 
 
@@ -41,6 +45,11 @@ class Process:
         """Where it listens."""
         return int(self.config.listen.rpartition(":")[2])
 
+    @property
+    def probe_port(self) -> int:
+        """Where health answers in plaintext."""
+        return int(self.config.health_port) if self.config.tls else self.port
+
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
     """`$(NAME)` as the kubelet replaces it; it leaves unknown names as they are, which is never meant here."""
@@ -58,6 +67,8 @@ def processes(workload: Workload) -> Iterator[Process]:
                 here = fields | {"status.podIP": ip, "metadata.name": pod}
                 variables[entry["name"]] = here[path] if path else entry.get("value", "from elsewhere")
             flags = [expand(argument, variables) for argument in container["args"]]
+            if any(mount["mountPath"] == TLS_FOLDER for mount in container["volumeMounts"]):
+                flags = [flag.replace(f"={TLS_FOLDER}", f"={_tls_secret()}") for flag in flags]
             config = _parse(container["command"][2], tuple(flags), tuple(sorted(variables.items())))
             yield Process(pod, address, ip, container, config)
 
@@ -65,6 +76,16 @@ def processes(workload: Workload) -> Iterator[Process]:
 @functools.lru_cache(maxsize=8192)  # every invariant asks again
 def _parse(module: str, flags: tuple[str, ...], variables: tuple[tuple[str, str], ...]) -> Any:
     return load_config(CONFIGS[module], flags, dict(variables))
+
+
+@functools.cache
+def _tls_secret() -> str:
+    """A folder with the files of the Secret, which flags must name; their content is for the service to read."""
+    folder = tempfile.TemporaryDirectory(prefix="sps2-tls-")
+    atexit.register(folder.cleanup)
+    for name in ("tls.crt", "tls.key", "ca.crt"):
+        Path(folder.name, name).touch()
+    return folder.name
 
 
 @functools.cache

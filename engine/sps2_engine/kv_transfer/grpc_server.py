@@ -6,11 +6,12 @@ rings is done by the receiver's thread through `Desk`.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import grpc
 
 from sps2.internal.v1.kv_transfer_service_pb2 import (
+    DESCRIPTOR,
     KvFormat,
     OpenRingRequest,
     OpenRingResponse,
@@ -19,13 +20,10 @@ from sps2.internal.v1.kv_transfer_service_pb2 import (
     SlabAck,
     SlabHeader,
 )
-from sps2.internal.v1.kv_transfer_service_pb2_grpc import (
-    KvTransferServiceServicer,
-    add_KvTransferServiceServicer_to_server,
-)
 from sps2_engine.kv_transfer.base import LinkError, RingLimitError
 from sps2_engine.kv_transfer.grpc import MAX_MESSAGE_BYTES, SOURCE_METADATA_KEY
-from sps2_engine.kv_transfer.slab import format_mismatch
+from sps2_engine.kv_transfer.refusals import Refusal, streaming, unary
+from sps2_engine.kv_transfer.slab import format_fault, format_mismatch, slab_fault
 
 
 class Desk(Protocol):
@@ -44,40 +42,57 @@ class Desk(Protocol):
         """See `SlabIntake.take`."""
 
 
-class TransferServicer(KvTransferServiceServicer):
-    """Unpacks, calls the desk, packs."""
+class TransferServicer:
+    """Implements `sps2.internal.v1.KvTransferService`: unpacks, calls the desk, packs."""
 
     def __init__(self, desk: Desk, kv_format: KvFormat) -> None:
         self._desk = desk
         self._format = kv_format
 
-    def OpenRing(self, request: OpenRingRequest, context: grpc.ServicerContext) -> OpenRingResponse:  # noqa: N802
-        """See the proto."""
+    def open_ring(self, request: OpenRingRequest, _context: grpc.ServicerContext) -> OpenRingResponse:
+        """See the proto.
+
+        Raises:
+            Refusal: as the proto has it.
+        """
+        code = grpc.StatusCode
         if not request.source_incarnation:
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "source_incarnation is empty")
+            raise Refusal.of_field("source_incarnation", "is empty")
+        if fault := format_fault(self._format, request.format):
+            raise Refusal.of_field(f"format.{fault.field}", fault.description)
         if difference := format_mismatch(self._format, request.format):
-            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, f"KV format: {difference}")
+            raise Refusal(code.FAILED_PRECONDITION, "FORMAT_MISMATCH", f"KV format: {difference}")
         try:
             return self._desk.open_ring(request)
         except RingLimitError as error:
-            _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            raise Refusal(code.RESOURCE_EXHAUSTED, "RING_LIMIT", str(error)) from None
         except LinkError as error:
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            raise Refusal.of_field("agent_metadata", str(error)) from None
         except TimeoutError:
-            _abort(context, grpc.StatusCode.UNAVAILABLE, "the receiver does not answer")
+            raise Refusal(code.UNAVAILABLE, "RECEIVER_STUCK", "the receiver does not answer") from None
 
-    def PushSlabs(  # noqa: N802
-        self, request_iterator: Iterator[PushSlabsRequest], context: grpc.ServicerContext
+    def push_slabs(
+        self, requests: Iterator[PushSlabsRequest], context: grpc.ServicerContext
     ) -> Iterator[PushSlabsResponse]:
-        """See the proto. The stream's metadata names the source, whose ring is trusted while it is open."""
+        """See the proto. The stream's metadata names the source, whose ring is trusted while it is open.
+
+        Raises:
+            Refusal: the stream has no source, or a slab that no placement could take.
+        """
         source = _source_of(context)
         if not source:
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"{SOURCE_METADATA_KEY} is missing")
+            raise Refusal(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "NO_SOURCE",
+                f"{SOURCE_METADATA_KEY} is missing in the metadata",
+            )
         self._desk.tie(source)
         try:
             # The source posts nothing before it has seen this.
             context.send_initial_metadata(())
-            for request in request_iterator:
+            for request in requests:
+                if fault := slab_fault(request, self._format):
+                    raise Refusal.of_field(fault.field, fault.description)
                 # The message is the target's own copy already.
                 ack = self._desk.take(request.header, source, lambda r=request: memoryview(r.payload))  # type: ignore[misc]
                 yield PushSlabsResponse(ack=ack)
@@ -105,7 +120,13 @@ def serve(desk: Desk, kv_format: KvFormat, host: str, max_sources: int) -> tuple
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ),
     )
-    add_KvTransferServiceServicer_to_server(TransferServicer(desk, kv_format), server)
+    servicer = TransferServicer(desk, kv_format)
+    handlers = {
+        "OpenRing": unary(OpenRingRequest, servicer.open_ring),
+        "PushSlabs": streaming(PushSlabsRequest, servicer.push_slabs),
+    }
+    name = DESCRIPTOR.services_by_name["KvTransferService"].full_name
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
     port = server.add_insecure_port(f"[{host}]:0" if ":" in host else f"{host}:0")
     server.start()
     return server, port
@@ -116,8 +137,3 @@ def _source_of(context: grpc.ServicerContext) -> str:
         if key == SOURCE_METADATA_KEY:
             return str(value)
     return ""
-
-
-def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, details: str) -> NoReturn:
-    context.abort(code, details)
-    raise AssertionError("abort raises")

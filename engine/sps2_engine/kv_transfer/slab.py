@@ -6,18 +6,20 @@ heads are those of the slab's header. Knows nothing about transports or threads.
 
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sps2.internal.v1.kv_transfer_service_pb2 import KvFormat, SlabHeader
+from sps2.internal.v1.kv_transfer_service_pb2 import KvFormat, PushSlabsRequest, SlabHeader
 from sps2_engine.kv_pool import KvArena
 from sps2_layout.layout import Span
 
 LAYOUT_VERSION: Final = 1
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_SHAPE_FIELDS: Final = ("num_layers", "num_kv_heads", "head_dim")
 
 Runs = Sequence[tuple[int, int]]
 """Slots [begin, end) of the tokens of a slab, in token order."""
@@ -40,6 +42,7 @@ class ArenaBytes:
         if difference := format_mismatch(kv_format, _format_of(arena, kv_format)):
             raise ValueError(f"the KV format does not describe the arena: {difference}")
         self.arena = arena
+        self.kv_format = kv_format
         self.num_layers = arena.num_layers
         self.heads = arena.heads
         self.num_model_heads = kv_format.num_kv_heads
@@ -126,19 +129,66 @@ def format_mismatch(ours: KvFormat, theirs: KvFormat) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class Fault:
+    """One wrong field of a message."""
+
+    field: str
+    """Path from the message's root."""
+    description: str
+    """What is wrong with it."""
+
+
+def format_fault(ours: KvFormat, theirs: KvFormat) -> Fault | None:
+    """What is wrong with a source's format wherever it goes: no such element type, or not the shape of its model.
+
+    Formats that are right and only not ours are for `format_mismatch` to tell.
+    """
+    if theirs.dtype not in _DTYPES:
+        return Fault("dtype", f"{theirs.dtype!r} is none of {', '.join(_DTYPES)}")
+    for name in _SHAPE_FIELDS:
+        mine, value = getattr(ours, name), getattr(theirs, name)
+        if value < 1 or (theirs.model_hash == ours.model_hash and value != mine):
+            return Fault(name, f"is {value}; the model has {mine}")
+    return None
+
+
+def slab_fault(request: PushSlabsRequest, kv_format: KvFormat) -> Fault | None:
+    """What is wrong with a slab that came in a stream, whatever was placed here."""
+    header = request.header
+    if fault := _impossible(header, kv_format):
+        return Fault(f"header.{fault.field}", fault.description)
+    if len(request.payload) != header.num_bytes:
+        return Fault("payload", f"has {len(request.payload)} bytes, its header says {header.num_bytes}")
+    return None
+
+
 def header_fault(header: SlabHeader, tokens: Span, arena: ArenaBytes) -> str:
     """In words, why a header does not describe a slab of an expected token range; empty when it does."""
-    if not 0 <= header.layer < arena.num_layers:
-        return f"layer {header.layer} of {arena.num_layers}"
+    if fault := _impossible(header, arena.kv_format):
+        return fault.description
     if not tokens.begin <= header.token_begin < header.token_end <= tokens.end:
         return f"tokens [{header.token_begin}, {header.token_end}) are not in [{tokens.begin}, {tokens.end})"
     held = arena.heads
     if not held.begin <= header.head_begin < header.head_end <= held.end:
         return f"heads [{header.head_begin}, {header.head_end}) are not in [{held.begin}, {held.end})"
-    num_cells = (header.token_end - header.token_begin) * (header.head_end - header.head_begin)
-    if header.num_bytes != num_cells * arena.head_bytes:
-        return f"{header.num_bytes} bytes where the tokens and heads have {num_cells * arena.head_bytes}"
     return ""
+
+
+def _impossible(header: SlabHeader, kv_format: KvFormat) -> Fault | None:
+    """What no placement of any prompt could make right. Python's integers do not overflow."""
+    if not 0 <= header.layer < kv_format.num_layers:
+        return Fault("layer", f"layer {header.layer} of {kv_format.num_layers}")
+    if not 0 <= header.token_begin < header.token_end:
+        return Fault("token_begin", f"[{header.token_begin}, {header.token_end}) is no range of tokens")
+    if not 0 <= header.head_begin < header.head_end <= kv_format.num_kv_heads:
+        heads = f"[{header.head_begin}, {header.head_end})"
+        return Fault("head_begin", f"heads {heads} are not in [0, {kv_format.num_kv_heads})")
+    num_cells = (header.token_end - header.token_begin) * (header.head_end - header.head_begin)
+    num_bytes = num_cells * 2 * kv_format.head_dim * _DTYPES[kv_format.dtype].itemsize
+    if header.num_bytes != num_bytes:
+        return Fault("num_bytes", f"{header.num_bytes} bytes where the tokens and heads have {num_bytes}")
+    return None
 
 
 def _format_of(arena: KvArena, announced: KvFormat) -> KvFormat:

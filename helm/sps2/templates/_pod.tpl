@@ -70,7 +70,47 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* Lifecycle and probes of a container that serves gRPC on `port`. The liveness service answers while the process
+{{/* TLS of `root`, for a container that listens on `port`: flags, ports beside gRPC's, mount and volume. */}}
+{{- define "sps2.tlsFlags" -}}
+{{- if .root.Values.tls.secret }}
+- --tls-cert=/etc/sps2-tls/tls.crt
+- --tls-key=/etc/sps2-tls/tls.key
+- --tls-ca=/etc/sps2-tls/ca.crt
+- {{ printf "--tls-server-name=%s" .root.Values.tls.serverName | quote }}
+- --health-port={{ include "sps2.probePort" . }}
+{{- end }}
+{{- end }}
+
+{{- define "sps2.healthPort" -}}
+{{- if .root.Values.tls.secret }}
+- {name: {{ .name }}, containerPort: {{ include "sps2.probePort" . }}}
+{{- end }}
+{{- end }}
+
+{{- define "sps2.tlsMount" -}}
+{{- if .Values.tls.secret }}
+- {name: tls, mountPath: /etc/sps2-tls, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "sps2.tlsVolume" -}}
+{{- with .Values.tls.secret }}
+- name: tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+
+{{/* Where probes ask: Kubernetes' gRPC probes speak no TLS. */}}
+{{- define "sps2.probePort" -}}
+{{- ternary (add (int .port) 1000) (int .port) (not (empty .root.Values.tls.secret)) -}}
+{{- end }}
+
+{{/* What a Service says of its gRPC port. */}}
+{{- define "sps2.appProtocol" -}}
+{{- ternary "https" "kubernetes.io/h2c" (not (empty .Values.tls.secret)) -}}
+{{- end }}
+
+{{/* Lifecycle and probes of a container whose health is asked on `port`. The liveness service answers while the process
      lives; the empty one says whether it can serve, which a rank that waits for its group cannot. */}}
 {{- define "sps2.lifecycle" -}}
 {{- with .c.preStopSeconds }}

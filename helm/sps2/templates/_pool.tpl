@@ -3,6 +3,7 @@
 {{- define "sps2.rank" -}}
 {{- $full := include "sps2.fullname" .root -}}
 {{- $port := add (int (include "sps2.port" .component)) .index -}}
+{{- $listening := dict "root" .root "port" $port "name" (ternary "health" (printf "health-%d" .index) (eq .index 0)) -}}
 - name: {{ .container }}
   image: {{ include "sps2.image" . }}
   imagePullPolicy: {{ .root.Values.images.pullPolicy }}
@@ -24,6 +25,7 @@
     - --device={{ ternary "cuda" "cpu" .c.gpu.enabled }}
     - --drain-s={{ include "sps2.scalar" .c.drainSeconds }}
     - --grace-s={{ include "sps2.scalar" .c.graceSeconds }}
+    {{- include "sps2.tlsFlags" $listening | nindent 4 }}
     {{- include "sps2.flags" .c.flags | nindent 4 }}
   env:
     - name: POD_IP
@@ -38,7 +40,8 @@
   {{- include "sps2.envFrom" . | nindent 2 }}
   ports:
     - {name: {{ ternary "grpc" (printf "grpc-%d" .index) (eq .index 0) }}, containerPort: {{ $port }}}
-  {{- include "sps2.lifecycle" (dict "c" .c "port" $port) | nindent 2 }}
+    {{- include "sps2.healthPort" $listening | nindent 4 }}
+  {{- include "sps2.lifecycle" (dict "c" .c "port" (include "sps2.probePort" $listening)) | nindent 2 }}
   {{- $limits := deepCopy (default dict .c.resources.limits) }}
   {{- if .c.gpu.enabled }}{{ $_ := set $limits .c.gpu.resource 1 }}{{ end }}
   {{- if .c.rdma.enabled }}{{ $_ := set $limits .c.rdma.resource (int .c.rdma.count) }}{{ end }}
@@ -49,6 +52,7 @@
   volumeMounts:
     - {name: tmp, mountPath: /tmp}
     - {name: shm, mountPath: /dev/shm}
+    {{- include "sps2.tlsMount" .root | nindent 4 }}
     {{- include "sps2.modelMount" .root | nindent 4 }}
 {{- end }}
 
@@ -96,6 +100,7 @@ spec:
       emptyDir: {sizeLimit: {{ $c.tmpSize }}}
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ $c.shmSize }}}
+    {{- include "sps2.tlsVolume" .root | nindent 4 }}
     {{- include "sps2.modelVolume" .root | nindent 4 }}
 {{- end }}
 

@@ -8,7 +8,7 @@ import grpc
 import structlog
 
 from sps2.internal.v1 import engine_pb2, group_service_pb2
-from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument
+from sps2_service.errors import Aborted, FailedPrecondition, FieldViolation, InvalidArgument
 from sps2_service.ranks.group import GroupLeader, Member
 
 Outgoing: TypeAlias = "asyncio.Queue[group_service_pb2.JoinGroupResponse | None]"
@@ -35,7 +35,10 @@ class GroupServicer:
         context: "grpc.aio.ServicerContext[Any, Any]",
     ) -> AsyncIterator[group_service_pb2.JoinGroupResponse]:
         """See group_service.proto."""
-        hello = (await anext(requests)).hello
+        first = await anext(requests, group_service_pb2.JoinGroupRequest())
+        if not first.HasField("hello"):
+            raise InvalidArgument.of_field("hello", "must be the first message of a JoinGroup call")
+        hello = first.hello
         self._check(hello)
         outgoing: Outgoing = asyncio.Queue()
 
@@ -90,17 +93,24 @@ class GroupServicer:
 
     def _check(self, hello: group_service_pb2.FollowerHello) -> None:
         leader = self._leader
-        if hello.group != leader.name or hello.group_size != leader.size or not 0 < hello.rank < leader.size:
-            raise InvalidArgument(
-                "WRONG_GROUP",
+        wrong = {
+            "group": hello.group != leader.name,
+            "group_size": hello.group_size != leader.size,
+            "rank": not 0 < hello.rank < leader.size,
+        }
+        if any(wrong.values()):
+            why = (
                 f"rank {hello.rank} of {hello.group!r} ({hello.group_size} ranks) has no place in "
-                f"{leader.name!r} ({leader.size} ranks): check --group, --rank and --group-size",
+                f"{leader.name!r} ({leader.size} ranks): check --group, --rank and --group-size"
             )
+            fields = [FieldViolation(f"hello.{name}", why) for name, is_wrong in wrong.items() if is_wrong]
+            raise InvalidArgument("WRONG_GROUP", why, violations=fields)
         if hello.tensor_ranks != self._tensor_ranks:
-            raise InvalidArgument(
-                "WRONG_MESH",
+            raise InvalidArgument.of_field(
+                "hello.tensor_ranks",
                 f"rank {hello.rank} of {hello.group!r} splits layers {hello.tensor_ranks} ways, rank 0 "
                 f"{self._tensor_ranks}: check --tp",
+                "WRONG_MESH",
             )
         if hello.model_hash != self._model_hash:
             raise FailedPrecondition(

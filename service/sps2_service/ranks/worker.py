@@ -22,6 +22,7 @@ from sps2_service.ranks.engine_process import EngineProcess, EngineWatch
 from sps2_service.ranks.follower import Follower
 from sps2_service.ranks.group import Coordinator, GroupLeader, GroupState, Member
 from sps2_service.ranks.group_servicer import GroupServicer
+from sps2_service.request_fields import Vocabulary
 from sps2_service.run import ExpectedEndError, run_service
 from sps2_service.server import server_for
 
@@ -131,8 +132,15 @@ class LeaderService:
     descriptor: ServiceDescriptor
 
 
-MakeLeaderService = Callable[[WorkerConfig, DirectoryClient, str], LeaderService]
-"""From the configuration, the directory and the model hash."""
+@dataclass(frozen=True)
+class LeaderModel:
+    """What a leader knows of the model that its group serves."""
+
+    model_hash: str
+    vocabulary: Vocabulary
+
+
+MakeLeaderService = Callable[[WorkerConfig, DirectoryClient, LeaderModel], LeaderService]
 EngineArguments = Callable[[WorkerConfig, int, str], list[str]]
 """From the configuration, a socket's descriptor and the model hash."""
 
@@ -157,6 +165,7 @@ class RankSupervisor:
         self._role = role
         self._folder = ModelFolder(config.model)
         self._model_hash = self._folder.model_hash
+        self._model_name = config.model_name or self._folder.name
         self._incarnation = uuid.uuid4().hex
         self._server = server_for(config)
         self._directory = DirectoryClient(config.directory, tls=config.tls)
@@ -217,7 +226,7 @@ class RankSupervisor:
             transfer_address=loaded.transfer_address if loaded else "",
             state=self._state,
         )
-        info.capabilities.model_name = config.model_name or self._folder.name
+        info.capabilities.model_name = self._model_name
         info.capabilities.model_hash = self._model_hash
         info.capabilities.dtype = loaded.dtype if loaded else config.dtype
         info.capabilities.device = loaded.device if loaded else config.device
@@ -236,7 +245,7 @@ class RankSupervisor:
 
     def _lead(self, make_leader_service: MakeLeaderService) -> None:
         config = self._config
-        service = make_leader_service(config, self._directory, self._model_hash)
+        service = make_leader_service(config, self._directory, self._leader_model)
         leader = GroupLeader(
             config.group,
             config.group_size,
@@ -272,6 +281,10 @@ class RankSupervisor:
             config.tls,
         )
         self._follower.attach(self._engine)
+
+    @property
+    def _leader_model(self) -> LeaderModel:
+        return LeaderModel(self._model_hash, Vocabulary(self._model_name, self._folder.vocab_size))
 
     @property
     def _formed(self) -> bool:

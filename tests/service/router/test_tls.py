@@ -6,15 +6,18 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sps2.v1 import inference_service_pb2, inference_service_pb2_grpc
 from sps2_client import TLS, AsyncClient, Client, ConnectionFailed
 from sps2_service.channel import open_channel
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.errors import PermissionDenied, Unavailable
+from sps2_service.server import LIVENESS
 from sps2_service.tls import Tls
 from support.certificates import Authority, Certificate
 from support.directory import DirectoryProcess, start_directory
+from support.ports import free_port
 from support.redis_server import RedisServer, redis_server
 from support.router_deployment import Deployment, failure, prompt
 
@@ -69,8 +72,10 @@ async def test_a_directory_lets_in_whom_it_is_told_to(
     start_directory: Callable[..., DirectoryProcess],
 ) -> None:
     made = authority.issue("directory")
-    flags = [*made.flags(authority.cert), "--tls-peers", "router,decode"]
+    health_port = free_port()
+    flags = [*made.flags(authority.cert), "--tls-peers", "router,decode", "--health-port", str(health_port)]
     directory = start_directory(redis_server.url, *flags)
+    await check_health_alone(f"127.0.0.1:{health_port}")
     async with DirectoryClient(directory.address, tls=tls_of(authority.issue("router"), authority)) as client:
         assert not (await client.get_cluster_state()).workers
     async with DirectoryClient(directory.address, tls=tls_of(authority.issue("client"), authority)) as client:
@@ -79,6 +84,18 @@ async def test_a_directory_lets_in_whom_it_is_told_to(
     async with DirectoryClient(directory.address) as client:
         with pytest.raises(Unavailable):
             await client.get_cluster_state()
+
+
+async def check_health_alone(address: str) -> None:
+    """In plaintext, as a kubelet asks; every other method is unknown there."""
+    async with open_channel(address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        for service in ("", LIVENESS):
+            asked = health_pb2.HealthCheckRequest(service=service)
+            assert (await health.Check(asked, timeout=5)).status == health_pb2.HealthCheckResponse.SERVING
+        state = "/sps2.internal.v1.KvDirectoryService/GetClusterState"
+        error = await failure(channel.unary_unary(state, None, None)(b"", timeout=5))
+        assert error.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_the_router_calls_leaders_with_its_certificate(authority: Authority) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sps2.v1 import generation_pb2
-from sps2_client import Choice, Finished, Generation, ProtocolError, TextDelta, TokenLogprob
+from sps2_client import Choice, Finished, Generation, ProtocolError, Received, TextDelta, TokenLogprob
 from sps2_client._assembly import Assembly, token_digest
 from support.fake_router import Response, delta, finish, good_events, numbered, usage
 
@@ -91,6 +91,15 @@ def test_a_choice_that_never_came_is_missed(ends: list[Response]) -> None:
     with pytest.raises(ProtocolError) as caught:
         play(ends, 2)
     assert caught.value.reason == "MISSING_FINISH"
+
+
+def test_what_came_of_every_choice_goes_with_an_error() -> None:
+    assembly = Assembly("r", num_choices=2)
+    assembly.take(Response(delta=generation_pb2.Delta(text="a", token_ids=[1])))
+    other = Response(sequence_number=1, choice_index=1)
+    other.delta.CopyFrom(generation_pb2.Delta(text="b", token_ids=[2]))
+    assembly.take(other)
+    assert assembly.received == Received("a", (1,), (Received("b", (2,)),))
 
 
 def test_logprobs_stay_with_their_tokens() -> None:

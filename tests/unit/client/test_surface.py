@@ -1,6 +1,7 @@
 """What the package offers, and that its two clients offer the same."""
 
 import inspect
+from importlib.resources import files
 
 import sps2_client
 from sps2_client import AsyncClient, AsyncStream, Client, SPS2Error, StatusError, Stream
@@ -26,6 +27,23 @@ def test_both_clients_have_the_same_surface() -> None:
     for name, signature in blocking.items():
         assert list(signature.parameters) == list(asynchronous[name].parameters), name
     assert public(Stream).keys() == public(AsyncStream).keys()
+
+
+def test_everything_public_is_described() -> None:
+    for name in sps2_client.__all__:
+        value = getattr(sps2_client, name)
+        if not isinstance(value, type):
+            continue
+        assert value.__doc__, name
+        for member_name, member in vars(value).items():
+            if not member_name.startswith("_") and (
+                inspect.isfunction(member) or isinstance(member, property)
+            ):
+                assert inspect.getdoc(member), f"{name}.{member_name}"
+
+
+def test_types_are_shipped() -> None:
+    assert (files(sps2_client) / "py.typed").is_file()
 
 
 def test_every_error_is_in_the_tree_and_drawn() -> None:

@@ -142,6 +142,17 @@ def test_the_fence_counts_from_when_the_heartbeat_was_sent() -> None:
     assert not fence.holds(0.0)
 
 
+def test_degraded_keeps_a_lease_and_revives_none() -> None:
+    fence = LeaseFence()
+    fence.keep(sent_at=99.0, ttl_s=5.0)
+    assert not fence.holds(99.0)  # there never was one
+    fence.renew(sent_at=100.0, ttl_s=5.0)
+    fence.keep(sent_at=102.9, ttl_s=5.0)
+    assert fence.holds(105.8)
+    fence.keep(sent_at=106.0, ttl_s=5.0)  # too late: it may have ended before the store went away
+    assert not fence.holds(106.0)
+
+
 async def test_what_is_recorded_is_told_again_with_each_registration(scripted: Scripted) -> None:
     directory, client = scripted
     client.record_shards(make_record("kept", 2))

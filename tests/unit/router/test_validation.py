@@ -9,11 +9,11 @@ from sps2_router.validation import (
     DEFAULT_MAX_TOKENS,
     check_fields,
     check_model,
-    check_request_id,
     check_text_length,
     resolve,
 )
 from sps2_service.errors import InvalidArgument, NotFound, OutOfRange, ServiceError
+from sps2_service.request_fields import check_request_id
 
 MODEL = ServedModel("tiny", "hash", 1000, 300, (1, 2))
 Spec, Sampling, Stop = generation_pb2.GenerationSpec, generation_pb2.SamplingSpec, generation_pb2.StopSpec

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from sps2_service.channel import ChannelOptions, open_channel
 from sps2_service.server import LIVENESS, CannotListenError, ServerOptions, ServiceServer
 from support.echo_service import SERVICE, Echo, EchoServicer, EchoStub
+from support.ports import free_port
 from support.process import ManagedProcess
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -129,6 +130,22 @@ async def test_a_port_is_never_shared() -> None:
         with pytest.raises(CannotListenError):
             await server.start(address)
         await server.stop(0)
+
+
+async def test_a_health_port_follows_the_server_and_is_its_own() -> None:
+    port = free_port()
+    where = f"127.0.0.1:{port}"
+    async with started(health_port=port) as (server, _), open_channel(where) as channel:
+        assert (await health(channel), await health(channel, LIVENESS)) == (NOT_SERVING, SERVING)
+        await server.set_serving(True)
+        assert await health(channel) == SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await EchoStub(channel).unary(Echo(text="a"), timeout=5)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        again = ServiceServer(health_port=port)
+        with pytest.raises(CannotListenError, match="--health-port"):
+            await again.start("127.0.0.1:0")
+        await again.stop(0)
 
 
 async def test_stop_lets_calls_finish_and_then_cancels() -> None:

@@ -55,14 +55,16 @@ class KvTransferServiceServicer:
 
     def OpenRing(self, request, context):
         """OpenRing registers a staging ring for one source process and returns where it lies.
-        FAILED_PRECONDITION when model, dtype or layout version differ.
+        INVALID_ARGUMENT: no such dtype, or not the shape of its model; names the field. FAILED_PRECONDITION: model, dtype
+        or layout version differ. RESOURCE_EXHAUSTED: no room for another ring.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PushSlabs(self, request_iterator, context):
-        """PushSlabs carries slabs in the stream itself (fallback transport); each is answered in order.
+        """PushSlabs carries slabs in the stream itself (fallback transport); each is answered in order. A slab that no
+        placement could take (ranges, bytes) ends the stream with INVALID_ARGUMENT, which names the field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,10 +37,13 @@ class KvTransferServiceStub:
     def __new__(cls, channel: _aio.Channel) -> KvTransferServiceAsyncStub: ...
     OpenRing: _grpc.UnaryUnaryMultiCallable[_kv_transfer_service_pb2.OpenRingRequest, _kv_transfer_service_pb2.OpenRingResponse]
     """OpenRing registers a staging ring for one source process and returns where it lies.
-    FAILED_PRECONDITION when model, dtype or layout version differ.
+    INVALID_ARGUMENT: no such dtype, or not the shape of its model; names the field. FAILED_PRECONDITION: model, dtype
+    or layout version differ. RESOURCE_EXHAUSTED: no room for another ring.
     """
     PushSlabs: _grpc.StreamStreamMultiCallable[_kv_transfer_service_pb2.PushSlabsRequest, _kv_transfer_service_pb2.PushSlabsResponse]
-    """PushSlabs carries slabs in the stream itself (fallback transport); each is answered in order."""
+    """PushSlabs carries slabs in the stream itself (fallback transport); each is answered in order. A slab that no
+    placement could take (ranges, bytes) ends the stream with INVALID_ARGUMENT, which names the field.
+    """
 
 @_typing.type_check_only
 class KvTransferServiceAsyncStub(KvTransferServiceStub):
@@ -51,10 +54,13 @@ class KvTransferServiceAsyncStub(KvTransferServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenRing: _aio.UnaryUnaryMultiCallable[_kv_transfer_service_pb2.OpenRingRequest, _kv_transfer_service_pb2.OpenRingResponse]  # type: ignore[assignment]
     """OpenRing registers a staging ring for one source process and returns where it lies.
-    FAILED_PRECONDITION when model, dtype or layout version differ.
+    INVALID_ARGUMENT: no such dtype, or not the shape of its model; names the field. FAILED_PRECONDITION: model, dtype
+    or layout version differ. RESOURCE_EXHAUSTED: no room for another ring.
     """
     PushSlabs: _aio.StreamStreamMultiCallable[_kv_transfer_service_pb2.PushSlabsRequest, _kv_transfer_service_pb2.PushSlabsResponse]  # type: ignore[assignment]
-    """PushSlabs carries slabs in the stream itself (fallback transport); each is answered in order."""
+    """PushSlabs carries slabs in the stream itself (fallback transport); each is answered in order. A slab that no
+    placement could take (ranges, bytes) ends the stream with INVALID_ARGUMENT, which names the field.
+    """
 
 class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
     """KvTransferService is served by every decode engine on its transfer address: the handshake of
@@ -68,7 +74,8 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_transfer_service_pb2.OpenRingResponse, _abc.Awaitable[_kv_transfer_service_pb2.OpenRingResponse]]:
         """OpenRing registers a staging ring for one source process and returns where it lies.
-        FAILED_PRECONDITION when model, dtype or layout version differ.
+        INVALID_ARGUMENT: no such dtype, or not the shape of its model; names the field. FAILED_PRECONDITION: model, dtype
+        or layout version differ. RESOURCE_EXHAUSTED: no room for another ring.
         """
 
     @_abc_1.abstractmethod
@@ -77,6 +84,8 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_kv_transfer_service_pb2.PushSlabsRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_transfer_service_pb2.PushSlabsResponse], _abc.AsyncIterator[_kv_transfer_service_pb2.PushSlabsResponse]]:
-        """PushSlabs carries slabs in the stream itself (fallback transport); each is answered in order."""
+        """PushSlabs carries slabs in the stream itself (fallback transport); each is answered in order. A slab that no
+        placement could take (ranges, bytes) ends the stream with INVALID_ARGUMENT, which names the field.
+        """
 
 def add_KvTransferServiceServicer_to_server(servicer: KvTransferServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
