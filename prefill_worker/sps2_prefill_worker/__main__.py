@@ -31,8 +31,8 @@ class PrefillWorkerConfig(WorkerConfig):
     exchange: Literal["auto", "heads", "kv"] = "auto"
     """What travels between ranks: shares of all heads, or keys and values; auto: what is sooner. Rank 0 decides."""
     sharing: Sharing = "auto"
-    """Prompts that all ranks of a group share: all, or auto: those that gain by it, and one rank computes each other one.
-    Rank 0 decides."""
+    """Prompts that all ranks of a group share: all, or auto: those that gain by it; each other one is computed by one
+    rank. Rank 0 decides."""
 
 
 def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
