@@ -49,18 +49,18 @@ class Exchange(StrEnum):
     KV = "kv"
 
 
-class Sharing(StrEnum):
-    """Which prompts all ranks of a prefill group share."""
-
-    AUTO = "auto"
-    ALL = "all"
-
-
 class Policy(StrEnum):
     """How the router picks groups."""
 
     LEAST_LOADED = "least_loaded"
     ROUND_ROBIN = "round_robin"
+
+
+class Sharing(StrEnum):
+    """Which prompts all ranks of a prefill group share."""
+
+    AUTO = "auto"
+    ALL = "all"
 
 
 class Transport(StrEnum):

@@ -31,7 +31,7 @@ from sps2_router.servicer import InferenceServicer
 from sps2_router.tenants import Tenants
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.tokenizer_servicer import TokenizerServicer
-from sps2_router.types import ServedModel, short_prompt_tokens
+from sps2_router.types import ServedModel
 from sps2_service.bearer import BearerInterceptor, Tokens
 from sps2_service.directory_client import Membership
 from sps2_service.errors import Unavailable
@@ -92,7 +92,7 @@ class Router:
         self._address = config.advertise
         self._tokenizer = tokenizer
         tenants = Tenants(config.tenants)
-        line = Line(tenants.weight, lambda ask: ask.num_tokens <= short_prompt_tokens(view.workers.values()))
+        line = Line(tenants.weight)
         self._admission = Admission(config.max_live_requests, tenants)
         self._queue = PromptQueue(config.queue_limits, tenants, line)
         self._scheduler = Scheduler(
@@ -107,7 +107,6 @@ class Router:
             model,
             tokenizer,
             self._admission,
-            self._queue,
             dispatcher,
             config.time_limits,
             ladder,

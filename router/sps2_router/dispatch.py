@@ -47,6 +47,10 @@ class Dispatcher:
         self._limits = limits
         self._now = asyncio.get_running_loop().time
 
+    def check_room(self, least_tokens: int, tenant: str, turn: int, time_left: float) -> None:
+        """Whether a prompt of so many tokens or more could queue now; raises as `PromptQueue.check`."""
+        self._queue.check(self._scheduler.sized(Ask(least_tokens, tenant=tenant)), turn, time_left)
+
     async def serve(self, request: Request, live: LiveRequest, arrived_at: float, send: Send) -> None:
         """Answers the request; the first `send` comes after the commit point.
 
@@ -57,7 +61,7 @@ class Dispatcher:
         live.progress.count_tokens = lambda: answer.num_tokens
         turn = turn_us(now_us(), request.priority)
         with self._queue.hold(
-            _ask(request), turn, live.scope.remaining, live.progress.count_tokens
+            self._ask(request), turn, live.scope.remaining, live.progress.count_tokens
         ) as queued:
             await self._attempts(request, live, answer, Retries(self._limits), queued)
         await answer.end()
@@ -136,13 +140,18 @@ class Dispatcher:
                 retries.had_room |= attempt.handshake.phase is not Phase.RESERVING
         return None
 
+    def _ask(self, request: Request) -> Ask:
+        choice = request.choice
+        left = choice.max_tokens - len(request.generated_ids)
+        return self._scheduler.sized(Ask(request.num_tokens, left * choice.num_choices, request.tenant))
+
     def _seat(
         self, request: Request, live: LiveRequest, retries: Retries
     ) -> AbstractAsyncContextManager[Seat]:
         # A request that lost its group waits for one; a new one is told at once that there is none.
         is_new = retries.asked_at_us is None
         return self._scheduler.seat(
-            _ask(request),
+            self._ask(request),
             retries.avoid,
             turn=turn_us(retries.asked_at_us or now_us(), request.priority),
             had_seat=not is_new,
@@ -193,9 +202,3 @@ class _Failure:
     error: ServiceError
     phase: Phase
     pair: GroupPair
-
-
-def _ask(request: Request) -> Ask:
-    choice = request.choice
-    left = choice.max_tokens - len(request.generated_ids)
-    return Ask(request.num_tokens, left * choice.num_choices, request.tenant)

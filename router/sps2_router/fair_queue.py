@@ -39,7 +39,7 @@ class Waiter:
     paid: bool = False
     """Whether it was served before."""
     is_short: bool = False
-    """Whether it waits for a place of those for short prompts."""
+    """Which of two kinds of places it waits for; those who wait for the other kind hold it up in nothing."""
 
 
 class FairQueue:
@@ -53,16 +53,11 @@ class FairQueue:
         self._tags: dict[str, float] = {}
         self._virtual_time = 0.0
 
-    @property
-    def first(self) -> Waiter | None:
-        """Who is to be served next."""
-        heads = (waiters[0] for waiters in self._waiters.values())
-        return min(heads, key=self._head_key, default=None)
-
     def first_of(self, *, is_short: bool) -> Waiter | None:
-        """Who of a kind is to be served next; it is charged like the others, from the same share."""
-        alike = ([one for one in waiters if one.is_short is is_short] for waiters in self._waiters.values())
-        return min((some[0] for some in alike if some), key=self._head_key, default=None)
+        """Who is to be served next of those who wait for a kind of place."""
+        alike = ((one for one in waiters if one.is_short is is_short) for waiters in self._waiters.values())
+        heads = (head for head in (next(waiters, None) for waiters in alike) if head is not None)
+        return min(heads, key=self._head_key, default=None)
 
     def add(self, waiter: Waiter) -> None:
         """One more waits."""

@@ -19,9 +19,7 @@ from sps2_router.call import Call
 from sps2_router.claims import Claims
 from sps2_router.dispatch import Dispatcher
 from sps2_router.peers import Peers
-from sps2_router.policies.base import Ask
-from sps2_router.prompt_ids import ids_of_chat, ids_of_text
-from sps2_router.prompt_queue import PromptQueue
+from sps2_router.prompt_ids import ids_of_chat, ids_of_text, least_tokens
 from sps2_router.relay import Event
 from sps2_router.scope import CallScope
 from sps2_router.tokenizer import ModelTokenizer
@@ -49,7 +47,6 @@ class FrontDoor:
         model: ServedModel,
         tokenizer: ModelTokenizer,
         admission: Admission,
-        queue: PromptQueue,
         dispatcher: Dispatcher,
         limits: TimeLimits,
         ladder: Ladder,
@@ -60,7 +57,6 @@ class FrontDoor:
         self._model = model
         self._tokenizer = tokenizer
         self._admission = admission
-        self._queue = queue
         self._dispatcher = dispatcher
         self._limits = limits
         self._ladder = ladder
@@ -83,8 +79,9 @@ class FrontDoor:
         request_id = spec.request_id or uuid.uuid4().hex
         tenant, limit = call.caller.tenant, self._limits.total_s
         total_s = limit if call.time_left is None else min(call.time_left, limit)
-        # Before anything is spent on it: however short its prompt is, there may be no room, or the wait too long.
-        self._queue.check(Ask(1, tenant=tenant), turn_us(now_us(), spec.priority), total_s)
+        num_tokens = least_tokens(spec, self._tokenizer.longest_token)
+        # Before anything is spent on it: however short its prompt may be, there may be no room, or the wait too long.
+        self._dispatcher.check_room(num_tokens, tenant, turn_us(now_us(), spec.priority), total_s)
         with (
             bound_request(request_id),
             CallScope(total_s=total_s, silence_s=self._limits.silence_s) as scope,

@@ -1,10 +1,11 @@
 """A line in which waiters are called in the order of a FairQueue. Knows nothing of what is waited for.
 
-There are two kinds of places to be had, for short prompts and for others: nobody waits behind one of the other kind.
-On one event loop only.
+There are two kinds of places to be had, for short and for other requests: who waits for one kind holds nobody up who
+waits for the other. On one event loop only.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -25,18 +26,13 @@ class Place:
         self._line = line
 
     @property
-    def is_short(self) -> bool:
-        """Which kind of place it waits for."""
-        return self.waiter.is_short
-
-    @property
     def position(self) -> int:
-        """Waiters before it, of either kind; 0 also when it waits no more."""
+        """Waiters of its kind before it; 0 also when it waits no more."""
         return self._line.position(self)
 
     async def first(self) -> None:
         """Returns when nobody of its kind is before it, perhaps at once; another may come before it later."""
-        while self._line.first_of(is_short=self.is_short) is not self:
+        while self._line.first_of(is_short=self.waiter.is_short) is not self:
             self.called.clear()
             await self.called.wait()
 
@@ -44,18 +40,13 @@ class Place:
 class Line:
     """Its waiters."""
 
-    def __init__(
-        self,
-        weight: Callable[[str], float] = lambda _: 1.0,
-        is_short: Callable[[Ask], bool] = lambda _: False,
-    ) -> None:
-        """`weight`: a tenant's share; `is_short`: which kind of place one that comes now waits for."""
+    def __init__(self, weight: Callable[[str], float] = lambda _: 1.0) -> None:
+        """`weight`: a tenant's share."""
         self._queue = FairQueue(weight)
-        self.is_short = is_short
         self._places: dict[Waiter, Place] = {}
         self._number = count()
-        self.num_tokens = 0
-        """Tokens that prefill is to compute for those who wait and never were served."""
+        self.num_tokens: Counter[bool] = Counter()
+        """Tokens that prefill is to compute for those who wait and never were served, by whether they are short."""
 
     @property
     def is_empty(self) -> bool:
@@ -68,16 +59,12 @@ class Line:
         return None if first is None else self._places[first]
 
     def position(self, place: Place) -> int:
-        """Waiters before one; 0 also when it waits no more."""
-        return sum(1 for _ in self._queue.before(place.waiter)) if place.waiter in self._places else 0
+        """Waiters of its kind before one; 0 also when it waits no more."""
+        return sum(1 for _ in self._before(place.waiter)) if place.waiter in self._places else 0
 
     def tokens_before(self, ask: Ask, turn: int) -> int:
-        """Of `num_tokens`, what would be before one that came now if nobody came after it.
-
-        Long ones are not before a short one; short ones take their part of the time before a long one.
-        """
-        waiter = self._waiter(ask, turn, paid=False)
-        before = (one for one in self._queue.before(waiter) if one.is_short >= waiter.is_short)
+        """Of `num_tokens` of its kind, what would be before one that came now if nobody came after it."""
+        before = self._before(self._waiter(ask, turn, paid=False))
         return sum(one.num_tokens for one in before if not one.paid)
 
     def forget_shares(self) -> None:
@@ -97,18 +84,20 @@ class Line:
         place = self._places[waiter] = Place(self, waiter)
         self._queue.add(waiter)
         num_tokens = 0 if paid else ask.num_tokens
-        self.num_tokens += num_tokens
+        self.num_tokens[ask.is_short] += num_tokens
         try:
             yield place
         finally:
             (self._queue.serve if place.served else self._queue.remove)(waiter)
             del self._places[waiter]
-            self.num_tokens -= num_tokens
-            for kind in (False, True):  # who is served changes the shares of both
-                if (first := self.first_of(is_short=kind)) is not None:
+            self.num_tokens[ask.is_short] -= num_tokens
+            for is_short in (False, True):
+                if (first := self.first_of(is_short=is_short)) is not None:
                     first.called.set()
+
+    def _before(self, waiter: Waiter) -> Iterator[Waiter]:
+        return (one for one in self._queue.before(waiter) if one.is_short is waiter.is_short)
 
     def _waiter(self, ask: Ask, turn: int, *, paid: bool) -> Waiter:
         cost = ask.num_tokens + ask.max_new_tokens
-        turn_of_it = turn, next(self._number)
-        return Waiter(ask.tenant, turn_of_it, cost, ask.num_tokens, paid, is_short=self.is_short(ask))
+        return Waiter(ask.tenant, (turn, next(self._number)), cost, ask.num_tokens, paid, ask.is_short)

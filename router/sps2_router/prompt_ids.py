@@ -7,6 +7,14 @@ from sps2_router.validation import check_chat, check_text_length
 from sps2_service.errors import InvalidArgument
 
 
+def least_tokens(spec: generation_pb2.GenerationSpec, longest_token: int) -> int:
+    """Fewest tokens that a prompt can have, in whatever form it comes; `longest_token` in characters."""
+    if spec.WhichOneof("prompt") == "token_ids":
+        return max(1, len(spec.token_ids.ids))
+    num_chars = len(spec.text) + sum(len(one.content) for one in spec.chat.messages)
+    return max(1, -(-num_chars // longest_token))
+
+
 async def ids_of_text(text: str, tokenizer: ModelTokenizer, model: ServedModel, field: str) -> list[int]:
     """Token ids of a text, with the special tokens that a prompt gets.
 

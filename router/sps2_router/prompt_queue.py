@@ -187,9 +187,9 @@ class PromptQueue:
         rate = self._drain.rate(self._now())
         if rate is None:
             return
-        # With a prefill group, which computes short ones beside what it has, or before it in the line.
-        num_placed = 0 if self._line.is_short(ask) else self.num_tokens - self._line.num_tokens
-        num_before = num_placed + self._line.tokens_before(ask, turn)
+        # With a prefill group, or before it in the line; those of the other kind hold it up in nothing.
+        alike = sum(one.ask.num_tokens for one in self._queued if one.ask.is_short is ask.is_short)
+        num_before = alike - self._line.num_tokens[ask.is_short] + self._line.tokens_before(ask, turn)
         wait_s, limit_s = num_before / rate, min(self._limits.max_wait_s, time_left)
         if wait_s > LET_IN * limit_s:
             raise Unavailable(

@@ -55,10 +55,9 @@ class SchedulerLimits:
 class Seat:
     """One attempt's place in a pair of groups."""
 
-    def __init__(self, pair: GroupPair, ask: Ask, *, is_short: bool) -> None:
+    def __init__(self, pair: GroupPair, ask: Ask) -> None:
         self.pair = pair
         self.ask = ask
-        self.is_short = is_short
         self.in_prefill = True
 
 
@@ -107,6 +106,12 @@ class Scheduler:
         if not any(match(p, d) for p in prefill for d in decode):
             raise _not_ready("no ready prefill group matches a ready decode group in dtype")
 
+    def sized(self, ask: Ask) -> Ask:
+        """The same, with whether some prefill group computes it while it computes long ones."""
+        prefill, _ = self._candidates(group_workers(self._view.workers.values()))
+        most = max((group.short_prompt_tokens for group in prefill), default=0)
+        return replace(ask, is_short=ask.num_tokens <= most)
+
     @asynccontextmanager
     async def seat(
         self,
@@ -122,7 +127,7 @@ class Scheduler:
         """Waits for its turn and for a group with room, and holds the place while the block runs.
 
         Args:
-            ask: What is to be placed.
+            ask: What is to be placed, as `sized` gives it.
             avoid: Groups that are used only when there is no other.
             turn: Of one tenant's the lower goes first; of equal ones the one that came first.
             had_seat: It had one before, so that it owes nothing of its tenant's share.
@@ -139,8 +144,7 @@ class Scheduler:
             async with asyncio.timeout(wait_s):
                 with self._line.place(ask, turn, paid=had_seat) as place:
                     on_queued(place)
-                    pair = await self._next_pair(ask, place, avoid, patient=patient)
-                    seat = Seat(pair, ask, is_short=place.is_short)
+                    seat = Seat(await self._next_pair(ask, place, avoid, patient=patient), ask)
                     self._take(seat)
                     place.served = True
         except TimeoutError:
@@ -171,7 +175,7 @@ class Scheduler:
         while True:
             await place.first()  # one that goes before it may have come
             self._changed.clear()
-            if (pair := self._pick(ask, avoid, is_short=place.is_short)) is not None:
+            if (pair := self._pick(ask, avoid)) is not None:
                 return pair
             try:
                 self.check_ready()
@@ -184,24 +188,24 @@ class Scheduler:
             except TimeoutError:
                 continue
 
+    def _has_room(self, group: Group, *, is_short: bool) -> bool:
+        seats = (seat for seat in self._seats if seat.in_prefill and seat.pair.prefill.name == group.name)
+        num_alike = sum(seat.ask.is_short is is_short for seat in seats)
+        limits = self._limits
+        return num_alike < (limits.short_prefills_per_group if is_short else limits.prefills_per_group)
+
     def _take(self, seat: Seat) -> None:
         self._seats.add(seat)
         self._num_seats += 1
         for group in (seat.pair.prefill, seat.pair.decode):
             self._last_seats[group.name] = self._num_seats
 
-    def _has_room(self, group: Group, *, is_short: bool) -> bool:
-        seats = (seat for seat in self._seats if seat.in_prefill and seat.pair.prefill.name == group.name)
-        num_alike = sum(seat.is_short == is_short for seat in seats)
-        limits = self._limits
-        return num_alike < (limits.short_prefills_per_group if is_short else limits.prefills_per_group)
-
-    def _pick(self, ask: Ask, avoid: frozenset[str], *, is_short: bool) -> GroupPair | None:
+    def _pick(self, ask: Ask, avoid: frozenset[str]) -> GroupPair | None:
         groups = group_workers(self._view.workers.values())
         self._last_seats = {name: number for name, number in self._last_seats.items() if name in groups}
         loads = self._loads()
         prefill, decode = self._candidates(groups)
-        free = [group for group in prefill if self._has_room(group, is_short=is_short)]
+        free = [group for group in prefill if self._has_room(group, is_short=ask.is_short)]
         liked = self._policy.pick(ask, _without(free, avoid), _without(decode, avoid), loads)
         if liked is not None:
             return liked

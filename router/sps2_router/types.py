@@ -149,6 +149,11 @@ class Group:
         return self.leader is not None and self.leader.state == cluster_pb2.WORKER_STATE_DRAINING
 
     @property
+    def short_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt that it computes while it computes longer ones; 0: none."""
+        return self.leader.load.short_prompt_tokens if self.leader is not None else 0
+
+    @property
     def num_ready(self) -> int:
         """Ranks that are READY."""
         return sum(worker.state == cluster_pb2.WORKER_STATE_READY for worker in self.workers)
@@ -190,8 +195,3 @@ def group_workers(workers: Iterable[cluster_pb2.WorkerInfo]) -> Mapping[str, Gro
         name: Group(name, members[0].role, tuple(sorted(members, key=lambda worker: worker.rank)))
         for name, members in sorted(by_group.items())
     }
-
-
-def short_prompt_tokens(workers: Iterable[cluster_pb2.WorkerInfo]) -> int:
-    """Tokens of the longest prompt that some prefill group computes while it computes longer ones; 0: there is none."""
-    return max((worker.load.short_prompt_tokens for worker in workers), default=0)

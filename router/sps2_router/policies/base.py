@@ -21,6 +21,8 @@ class Ask:
     """Most tokens that decode draws after them, of all choices."""
     tenant: str = ""
     """Whose it is; empty where no tokens are asked for."""
+    is_short: bool = False
+    """Whether prefill groups compute it while they compute long ones, in places of their own; see `Scheduler.sized`."""
 
 
 @dataclass(frozen=True)
