@@ -11,7 +11,7 @@ from sps2_cli.batch import run_batch
 from sps2_cli.connect import open_client
 from sps2_cli.documents import generation_document, usage_line
 from sps2_cli.exits import reporting
-from sps2_cli.options import DEFAULT_ADDRESS, Json, Server, parse_logit_bias, parse_token_ids
+from sps2_cli.options import DEFAULT_ADDRESS, Json, Reuse, Server, parse_logit_bias, parse_token_ids
 from sps2_cli.prompts import STDIN, Prompt, PromptError, as_chat, parse_lines, read_text
 from sps2_cli.terminal import waiting
 from sps2_client import Event, GenerationOptions, Stream, TextDelta, Timeouts
@@ -85,6 +85,13 @@ def generate(
     priority: Annotated[
         int, typer.Option(help="Urgency, -10 to 10; each step counts as 10 s of waiting.")
     ] = 0,
+    prefix_reuse: Annotated[
+        Reuse | None,
+        typer.Option(
+            help="KV of earlier prompts that it may begin with: exact, adopt or off.",
+            show_default="adopt under a sparse profile, else exact",
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="Model name.", show_default="the only one")] = "",
     request_id: Annotated[str | None, typer.Option(help="Name of the request.", show_default="drawn")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for the whole answer.")] = Timeouts().total,
@@ -128,6 +135,7 @@ def generate(
             "min_tokens": min_tokens,
             "ignore_eos": ignore_eos,
             "priority": priority,
+            "prefix_reuse": prefix_reuse or "",
             "model": model,
             "attention_profile": profile,
         }

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from enum import StrEnum
 from typing import Annotated, TypeAlias
 
 import typer
@@ -10,6 +11,14 @@ Server: TypeAlias = Annotated[
     str, typer.Option(help="HOST:PORT of the router.", envvar="SPS2_SERVER", metavar="HOST:PORT")
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+class Reuse(StrEnum):
+    """Which KV of earlier prompts a request may begin with."""
+
+    EXACT = "exact"
+    ADOPT = "adopt"
+    OFF = "off"
 
 
 def parse_token_ids(text: str) -> list[int]:

@@ -75,6 +75,7 @@ def _pool_table(role: str, groups: list[dict[str, Any]]) -> Table:
         title += f"; {moved[0]} resizes, {moved[1]:,} KV blocks moved from rank to rank"
     if control := max((rank["control_share"] for group in groups for rank in group["ranks"]), default=0.0):
         title += f"; control {control:.1%} of a step"
+    title += _cache(groups)
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for name in ("rank", "state", "loaded", "KV blocks", "run", "wait", "tokens", "device"):
         table.add_column(
@@ -92,6 +93,15 @@ def pool_line(groups: list[dict[str, Any]]) -> str:
     line = f"{states.count('ready')} of {len(groups)} groups ready"
     others = (state for state in ("starting", "draining") if state in states)
     return ", ".join([line, *(f"{states.count(state)} {state}" for state in others)])
+
+
+def _cache(groups: list[dict[str, Any]]) -> str:
+    """What the ranks keep for later prompts, and how much of the prompts so far came from it."""
+    ranks = [rank for group in groups for rank in group["ranks"]]
+    blocks, prompt, cached = (
+        sum(rank[kind] for rank in ranks) for kind in ("kv_blocks_cached", "prompt_tokens", "cached_tokens")
+    )
+    return f"; {blocks:,} KV blocks cached, {cached / prompt:.0%} of prompts from cache" if prompt else ""
 
 
 def _cells(rank: dict[str, Any]) -> list[str]:

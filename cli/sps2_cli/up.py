@@ -52,6 +52,7 @@ class Exchange(StrEnum):
 class Policy(StrEnum):
     """How the router picks groups."""
 
+    PREFIX_AWARE = "prefix_aware"
     LEAST_LOADED = "least_loaded"
     ROUND_ROBIN = "round_robin"
 
@@ -145,8 +146,11 @@ def up(
         ),
     ] = DEFAULT.name,
     policy: Annotated[
-        Policy, typer.Option(help="How groups are picked: those with the least to do, or in turns.")
-    ] = Policy.LEAST_LOADED,
+        Policy,
+        typer.Option(
+            help="How groups are picked: soonest done, what is cached counted; least to do; in turns."
+        ),
+    ] = Policy.PREFIX_AWARE,
     max_queue_s: Annotated[
         float,
         typer.Option(

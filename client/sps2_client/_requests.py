@@ -8,6 +8,12 @@ from typing import TypedDict, Unpack
 from sps2.v1 import generation_pb2, inference_service_pb2, tokenizer_service_pb2
 
 NONCE_BYTES = 16
+PREFIX_REUSES: "Mapping[str, generation_pb2.PrefixReuse.ValueType]" = {
+    "": generation_pb2.PREFIX_REUSE_UNSPECIFIED,
+    "exact": generation_pb2.PREFIX_REUSE_EXACT,
+    "adopt": generation_pb2.PREFIX_REUSE_ADOPT,
+    "off": generation_pb2.PREFIX_REUSE_OFF,
+}
 
 
 class ChatMessage(TypedDict):
@@ -66,6 +72,9 @@ class GenerationOptions(TypedDict, total=False):
     """How the prompt is attended: "exact", "paper" or "default"; empty is the deployment's own choice."""
     priority: int
     """How urgent it is, -10 to 10: each step is as good as having come 10 s earlier; 0 is normal."""
+    prefix_reuse: str
+    """Which KV of earlier prompts that began alike it may begin with: "exact", "adopt" or "off"; empty: "adopt" where
+    the prompt is attended sparsely, else "exact"."""
     request_id: str | None
     """Name of the request, 1 to 64 printable ASCII characters; drawn when None."""
 
@@ -119,6 +128,7 @@ def stream_request(
         num_choices=options.get("n"),
         attention_profile=options.get("attention_profile", ""),
         priority=options.get("priority", 0),
+        prefix_reuse=_prefix_reuse(options.get("prefix_reuse", "")),
     )
     if prompt is not None:
         spec.text = prompt
@@ -128,6 +138,12 @@ def stream_request(
         spec.token_ids.ids.extend(token_ids or ())
         spec.token_ids.SetInParent()  # an empty list is the service's to refuse
     return inference_service_pb2.StreamGenerateTextRequest(spec=spec)
+
+
+def _prefix_reuse(name: str) -> "generation_pb2.PrefixReuse.ValueType":
+    if name not in PREFIX_REUSES:
+        raise ValueError(f"prefix_reuse is exact, adopt or off, not {name!r}")
+    return PREFIX_REUSES[name]
 
 
 def chat_messages(messages: Sequence[ChatMessage]) -> generation_pb2.ChatMessages:

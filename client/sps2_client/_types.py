@@ -215,6 +215,12 @@ class Worker:
     """KV blocks of 64 tokens that it can hold."""
     kv_blocks_used: int
     """Of them, in use."""
+    kv_blocks_cached: int
+    """Of them, those that hold nothing but cached beginnings of prompts, and are free for whoever needs them."""
+    prompt_tokens: int
+    """Tokens of the prompts begun in this life (leaders of prefill groups)."""
+    cached_tokens: int
+    """Of them, taken from the cache."""
     num_requests_running: int
     """Requests being computed."""
     num_requests_waiting: int

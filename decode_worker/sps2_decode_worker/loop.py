@@ -53,6 +53,9 @@ class DecodeRole:
         self.steps_done = 0
         self.bytes_posted: Counter[str] = Counter({KIND: 0, SUM_KIND: 0, moving.KIND: 0})
 
+    kv_blocks_cached = 0
+    """See `Role.kv_blocks_cached`: what later requests may share is held by those that decode."""
+
     @property
     def kv_blocks_used(self) -> int:
         """See `Role.kv_blocks_used`."""

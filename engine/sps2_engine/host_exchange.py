@@ -215,9 +215,9 @@ class HostCommunicator:
             self._reduce_parts(flat.tensor_split(self.size))
         self.bytes_posted[kind] += 2 * tensor.nbytes * (self.size - 1) // self.size
 
-    def agree(self, flag: bool) -> bool:
+    def agree(self, value: int) -> int:
         """See `Communicator.agree`."""
-        return self._group.agree(flag)
+        return self._group.agree(value)
 
     def close(self) -> None:
         """See `Communicator.close`; the memory is free with the last reference to this."""

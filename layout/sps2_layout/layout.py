@@ -99,18 +99,31 @@ class Layout:
         ):
             raise ValueError(f"shards of {self.shard_tokens} tokens do not cover the prompt by whole strides")
 
-    def extended(self, num_tokens: int) -> "Layout":
-        """The same mask over the prompt, and behind it dense queries up to `num_tokens` in all.
+    def extended(self, num_tokens: int, num_prefilled: int | None = None) -> "Layout":
+        """The same mask over the first tokens, and behind them dense queries up to `num_tokens` in all.
 
-        The mask of the prompt's tokens stays as it is: nobody sees later keys, and the tail begins where it began.
+        What the first tokens see stays as it is: nobody sees later keys, and the tail begins where it began, or
+        behind the first tokens where that is earlier.
+
+        Args:
+            num_tokens: of the text.
+            num_prefilled: C, the first tokens; None: all that the mask was laid over.
 
         Raises:
-            ValueError: fewer tokens than the layout has.
+            ValueError: the text has fewer tokens than these, or these are more than the mask is laid over.
         """
-        more = num_tokens - self.num_tokens
-        if more < 0:
-            raise ValueError(f"a layout of {self.num_tokens} tokens cannot be cut to {num_tokens}")
-        return replace(self, num_tokens=num_tokens, tail=self.tail + more, num_extra=self.num_extra + more)
+        first = self.num_tokens if num_prefilled is None else num_prefilled
+        if not first <= min(num_tokens, self.num_tokens):
+            raise ValueError(
+                f"{first} tokens of a layout of {self.num_tokens} cannot be cut to a text of {num_tokens}"
+            )
+        dense = num_tokens - self.dense_from(first)
+        extra = max(0, num_tokens - self.num_tokens + self.num_extra)
+        return replace(self, num_tokens=num_tokens, tail=dense, num_extra=extra)
+
+    def dense_from(self, num_prefilled: int) -> int:
+        """The first token from which on every query sees everything, where so many have the mask."""
+        return min(num_prefilled, self.tail_span.begin)
 
     def shard(self, index: int) -> Span:
         """Tokens of a shard."""

@@ -10,6 +10,7 @@ from sps2.v1 import cluster_pb2
 from sps2_engine.runtime.options import EngineOptions
 from sps2_prefill_worker.coordinator import PrefillCoordinator
 from sps2_prefill_worker.planning import Sharing
+from sps2_prefill_worker.prefix_index import PrefixIndex
 from sps2_prefill_worker.servicer import PrefillServicer
 from sps2_service.config import load_config
 from sps2_service.directory_client import DirectoryClient
@@ -31,17 +32,18 @@ class PrefillWorkerConfig(WorkerConfig):
     exchange: Literal["auto", "heads", "kv"] = "auto"
     """What travels between ranks: shares of all heads, or keys and values; auto: what is sooner. Rank 0 decides."""
     sharing: Sharing = "auto"
-    """Prompts that all ranks of a group share: all, or auto: those that gain by it; each other one is computed by one
-    rank. Rank 0 decides."""
+    """Prompts that all ranks of a group share: all, or auto: those that gain by it; each other one is one rank's.
+    Rank 0 decides."""
 
 
 def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
     return EngineOptions(**config.engine_settings(model_hash)).arguments(socket_fd)
 
 
-def _lead(config: WorkerConfig, _directory: DirectoryClient, _model_hash: str) -> LeaderService:
+def _lead(config: WorkerConfig, directory: DirectoryClient, _model_hash: str) -> LeaderService:
     assert isinstance(config, PrefillWorkerConfig)
-    coordinator = PrefillCoordinator(config.exchange, config.threads, config.tp, config.sharing)
+    index = PrefixIndex(directory.prefixes)
+    coordinator = PrefillCoordinator(config.exchange, config.threads, config.tp, config.sharing, index)
     service = prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"]
     return LeaderService(coordinator, PrefillServicer(coordinator), service)
 

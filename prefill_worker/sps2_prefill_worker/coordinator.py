@@ -4,7 +4,7 @@ Runs in rank 0's supervisor, on its event loop.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -15,7 +15,10 @@ from sps2_engine.attention.cost_model import Choice
 from sps2_engine.kv_transfer.relayout import check_covers
 from sps2_layout.attention import Attention
 from sps2_layout.wire import unpack_attention
-from sps2_prefill_worker.planning import PlannedPrompt, PromptPlanner, Sharing
+from sps2_prefill_worker.planning import PromptPlanner, Sharing
+from sps2_prefill_worker.prefix_cache import Prompt
+from sps2_prefill_worker.prefix_index import NO_INDEX, PrefixIndex, fill_cached
+from sps2_prefill_worker.reuse import PrefixReuse, Wish
 from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler, Start
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure, group_draining
@@ -34,8 +37,10 @@ class Attempt:
     """One attempt's prefill, as the leader sees it."""
 
     request: prefill_service_pb2.PrefillRequest
-    planned: PlannedPrompt
-    """How its prompt is attended."""
+    prompt: Prompt
+    """What is looked for in the cache."""
+    wish: Wish
+    """How its prompt is computed, by what is cached."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     dispatched: bool = False
     """Whether the ranks know of it."""
@@ -59,11 +64,18 @@ class PrefillCoordinator:
         threads: of each rank, on a CPU.
         tp: tensor ranks; divides the group.
         sharing: which prompts all ranks share.
+        index: is told what the group has cached.
     """
 
     def __init__(
-        self, exchange: Choice = "auto", threads: int = 1, tp: int = 1, sharing: Sharing = "auto"
+        self,
+        exchange: Choice = "auto",
+        threads: int = 1,
+        tp: int = 1,
+        sharing: Sharing = "auto",
+        index: PrefixIndex = NO_INDEX,
     ) -> None:
+        self._reuse = PrefixReuse(index)
         self._exchange: Choice = exchange
         self._threads = threads
         self._tp = tp
@@ -95,6 +107,7 @@ class PrefillCoordinator:
         load.num_requests_running = len(self._attempts) - len(self._scheduler.waiting)
         load.queued_tokens = self._scheduler.num_tokens
         load.short_prompt_tokens = self._short_tokens
+        load.prompt_tokens, load.cached_tokens = self._reuse.num_prompt_tokens, self._reuse.num_cached_tokens
 
     async def prefill(
         self, request: prefill_service_pb2.PrefillRequest
@@ -137,10 +150,12 @@ class PrefillCoordinator:
         self._kv_blocks, self._slice_flops = costs.kv_blocks, costs.slice_flops
         self._short_tokens = planner.short_tokens
         self._scheduler = PrefillScheduler(planner.mesh.sp, costs.short_flops, costs.kv_blocks)
+        self._reuse.begin_epoch(planner)
 
     def on_broken(self, error: Unavailable) -> None:
         """See `Coordinator.on_broken`."""
         self._scheduler.clear()
+        self._reuse.end_epoch()
         for attempt in list(self._attempts.values()):
             attempt.events.put_nowait(error)
             self._forget(attempt)
@@ -156,19 +171,24 @@ class PrefillCoordinator:
                 self._on_report(rank, attempt, event.prefill)
 
     def _admit(self, request: prefill_service_pb2.PrefillRequest) -> Attempt:
-        planned = self._check(request)
-        attempt = Attempt(request, planned)
+        attempt = self._check(request)
         if attempt.key in self._attempts:
             raise Aborted("DUPLICATE_ATTEMPT", f"attempt {attempt.key} is being prefilled already")
         self._attempts[attempt.key] = attempt
         self._idle.clear()
-        num_blocks = -(-planned.most_kept // BLOCK_TOKENS)
-        job = Job(attempt.key, len(request.token_ids), planned.interlude_flops, planned.alone, num_blocks)
-        self._scheduler.submit(job)
+        self._submit(attempt)
         self._start_waiting()
         return attempt
 
-    def _check(self, request: prefill_service_pb2.PrefillRequest) -> PlannedPrompt:
+    def _submit(self, attempt: Attempt) -> None:
+        """Puts it in line as what it is, with what is cached of it."""
+        num_tokens, wish = attempt.prompt.num_tokens, attempt.wish
+        planned = wish.planned
+        self._scheduler.submit(
+            Job(attempt.key, num_tokens, planned.interlude_flops, planned.alone, wish.num_blocks)
+        )
+
+    def _check(self, request: prefill_service_pb2.PrefillRequest) -> Attempt:
         group = self._group
         if self._draining:
             raise group_draining(group.name)
@@ -187,21 +207,28 @@ class PrefillCoordinator:
             raise InvalidArgument.of_field("placement", str(error)) from None
         attention, choice = _attention_of(request), request.choice
         self._check_room(
-            self._planner, attention, max(len(choice.generated_token_ids), choice.max_tokens - 1)
+            self._planner,
+            attention,
+            len(request.token_ids) - len(choice.generated_token_ids),
+            max(len(choice.generated_token_ids), choice.max_tokens - 1),
         )
-        return self._planner.plan(attention, len(choice.generated_token_ids))
+        keys = tuple(request.block_hashes) if self._planner.can_cache else ()
+        prompt = Prompt(attention, keys, len(request.token_ids))
+        return Attempt(request, prompt, self._reuse.plan(prompt))
 
-    def _check_room(self, planner: PromptPlanner, attention: Attention, max_generated: int) -> None:
+    def _check_room(
+        self, planner: PromptPlanner, attention: Attention, num_prompt_tokens: int, max_generated: int
+    ) -> None:
         """Takes only what has room when it comes back with all that it may have generated: then each resumption does.
 
         Raises:
             FailedPrecondition: it has not.
         """
-        slice_tokens = planner.most_kept(attention, max_generated)
+        slice_tokens = planner.most_kept(attention, num_prompt_tokens + max_generated)
         if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
             raise FailedPrecondition(
                 "PROMPT_TOO_LARGE",
-                f"of {attention.num_tokens} prompt tokens and up to {max_generated} generated ones, which follow "
+                f"of {num_prompt_tokens} prompt tokens and up to {max_generated} generated ones, which follow "
                 f"them when a stream is resumed, {slice_tokens} lie on one rank of {self._group.name}, which has KV "
                 f"for {self._kv_blocks * BLOCK_TOKENS}: raise --kv-tokens, use more ranks or lower max_tokens",
             )
@@ -213,13 +240,21 @@ class PrefillCoordinator:
     def _start(self, start: Start) -> None:
         job = start.job
         attempt = self._attempts[job.key]
+        taken = self._reuse.begin(attempt.key, attempt.prompt, attempt.wish, start.alone_on)
+        if taken is None:  # what was cached of it is gone: there is more to do than it stood in line for
+            self._scheduler.over(job.key)
+            attempt.wish = self._reuse.plan(attempt.prompt)
+            self._submit(attempt)
+            return
+        attempt.wish = taken.wish
         attempt.dispatched, attempt.speaker = True, (start.alone_on or 0) * self._tp
         self._num_started += 1
-        request, planned = attempt.request, attempt.planned
+        request, planned = attempt.request, taken.wish.planned
         log.info(
             "prefill starts",
             request_id=request.attempt.request_id,
             num_tokens=job.num_tokens,
+            num_cached=planned.num_cached,
             exchange=planned.exchange,
             num_ranks=planned.plan.num_ranks,
             alone_on=start.alone_on,
@@ -237,7 +272,14 @@ class PrefillCoordinator:
                 number=self._num_started,
             )
             planned.assign(rank, run, request.token_ids, start.alone_on)
+            fill_cached(run, taken.admitted, taken.evicted)
             self._group.send(rank, engine_pb2.EngineCommand(run_prefill=run))
+
+    def _evict(self, runs: Sequence[int]) -> None:
+        """Tells the ranks what goes without another prompt's wanting its room."""
+        if runs:
+            evict = engine_pb2.EvictPrefixes(runs=runs)
+            self._group.broadcast(engine_pb2.EngineCommand(evict_prefixes=evict))
 
     def _on_report(self, rank: int, attempt: Attempt, report: engine_pb2.PrefillReport) -> None:
         kind = report.WhichOneof("report")
@@ -246,12 +288,14 @@ class PrefillCoordinator:
         elif kind == "progress" and rank == attempt.speaker:
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(progress=report.progress))
         elif kind == "first_token":
+            report.first_token.cached_tokens = attempt.wish.match.num_tokens
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(first_token=report.first_token))
             self._computed(attempt)
         elif kind == "delivered":
             attempt.delivered[rank] = report.delivered
             if len(attempt.delivered) == self._group.size:
                 attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(delivered=_sum_up(attempt)))
+                self._evict(self._reuse.delivered(attempt.key))
                 self._forget(attempt)
         elif kind == "cancelled":
             attempt.cancelled.add(rank)
@@ -278,6 +322,7 @@ class PrefillCoordinator:
             attempt.cancelling = True
             cancel = engine_pb2.CancelPrefill(attempt=attempt.request.attempt)
             self._group.broadcast(engine_pb2.EngineCommand(cancel_prefill=cancel))
+            self._evict(self._reuse.abandon(attempt.key))
 
     def _computed(self, attempt: Attempt) -> None:
         self._scheduler.computed(attempt.key)
@@ -285,6 +330,7 @@ class PrefillCoordinator:
 
     def _forget(self, attempt: Attempt) -> None:
         self._attempts.pop(attempt.key, None)
+        self._reuse.forget(attempt.key)
         if not self._attempts:
             self._idle.set()
         self._scheduler.over(attempt.key)
@@ -298,8 +344,13 @@ def _attention_of(request: prefill_service_pb2.PrefillRequest) -> Attention:
         raise InvalidArgument.of_field("attention", str(error)) from None
     generated = request.choice.generated_token_ids
     num_prompt_tokens = len(request.token_ids) - len(generated)
-    if attention.num_prefilled != attention.num_tokens or attention.num_tokens != num_prompt_tokens:
+    adopts = attention.layout is not None and attention.num_prefilled < num_prompt_tokens
+    if attention.num_tokens != num_prompt_tokens and not adopts:
         raise InvalidArgument.of_field("attention", "the mask must be laid over the whole prompt")
+    if attention.num_prefilled > num_prompt_tokens:
+        raise InvalidArgument.of_field("attention", "more tokens have the mask than the prompt has")
+    if len(request.block_hashes) * BLOCK_TOKENS > num_prompt_tokens:
+        raise InvalidArgument.of_field("block_hashes", "there are more than the prompt has full blocks")
     if request.token_ids[num_prompt_tokens:] != generated:
         raise InvalidArgument.of_field("token_ids", "the tokens generated before must follow the prompt")
     return attention

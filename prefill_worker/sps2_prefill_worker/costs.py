@@ -51,11 +51,17 @@ class PromptCosts:
         """The most that a short prompt costs its busiest rank."""
         return SHORT_SLICES * self.slice_flops
 
-    def interlude_flops(self, plan: AttentionPlan) -> int:
-        """What a short prompt costs its busiest rank; 0 of one that is not short."""
+    def interlude_flops(self, plan: AttentionPlan, most_cached: int = 0) -> int:
+        """What a short prompt costs its busiest rank; 0 of one that is not short.
+
+        Args:
+            plan: of what is to be computed.
+            most_cached: keys before it that are cached on the rank that has most of them, which all of it sees.
+        """
         if plan.most_tokens * self.linear_flops > self.short_flops:
             return 0  # to count the pairs of a long one takes long
-        flops = self._flops(plan)
+        seen = plan.layout.num_tokens * most_cached * plan.num_q_heads
+        flops = self._flops(plan) + self.num_layers * 4 * plan.head_dim * seen
         return flops if flops <= self.short_flops else 0
 
     def worth_sharing(

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
+from sps2_engine.attention.continued import CachedKeys, ContinuedSchedule
 from sps2_engine.attention.cost_model import AttentionShape, make_plan
 from sps2_engine.attention.csa_schedule import KIND, CsaSchedule
+from sps2_engine.attention.plan import AttentionPlan
 from sps2_engine.choice import ChoiceState, Drawn, draw_tokens, num_choices
 from sps2_engine.collectives import Communicator, LeadingRanks, SoloCommunicator
 from sps2_engine.kv_pool import slot_runs
@@ -35,7 +37,7 @@ from sps2_kernels.segment_attention import warm_up_attention
 from sps2_layout.layout import Span, exact_layout
 from sps2_layout.placement import num_held
 from sps2_prefill_worker.interludes import FairShare, ToldRuns, short_work
-from sps2_prefill_worker.planning import follow, spans_of
+from sps2_prefill_worker.planning import follow, num_cached_of, spans_of
 from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt_key
 
 _log = logging.getLogger(__name__)
@@ -91,6 +93,11 @@ class PrefillRole:
         """See `Role.kv_blocks_used`."""
         return self._publisher.blocks_used if self._publisher else 0
 
+    @property
+    def kv_blocks_cached(self) -> int:
+        """See `Role.kv_blocks_cached`."""
+        return self._publisher.blocks_cached if self._publisher else 0
+
     def load(self, progress: Callable[[float], None]) -> engine_pb2.EngineLoaded:
         """See `Role.load`."""
         self._model = load_model(self._options, self._device, self._dtype, progress, torch.device("cpu"))
@@ -139,6 +146,8 @@ class PrefillRole:
                 self._prefill(command.run_prefill)
         elif command.HasField("cancel_prefill"):
             self._forget(attempt_key(command.cancel_prefill.attempt))
+        elif command.HasField("evict_prefixes"):
+            self._loaded_publisher.evict(command.evict_prefixes.runs)
 
     @property
     def _loaded_publisher(self) -> Publisher:
@@ -156,30 +165,37 @@ class PrefillRole:
 
     def _prefill(self, run: engine_pb2.RunPrefill) -> None:
         spans = spans_of(run)
-        sent = self._source.rows(len(run.token_ids), num_before(spans, num_held(run.placement)))
-        delivery = self._loaded_publisher.begin(run.attempt, run.placement, cut_rows(spans, sent))
+        stored = self._stored_rows(run, spans)
+        delivery = self._loaded_publisher.begin(run, cut_rows(spans, stored))
         self._report(run.attempt, started=prefill_service_pb2.PrefillStarted())
         if run.HasField("alone_on") and run.alone_on != self._groups.sequence.rank:
             self._loaded_publisher.computed(delivery, 0, 0.0)
             return
         try:
-            self._compute(run, delivery, sent)
+            self._compute(run, delivery, stored)
         except AttemptCancelledError:
             # CancelPrefill follows in order and frees what the attempt holds.
             _log.info("prefill of %s given up", run.attempt.request_id)
 
-    def _compute(self, run: engine_pb2.RunPrefill, delivery: Delivery, sent: Span) -> None:
-        """Computes this rank's tokens; KV of the rows `sent` among them is its to deliver."""
+    def _stored_rows(self, run: engine_pb2.RunPrefill, spans: Sequence[Span]) -> Span:
+        """Rows whose KV goes to the arena: all, as later prompts may want it, but for those that another rank sends."""
+        num_rows, source = len(run.token_ids), self._source
+        if source.num_replicas == 1:
+            return Span(0, num_rows)
+        return source.rows(num_rows, num_before(spans, num_held(run.placement)))
+
+    def _compute(self, run: engine_pb2.RunPrefill, delivery: Delivery, stored: Span) -> None:
+        """Computes this rank's tokens; KV of the rows `stored` among them is its to keep until it is delivered."""
         started, ranks = time.perf_counter(), self._ranks_of(run)
         plan = follow(run, ranks.rank, ranks.size, self._shape)
         slicer = self._slicer(run)
-        schedule = CsaSchedule(plan, LeadingRanks(ranks, plan.num_ranks), self._model.scale, slicer)
+        schedule = self._schedule(run, plan, ranks, delivery, slicer)
         posted_before = self._collective_bytes
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kept_k, kept_v = k[sent.slice], v[sent.slice]
-            for rows in walk(len(sent), BYTE_FLOPS * 2 * k.shape[1] * k.shape[2] * k.element_size()):
-                self._store(layer, delivery.blocks, rows, kept_k, kept_v)
+            kept_k, kept_v = k[stored.slice], v[stored.slice]
+            for rows in walk(len(stored), BYTE_FLOPS * 2 * k.shape[1] * k.shape[2] * k.element_size()):
+                self._store(layer, delivery.rows.blocks, rows, kept_k, kept_v)
             self._loaded_publisher.layer_ready(delivery, layer)
             o = schedule.attend(layer, q, k, v)
             self.steps_done += 1
@@ -196,6 +212,30 @@ class PrefillRole:
             if self._model.decoder.share.index == 0:
                 self._sample_first(run, logits, started)
         self._loaded_publisher.computed(delivery, self._collective_bytes - posted_before, schedule.exposed_s)
+
+    def _schedule(
+        self,
+        run: engine_pb2.RunPrefill,
+        plan: AttentionPlan,
+        ranks: Communicator,
+        delivery: Delivery,
+        slicer: Slicer,
+    ) -> CsaSchedule | ContinuedSchedule:
+        """Attention of the tokens of the plan, behind what is cached before them."""
+        scale = self._model.scale
+        schedule = CsaSchedule(plan, LeadingRanks(ranks, plan.num_ranks), scale, slicer)
+        if not num_cached_of(run):
+            return schedule
+        num_queries = [sum(map(len, plan.spans(rank))) for rank in range(plan.num_ranks)]
+        cached = CachedKeys(run.cached.tokens_by_rank, num_queries)
+        slots = [one for part in delivery.cached for one in part.slots()]
+
+        def read_keys(layer: int) -> list[tuple[Tensor, Tensor]]:
+            k, v = self._model.arena.k[layer], self._model.arena.v[layer]
+            to = self._device, self._dtype
+            return [(k[begin:end].to(*to), v[begin:end].to(*to)) for begin, end in slots]
+
+        return ContinuedSchedule(schedule, cached, read_keys, ranks, scale, slicer)
 
     @property
     def _collective_bytes(self) -> int:

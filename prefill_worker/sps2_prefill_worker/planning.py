@@ -5,9 +5,12 @@ alone: then several such prompts are computed at once.
 
 A rank never chooses by itself: what the leader has chosen comes with the prompt, beside the tokens that it gives
 the rank to host, and a rank that would plan otherwise refuses.
+
+Behind a cached beginning the rest is planned as if it were a text of its own, under exact attention over all
+sequence ranks; that it sees the beginning too is `sps2_engine.attention.continued`'s business.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self, TypeAlias
 
@@ -51,6 +54,8 @@ class PlannedPrompt:
     mesh: Mesh
     num_replicas: int = 1
     """Tensor ranks that hold the same KV heads, and deliver each its part of the tokens."""
+    num_cached: int = 0
+    """Tokens before those of the plan, whose KV the group holds."""
     alone: bool = False
     """One sequence rank computes it by itself, whichever is free; the plan is that rank's."""
     interlude_flops: int = 0
@@ -60,6 +65,13 @@ class PlannedPrompt:
     def most_kept(self) -> int:
         """Tokens whose KV a rank keeps until it is delivered, at most."""
         return -(-self.plan.most_tokens // self.num_replicas)
+
+    def spans(self, rank: int, alone_on: int | None = None) -> list[Span]:
+        """Where the tokens that a rank computes lie in the text, ascending; for `alone_on` see `assign`."""
+        index = self.mesh.sequence_index(rank)
+        if alone_on is not None:
+            return hosted_spans(self.plan, 0, self.num_cached) if index == alone_on else []
+        return hosted_spans(self.plan, index, self.num_cached)
 
     def assign(
         self, rank: int, run: engine_pb2.RunPrefill, token_ids: Sequence[int], alone_on: int | None = None
@@ -74,13 +86,9 @@ class PlannedPrompt:
         """
         run.exchange = TO_WIRE[self.exchange]
         run.interlude_flops = self.interlude_flops
-        index = self.mesh.sequence_index(rank)
         if alone_on is not None:
             run.alone_on = alone_on
-            if index != alone_on:
-                return
-            index = 0
-        for span in hosted_spans(self.plan, index):
+        for span in self.spans(rank, alone_on):
             run.spans.add(begin=span.begin, end=span.end)
             run.token_ids.extend(token_ids[span.slice])
 
@@ -116,28 +124,40 @@ class PromptPlanner:
         rates = assumed_rates(one.device, one.dtype, threads)
         return cls(Mesh.of(len(ranks), tp), shape, rates, choice, PromptCosts.of(ranks), sharing)
 
-    def plan(self, attention: Attention, num_generated: int = 0) -> PlannedPrompt:
+    def plan(self, attention: Attention, num_tokens: int, cached: Sequence[int] = ()) -> PlannedPrompt:
         """Chooses; counting what each schedule moves and computes takes tens of ms for 64k tokens on 8 ranks.
 
         Args:
             attention: of the prompt.
-            num_generated: tokens behind it, from earlier attempts.
+            num_tokens: of the text: the prompt, and what was generated in earlier attempts.
+            cached: leading tokens of which the group holds the KV, how many on each sequence rank.
 
         Raises:
             ValueError: see `AttentionPlan`.
         """
-        layout, shape = attention.sliced(self.mesh.sp, num_generated), self._share
+        if num_cached := sum(cached):
+            num_tokens -= num_cached
+            attention = Attention(num_tokens, num_tokens)
+        layout, shape = attention.sliced(self.mesh.sp, num_tokens), self._share
         exchange = choose_schedule(layout, attention.num_ranks(self.mesh.sp), shape, self.rates, self.choice)
-        planned = self._alone_if_better(self._planned(exchange, attention, num_generated), attention)
-        return replace(planned, interlude_flops=self.costs.interlude_flops(planned.plan))
+        planned = replace(self._planned(exchange, attention, num_tokens), num_cached=num_cached)
+        if not num_cached:  # what is cached lies on several ranks
+            planned = self._alone_if_better(planned, attention)
+        most_cached = max(cached, default=0)
+        return replace(planned, interlude_flops=self.costs.interlude_flops(planned.plan, most_cached))
 
-    def most_kept(self, attention: Attention, max_generated: int) -> int:
-        """Tokens whose KV a rank keeps at most, by any schedule that may be chosen, once so many were generated.
+    def most_kept(self, attention: Attention, num_tokens: int) -> int:
+        """Tokens of a text whose KV a rank keeps at most, by any schedule that may be chosen.
 
         What was generated lies on the last shard, so a slice may have room for its prompt and not for what follows.
         """
         exchanges = PLANS if self.choice == "auto" else (self.choice,)
-        return max(self._planned(one, attention, max_generated).most_kept for one in exchanges)
+        return max(self._planned(one, attention, num_tokens).most_kept for one in exchanges)
+
+    @property
+    def can_cache(self) -> bool:
+        """Whether ranks can keep KV for later prompts: not where several hold the same heads and split the tokens."""
+        return self._num_replicas == 1
 
     @property
     def short_tokens(self) -> int:
@@ -149,7 +169,7 @@ class PromptPlanner:
         plan, num_tokens = shared.plan, shared.plan.layout.num_tokens
         if self.sharing == "all" or plan.num_ranks == 1 or not self.costs.fits(num_tokens):
             return shared
-        layout = attention.sliced(1, num_tokens - attention.num_tokens)
+        layout = attention.sliced(1, num_tokens)
         alone = make_plan("heads", layout, 1, self._share)
         if not self.costs.interlude_flops(alone):
             return shared
@@ -162,11 +182,14 @@ class PromptPlanner:
     def _share(self) -> AttentionShape:
         return self.model.of_share(TensorShare(0, self.mesh.tp))  # all tensor ranks have as much to do
 
-    def _planned(self, exchange: Exchange, attention: Attention, num_generated: int) -> PlannedPrompt:
-        num_ranks, layout = attention.num_ranks(self.mesh.sp), attention.sliced(self.mesh.sp, num_generated)
+    @property
+    def _num_replicas(self) -> int:
+        return tensor_source(self.model.num_kv_heads, 0, self.mesh.tp).num_replicas
+
+    def _planned(self, exchange: Exchange, attention: Attention, num_tokens: int) -> PlannedPrompt:
+        num_ranks, layout = attention.num_ranks(self.mesh.sp), attention.sliced(self.mesh.sp, num_tokens)
         plan = make_plan(exchange, layout, num_ranks, self._share)
-        num_replicas = tensor_source(self.model.num_kv_heads, 0, self.mesh.tp).num_replicas
-        return PlannedPrompt(exchange, plan, self.mesh, num_replicas)
+        return PlannedPrompt(exchange, plan, self.mesh, self._num_replicas)
 
 
 def follow(run: engine_pb2.RunPrefill, rank: int, num_ranks: int, shape: AttentionShape) -> AttentionPlan:
@@ -177,13 +200,20 @@ def follow(run: engine_pb2.RunPrefill, rank: int, num_ranks: int, shape: Attenti
     """
     if run.exchange not in FROM_WIRE:
         raise ValueError(f"exchange {run.exchange} is not known here: is the leader of another release?")
-    attention = unpack_attention(run.attention)
-    layout = attention.sliced(num_ranks, len(run.choice.generated_token_ids))
+    num_cached = num_cached_of(run)
+    num_tokens = run.num_prompt_tokens - num_cached
+    attention = Attention(num_tokens, num_tokens) if num_cached else unpack_attention(run.attention)
+    layout = attention.sliced(num_ranks, num_tokens)
     plan = make_plan(FROM_WIRE[run.exchange], layout, attention.num_ranks(num_ranks), shape)
-    given, planned = spans_of(run), list(hosted_spans(plan, rank))
+    given, planned = spans_of(run), hosted_spans(plan, rank, num_cached)
     if given != planned:
         raise ValueError(f"rank {rank} was given {given}, and plans {planned}")
     return plan
+
+
+def num_cached_of(run: engine_pb2.RunPrefill) -> int:
+    """Leading tokens of the text that are not computed: the group holds their KV."""
+    return run.cached.parts[-1].token_end if run.cached.parts else 0
 
 
 def spans_of(run: engine_pb2.RunPrefill) -> list[Span]:
@@ -191,6 +221,6 @@ def spans_of(run: engine_pb2.RunPrefill) -> list[Span]:
     return [Span(span.begin, span.end) for span in run.spans]
 
 
-def hosted_spans(plan: AttentionPlan, rank: int) -> Iterator[Span]:
-    """Those of a rank's tokens by the plan, without empty ones."""
-    return (span for span in plan.spans(rank) if len(span))
+def hosted_spans(plan: AttentionPlan, rank: int, num_cached: int) -> list[Span]:
+    """Those of a rank's tokens by the plan, without empty ones, behind so many that are cached."""
+    return [Span(span.begin + num_cached, span.end + num_cached) for span in plan.spans(rank) if len(span)]

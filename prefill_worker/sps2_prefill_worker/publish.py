@@ -1,5 +1,7 @@
 """KV of prompts on its way from this prefill rank to the decode ranks: blocks, transfers, and what became of them.
 
+What the leader wants kept for later prompts is not freed but handed to `KeptRuns`.
+
 Knows nothing of models or ranks: it is told when a layer's KV lies in its blocks.
 """
 
@@ -7,15 +9,18 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
 from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, OutOfBlocksError
 from sps2_engine.kv_transfer.base import TransferError
+from sps2_engine.kv_transfer.rows import Rows
 from sps2_engine.kv_transfer.sender import KvSender
 from sps2_engine.kv_transfer.transfer import Transfer
 from sps2_layout.layout import Span
+from sps2_layout.placement import num_held
+from sps2_prefill_worker.kept_runs import CachedRows, KeptRuns
 
 _log = logging.getLogger(__name__)
 
@@ -36,9 +41,14 @@ class Delivery:
     """KV of one attempt's slice; over when it is both computed and sent, or given up."""
 
     attempt: placement_pb2.Attempt
-    blocks: list[int]
+    rows: Rows
+    """What is computed here."""
+    cached: Sequence[CachedRows]
+    """What is cached here of the beginning."""
     transfer: Transfer | None
-    """None where the slice is empty."""
+    """None where nothing is to be sent."""
+    keep: engine_pb2.KeptPrefix | None
+    """What stays when it is delivered."""
     bytes_sent: int | None = None
     """Known once every slab is accepted."""
     collective_bytes: int | None = None
@@ -47,7 +57,10 @@ class Delivery:
 
 
 class Publisher:
-    """Owns the blocks of all undelivered KV. Called by the compute thread; told of ends by the sender's thread."""
+    """Owns the blocks of all undelivered KV, and what is kept of it.
+
+    Called by the compute thread; told of ends by the sender's thread.
+    """
 
     def __init__(
         self, pool: BlockPool, sender: KvSender, bytes_posted: Counter[str], name: str, report: Report
@@ -58,31 +71,51 @@ class Publisher:
         self._name = name
         self._report = report
         self._deliveries: dict[AttemptKey, Delivery] = {}
+        self._kept = KeptRuns(pool)
         self._changed = threading.Condition()  # its lock is reentrant
 
     @property
     def blocks_used(self) -> int:
         """Blocks that hold KV which is not delivered yet."""
-        return self._pool.num_used
+        with self._changed:
+            return self._pool.num_used - self._kept.num_blocks
 
-    def begin(
-        self, attempt: placement_pb2.Attempt, placement: placement_pb2.Placement, spans: Sequence[Span]
-    ) -> Delivery:
+    @property
+    def blocks_cached(self) -> int:
+        """Blocks that hold nothing but cached KV."""
+        with self._changed:
+            return self._kept.num_blocks
+
+    def begin(self, run: engine_pb2.RunPrefill, spans: Sequence[Span]) -> Delivery:
         """Takes blocks for tokens and opens their transfer, waiting where earlier KV fills the arena.
 
+        With them goes what is cached here of the text's beginning. What its targets hold already is not sent.
+
         Args:
-            attempt: Whose they are.
-            placement: Where they go.
-            spans: In order and disjoint; the delivery's blocks hold their tokens one after another.
+            run: The attempt, where its KV goes, what is cached of it and what is kept.
+            spans: Tokens that are computed here, in order and disjoint.
 
         Raises:
             OutOfBlocksError: no room within `ROOM_TIMEOUT_S`.
+            ValueError: what the leader takes for cached is not.
         """
-        num_tokens = sum(map(len, spans))
-        blocks = self._wait_for_blocks(-(-num_tokens // BLOCK_TOKENS))
-        key = attempt_key(attempt)
-        transfer = self._sender.begin(attempt, placement, spans, blocks) if num_tokens else None
-        delivery = Delivery(attempt, blocks, transfer, bytes_sent=None if transfer else 0)
+        self.evict(run.evict)
+        with self._changed:
+            cached = self._kept.find(run.cached.parts)
+            for one in cached:
+                self._pool.share(one.rows.blocks)
+        try:
+            rows = Rows(spans, self._wait_for_blocks(-(-sum(map(len, spans)) // BLOCK_TOKENS)))
+        except OutOfBlocksError:
+            self._free([one.rows for one in cached])
+            raise
+        held, key = num_held(run.placement), attempt_key(run.attempt)
+        sent = [span.cut(held, span.end) for span in (*(s for one in cached for s in one.spans), *spans)]
+        sent = [span for span in sent if len(span)]
+        sources = [*(one.rows for one in cached), rows]
+        transfer = self._sender.begin(run.attempt, run.placement, sent, sources) if sent else None
+        keep = run.keep if run.HasField("keep") else None
+        delivery = Delivery(run.attempt, rows, cached, transfer, keep, bytes_sent=None if transfer else 0)
         with self._changed:
             self._deliveries[key] = delivery
         if transfer is not None:
@@ -100,6 +133,16 @@ class Publisher:
             delivery.collective_bytes, delivery.exposed_s = collective_bytes, exposed_s
             self._finish_if_over(delivery)
 
+    def evict(self, numbers: Iterable[int]) -> None:
+        """Frees what is cached of these runs, or will not keep them when they are delivered."""
+        with self._changed:
+            for number in numbers:
+                if not self._kept.evict(number):
+                    for delivery in self._deliveries.values():
+                        if delivery.keep is not None and delivery.keep.run == number:
+                            delivery.keep = None
+            self._changed.notify_all()
+
     def give_up(self, key: AttemptKey) -> None:
         """Stops an attempt's transfer and frees its blocks; one that is unknown is free already."""
         with self._changed:
@@ -114,9 +157,11 @@ class Publisher:
             quiet.add_done_callback(lambda _quiet: self._free_given_up(delivery))
 
     def give_up_all(self) -> None:
-        """`give_up` for every attempt."""
+        """`give_up` for every attempt, and for what is cached."""
         for key in list(self._deliveries):
             self.give_up(key)
+        with self._changed:
+            self._kept.clear()
 
     def _wait_for_blocks(self, num_blocks: int) -> list[int]:
         deadline = time.monotonic() + ROOM_TIMEOUT_S
@@ -154,7 +199,11 @@ class Publisher:
         if delivery.bytes_sent is None or delivery.collective_bytes is None:
             return
         del self._deliveries[attempt_key(delivery.attempt)]
-        self._free(delivery.blocks)
+        self._free([one.rows for one in delivery.cached])
+        if delivery.keep is None:
+            self._free([delivery.rows])
+        else:
+            self._kept.keep(delivery.keep.run, delivery.rows, delivery.keep.token_end)
         delivered = prefill_service_pb2.PrefillDelivered(
             collective_bytes=delivery.collective_bytes,
             kv_transfer_bytes=delivery.bytes_sent,
@@ -164,10 +213,11 @@ class Publisher:
         self._report(engine_pb2.EngineEvent(prefill=report))
 
     def _free_given_up(self, delivery: Delivery) -> None:
-        self._free(delivery.blocks)
+        self._free([delivery.rows, *(one.rows for one in delivery.cached)])
         _log.info("%s given up: %d KV blocks in use", delivery.attempt.request_id, self.blocks_used)
 
-    def _free(self, blocks: list[int]) -> None:
+    def _free(self, rows: Iterable[Rows]) -> None:
         with self._changed:
-            self._pool.free(blocks)
+            for one in rows:
+                self._pool.free(one.blocks)
             self._changed.notify_all()

@@ -79,6 +79,7 @@ class Answer:
         assert self._first is not None, "what has ended was relayed"
         usage = generation_pb2.Usage(
             prompt_tokens=self._request.num_prompt_tokens,
+            cached_tokens=self._first.first_token.cached_tokens if self._first.first_token else 0,
             output_tokens=sum(counts),
             timings=timings(self._milestones, self._first, max(counts)),
             attention_profile=self._request.attention_profile,

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import structlog
 
@@ -25,6 +27,7 @@ from sps2_router.live_requests import LiveRequests
 from sps2_router.model_servicer import ModelServicer
 from sps2_router.peers import Peers
 from sps2_router.policies import POLICIES
+from sps2_router.prefix_lookup import PrefixDirectory, find_held
 from sps2_router.prompt_queue import PromptQueue
 from sps2_router.scheduler import Scheduler
 from sps2_router.servicer import InferenceServicer
@@ -77,6 +80,10 @@ class RouterServer(ServiceServer):
             await super().set_serving(now)
 
 
+class RouterDirectory(RequestDirectory, PrefixDirectory, Protocol):
+    """What a router asks the directory beside its workers; `DirectoryClient` is one."""
+
+
 class Router:
     """One router. Made inside a running event loop; `server` is to be run, with `follow` beside it."""
 
@@ -86,7 +93,7 @@ class Router:
         model: ServedModel,
         tokenizer: ModelTokenizer,
         view: Membership,
-        directory: RequestDirectory,
+        directory: RouterDirectory,
     ) -> None:
         self._view = view
         self._address = config.advertise
@@ -112,6 +119,7 @@ class Router:
             ladder,
             self._claims,
             peers,
+            partial(find_held, directory, view),
         )
         self.server = RouterServer(config, self._ready)
         for servicer, file, name in (
@@ -184,4 +192,5 @@ def served_model(folder: ModelFolder, name: str) -> ServedModel:
         context_length=folder.context_length,
         vocabulary_size=folder.vocab_size,
         eos_token_ids=folder.eos_token_ids,
+        keys_per_token=folder.keys_per_token,
     )

@@ -35,8 +35,8 @@ class RouterConfig(ServiceConfig):
     """Name that requests use; empty: the folder's name."""
     profile: str = DEFAULT.name
     """Attention of prompts whose request names none: exact, paper, default, or a JSON file of profiles."""
-    policy: Literal["least_loaded", "round_robin"] = "least_loaded"
-    """How groups are picked: the ones with the least to do, or in turns."""
+    policy: Literal["prefix_aware", "least_loaded", "round_robin"] = "prefix_aware"
+    """How groups are picked: the ones that are done soonest, cached prompts counted; with the least to do; in turns."""
     max_queued_tokens: int = setting(QueueLimits.max_tokens, minimum=1)
     """Prompt tokens that may wait for their prefill; more are refused, but no request alone, no tenant in its share."""
     max_live_requests: int = setting(1024, minimum=1)

@@ -143,7 +143,8 @@ class Dispatcher:
     def _ask(self, request: Request) -> Ask:
         choice = request.choice
         left = choice.max_tokens - len(request.generated_ids)
-        return self._scheduler.sized(Ask(request.num_tokens, left * choice.num_choices, request.tenant))
+        ask = Ask(request.num_tokens, left * choice.num_choices, request.tenant, request.cached)
+        return self._scheduler.sized(ask)
 
     def _seat(
         self, request: Request, live: LiveRequest, retries: Retries

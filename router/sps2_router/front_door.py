@@ -1,6 +1,7 @@
 """What happens to a call before and around its attempts: checks, its id, its time, its tokens.
 
-The one place that knows the order: fields, room in the queue, id, tokenizing, context length, block hashes, dispatch.
+The one place that knows the order: fields, room in the queue, id, tokenizing, context length, block hashes, what is
+cached, dispatch.
 Servicers call it.
 """
 
@@ -9,6 +10,7 @@ import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from sps2.v1 import generation_pb2
 from sps2_layout.block_hash import block_hashes
@@ -19,11 +21,12 @@ from sps2_router.call import Call
 from sps2_router.claims import Claims
 from sps2_router.dispatch import Dispatcher
 from sps2_router.peers import Peers
+from sps2_router.prefix_reuse import HeldPrefix, with_reuse
 from sps2_router.prompt_ids import ids_of_chat, ids_of_text, least_tokens
 from sps2_router.relay import Event
 from sps2_router.scope import CallScope
 from sps2_router.tokenizer import ModelTokenizer
-from sps2_router.types import ServedModel
+from sps2_router.types import Reuse, ServedModel
 from sps2_router.validation import check_fields, resolve
 from sps2_service.telemetry import bound_request
 from sps2_service.turns import now_us, turn_us
@@ -39,6 +42,10 @@ class TimeLimits:
     """Without any event, progress of the prefill included; waiting in the queue is none, it has bounds of its own."""
 
 
+FindHeld: TypeAlias = Callable[[Sequence[bytes]], Awaitable[list[HeldPrefix]]]
+"""Tells which groups hold the beginning of a chain of blocks."""
+
+
 class FrontDoor:
     """Takes specs, gives events."""
 
@@ -52,6 +59,7 @@ class FrontDoor:
         ladder: Ladder,
         claims: Claims,
         peers: Peers,
+        find_held: FindHeld,
     ) -> None:
         """`ladder` is the attention profile of requests that name none."""
         self._model = model
@@ -62,6 +70,7 @@ class FrontDoor:
         self._ladder = ladder
         self._claims = claims
         self._peers = peers
+        self._find_held = find_held
 
     async def generate(self, spec: generation_pb2.GenerationSpec, call: Call, send: Send) -> str:
         """Serves one call and returns the request's id.
@@ -103,6 +112,8 @@ class FrontDoor:
         salt = tenant_salt(live.tenant)
         hashes = await asyncio.to_thread(block_hashes, prompt_ids, self._model.model_hash, salt)
         request = replace(request, block_hashes=hashes, tenant=live.tenant)
+        if hashes and request.reuse is not Reuse.OFF:
+            request = with_reuse(request, await self._find_held(hashes), self._model.keys_per_token)
         await self._dispatcher.serve(request, live, arrived_at, send)
 
     async def _prompt_ids(self, spec: generation_pb2.GenerationSpec) -> Sequence[int]:

@@ -79,7 +79,8 @@ class PromptQueue:
         self._tokens_of: Counter[str] = Counter()
         """By tenant."""
         self._buckets: dict[str, TokenBucket] = {}
-        self._drain = DrainRate()
+        self._drains = {is_short: DrainRate() for is_short in (False, True)}
+        """Of short prompts and of others, which wait for places of their own."""
         self._now = asyncio.get_running_loop().time
 
     @property
@@ -129,12 +130,14 @@ class PromptQueue:
     def begun(self, queued: Queued) -> None:
         """Prefill has begun with one, perhaps not for the first time."""
         if queued in self._queued:
-            self._drain.left(queued.ask.num_tokens, self._now())
+            self._drains[queued.ask.is_short].left(queued.ask.num_tokens, self._now())
             self._remove(queued)
 
     def note(self) -> None:
         """Somebody's place has changed."""
-        self._drain.waiting(any(not one.is_placed for one in self._queued), self._now())
+        waiting = {one.ask.is_short for one in self._queued if not one.is_placed}
+        for is_short, drain in self._drains.items():
+            drain.waiting(is_short in waiting, self._now())
 
     def _remove(self, queued: Queued) -> None:
         if queued in self._queued:
@@ -184,7 +187,7 @@ class PromptQueue:
             )
 
     def _check_wait(self, ask: Ask, turn: int, time_left: float) -> None:
-        rate = self._drain.rate(self._now())
+        rate = self._drains[ask.is_short].rate(self._now())
         if rate is None:
             return
         # With a prefill group, or before it in the line; those of the other kind hold it up in nothing.
@@ -209,8 +212,8 @@ class PromptQueue:
 
     def _drained_after(self, num_tokens: int) -> float:
         """Seconds to come again after: when those tokens will have left the queue."""
-        rate = self._drain.rate(self._now())
-        return self._spread(UNKNOWN_RETRY_S if rate is None else num_tokens / rate)
+        rate = sum(drain.rate(self._now()) or 0.0 for drain in self._drains.values())
+        return self._spread(num_tokens / rate if rate else UNKNOWN_RETRY_S)
 
     def _spread(self, seconds: float) -> float:
         """Bounded, and not the same for all: those who are sent away together shall not come back together."""

@@ -5,6 +5,7 @@ Plain data with invariants; knows nothing about gRPC calls, clocks or tokenizing
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 
 from sps2.v1 import cluster_pb2
 from sps2_layout.attention import Attention
@@ -24,6 +25,8 @@ class ServedModel:
     """Token ids are in [0, vocabulary_size)."""
     eos_token_ids: tuple[int, ...]
     """Ids that end a stream unless the request ignores them."""
+    keys_per_token: int = 1536
+    """So many keys that a token sees cost as much as what else it costs."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,14 @@ class TokenChoice:
     """Index of the first of them in the key of the random numbers."""
 
 
+class Reuse(Enum):
+    """Which KV of earlier prompts a request may begin with; see PrefixReuse in generation.proto."""
+
+    EXACT = auto()
+    ADOPT = auto()
+    OFF = auto()
+
+
 @dataclass(frozen=True)
 class Request:
     """One admitted request. Everything that an attempt needs is in here, so attempts are alike."""
@@ -86,6 +97,10 @@ class Request:
     """Steps of 10 s that it goes before others; see `sps2_service.turns`."""
     tenant: str = ""
     """Whose it is; empty where no tokens are asked for."""
+    reuse: Reuse = Reuse.ADOPT
+    """Which cached KV it may begin with."""
+    cached: Mapping[str, int] = field(default_factory=dict)
+    """By prefill group: leading tokens of which it is said to hold KV that this request can use."""
 
     def __post_init__(self) -> None:
         """A request without a prompt cannot be served."""

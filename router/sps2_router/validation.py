@@ -4,13 +4,13 @@ Two steps, because tokenizing lies between them: `check_fields` looks at everyth
 and is cheap; `resolve` looks at the ids and fills in what was left unset. Messages say what to send instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sps2.v1 import generation_pb2
 from sps2_layout.attention import Attention
 from sps2_layout.profiles import NAMED, Ladder
 from sps2_router.choice_validation import check_choice, resolve_choice
-from sps2_router.types import Request, ServedModel
+from sps2_router.types import Request, Reuse, ServedModel
 from sps2_service.errors import FieldViolation, InvalidArgument, NotFound, OutOfRange
 from sps2_service.turns import MAX_PRIORITY
 
@@ -19,6 +19,12 @@ MAX_NONCE_BYTES = 32
 MAX_CHAT_MESSAGES = 1024
 MAX_ROLE_CHARS = 64
 DEFAULT_MAX_TOKENS = 256
+REUSES: "Mapping[generation_pb2.PrefixReuse.ValueType, Reuse]" = {
+    generation_pb2.PREFIX_REUSE_UNSPECIFIED: Reuse.ADOPT,  # which is as good as EXACT for a prompt that is exact
+    generation_pb2.PREFIX_REUSE_EXACT: Reuse.EXACT,
+    generation_pb2.PREFIX_REUSE_ADOPT: Reuse.ADOPT,
+    generation_pb2.PREFIX_REUSE_OFF: Reuse.OFF,
+}
 
 
 def check_fields(spec: generation_pb2.GenerationSpec, model: ServedModel) -> None:
@@ -42,6 +48,10 @@ def check_fields(spec: generation_pb2.GenerationSpec, model: ServedModel) -> Non
         )
     check_choice(spec, model)
     check_token_ids(spec.stop.stop_token_ids, "spec.stop.stop_token_ids", model)
+    if spec.prefix_reuse not in REUSES:
+        raise InvalidArgument.of_field(
+            "spec.prefix_reuse", f"is {spec.prefix_reuse}; send 0 to {max(REUSES)}, see PrefixReuse"
+        )
     if spec.attention_profile and spec.attention_profile not in NAMED:
         shown = spec.attention_profile[:64].encode("ascii", "replace").decode()
         raise InvalidArgument.of_field(
@@ -164,7 +174,13 @@ def resolve(
     chosen = NAMED[spec.attention_profile] if spec.attention_profile else ladder
     attention = Attention.admit(chosen, len(prompt_ids))
     return Request(
-        request_id, prompt_ids, choice, attention, _describe(chosen, attention), priority=spec.priority
+        request_id,
+        prompt_ids,
+        choice,
+        attention,
+        _describe(chosen, attention),
+        priority=spec.priority,
+        reuse=REUSES[spec.prefix_reuse],
     )
 
 

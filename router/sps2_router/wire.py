@@ -3,7 +3,7 @@
 from sps2.internal.v1 import decode_service_pb2, placement_pb2, prefill_service_pb2
 from sps2.v1 import generation_pb2
 from sps2_layout.wire import pack_attention
-from sps2_router.types import GroupPair, Request
+from sps2_router.types import GroupPair, Request, Reuse
 
 
 def pack_choice(request: Request) -> prefill_service_pb2.TokenChoice:
@@ -78,4 +78,5 @@ def pack_prefill(
         placement=placement,
         choice=pack_choice(request),
         attention=pack_attention(request.attention),
+        block_hashes=() if request.reuse is Reuse.OFF else request.block_hashes,
     )

@@ -17,6 +17,7 @@ from sps2.internal.v1.placement_pb2 import Attempt
 from sps2.v1.cluster_pb2 import WorkerInfo
 from sps2_service.channel import open_channel
 from sps2_service.directory_membership import Membership, watch_workers
+from sps2_service.directory_prefixes import HeldPrefixes
 from sps2_service.directory_recorder import Recorder
 from sps2_service.directory_registration import Registration, Standing
 from sps2_service.directory_rpc import DirectoryOptions, call
@@ -52,6 +53,7 @@ class DirectoryClient:
         self._recorder = Recorder(options.max_queued_records)
         self._recorded: dict[str, pb.RecordShardsRequest] = {}
         """By request id: what was recorded last and not released."""
+        self._prefixes: HeldPrefixes | None = None
 
     # --- workers -------------------------------------------------------------------------------------------
 
@@ -69,6 +71,7 @@ class DirectoryClient:
         self, get_worker: Callable[[], WorkerInfo], *, on_stale: Callable[[], None] | None = None
     ) -> Registration:
         """The same, to be run by the caller (`run()`), with `renew_now`, `standing` and `fence`."""
+        self._prefixes = HeldPrefixes(self._stub, self._recorder, get_worker, self._options)
         return Registration(self._stub, get_worker, self._options, self._tell_again, on_stale)
 
     async def deregister(self, worker_id: str, process_incarnation: str) -> bool:
@@ -129,6 +132,8 @@ class DirectoryClient:
     def _tell_again(self) -> None:
         for request in self._recorded.values():
             self._submit(request)
+        if self._prefixes is not None:
+            self._prefixes.tell_again()
 
     def release(self, attempt: Attempt) -> None:
         """Forgets an attempt; returns at once. Sent after what was recorded for the request before."""
@@ -185,6 +190,12 @@ class DirectoryClient:
         )
 
     # --- prefixes ------------------------------------------------------------------------------------------
+
+    @property
+    def prefixes(self) -> HeldPrefixes:
+        """What the registered worker's group holds; told in the background, and again like shards."""
+        assert self._prefixes is not None, "a worker registers before it holds anything"
+        return self._prefixes
 
     async def record_prefix(self, holder: pb.PrefixHolder, keys: Sequence[bytes]) -> None:
         """Tells that a worker's group holds blocks; at most 64 keys. Raises ServiceError."""

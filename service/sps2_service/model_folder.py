@@ -58,6 +58,21 @@ class ModelFolder:
         return self.path.resolve().name
 
     @cached_property
+    def keys_per_token(self) -> int:
+        """So many keys that a token sees cost as much as its matrix products: its share of FLOPs, in every layer.
+
+        Raises:
+            ModelFolderError: a size is missing.
+        """
+        hidden, heads = self._positive("hidden_size"), self._positive("num_attention_heads")
+        kv_heads = self._text.get("num_key_value_heads") or heads
+        head_dim = self._text.get("head_dim") or hidden // heads
+        weights = 2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * self._positive(
+            "intermediate_size"
+        )
+        return max(1, 2 * weights // (4 * head_dim * heads))
+
+    @cached_property
     def model_hash(self) -> str:
         """SHA-256 (hex) by which ranks and services make sure that they serve the same model.
 

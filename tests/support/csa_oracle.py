@@ -94,7 +94,11 @@ def check_csa(
     said = []
     for prompt in prompts:
         answer = client.generate(
-            token_ids=prompt, max_tokens=num_tokens, ignore_eos=True, timeout=GENERATE_TIMEOUT_S
+            token_ids=prompt,
+            max_tokens=num_tokens,
+            ignore_eos=True,
+            prefix_reuse="off",  # the mask of its own, whatever came before
+            timeout=GENERATE_TIMEOUT_S,
         )
         said.append(answer.usage.attention_profile)
         try:

@@ -381,6 +381,15 @@ class FakeRequestDirectory:
     def __init__(self) -> None:
         self.admitted: dict[str, directory_pb.RequestAdmission] = {}
         self.is_away = False
+        self.prefixes: list[directory_pb.PrefixMatch] = []
+        """Who holds the beginning of whatever chain is asked for."""
+
+    async def find_prefix(self, keys: Sequence[bytes]) -> list[directory_pb.PrefixMatch]:
+        """Who holds how many of the first keys."""
+        return [
+            directory_pb.PrefixMatch(holder=one.holder, num_keys=min(one.num_keys, len(keys)))
+            for one in self.prefixes
+        ]
 
     async def admit(
         self, admissions: Sequence[directory_pb.RequestAdmission], lease_s: float

@@ -167,7 +167,7 @@ class Target:
         with (
             self.client() as client,
             client.stream(
-                token_ids=prompt, max_tokens=num_tokens, ignore_eos=True, timeout=timeout
+                token_ids=prompt, max_tokens=num_tokens, ignore_eos=True, prefix_reuse="off", timeout=timeout
             ) as stream,
         ):
             yield stream

@@ -53,5 +53,9 @@ def check_a_token_longer(
 
 def _greedy(client: Client, prompt: Prompt, num_tokens: int) -> tuple[int, ...]:
     return client.generate(
-        token_ids=prompt, max_tokens=num_tokens, ignore_eos=True, timeout=GENERATE_TIMEOUT_S
+        token_ids=prompt,
+        max_tokens=num_tokens,
+        ignore_eos=True,
+        prefix_reuse="off",
+        timeout=GENERATE_TIMEOUT_S,
     ).token_ids

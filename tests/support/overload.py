@@ -45,6 +45,9 @@ class Outcome:
     most_queued: int = 0
     """Most prompt tokens that were seen in the router's queue."""
     seconds: float = 0.0
+    """For which calls came."""
+    tail_s: float = 0.0
+    """From then on until the last had its answer."""
 
     @property
     def goodput(self) -> float:
@@ -125,16 +128,15 @@ async def offer(client: AsyncClient, calls: Calls, rate: float, seconds: float, 
             await asyncio.sleep(max(0.0, began + at - perf_counter()))
             tasks.create_task(ask(client, calls, number := number + 1, outcome))
         await asyncio.sleep(max(0.0, began + seconds - perf_counter()))
+    outcome.tail_s = perf_counter() - began - seconds
     return outcome
 
 
-async def settle(client: AsyncClient) -> float:
-    """Seconds until the router has nothing to do."""
-    began = perf_counter()
+async def settle(client: AsyncClient) -> None:
+    """Returns when the router has nothing to do."""
     async with asyncio.timeout(SETTLE_S):
         while (await client.cluster_state()).num_requests_live:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(LOOK_S / 10)
-    return perf_counter() - began
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from sps2.internal.v1 import engine_pb2
-from sps2_engine.attention.cost_model import make_plan
+from sps2_engine.attention.cost_model import Choice, make_plan
 from sps2_engine.collectives import GroupError
 from sps2_engine.kv_transfer.sender import KvSender
 from sps2_engine.kv_transfer.transfer import Transfer
@@ -39,9 +39,9 @@ Hook = Callable[["PrefillRanks", int, engine_pb2.EngineEvent], None]
 class NoSender:
     """In place of a `KvSender`: transfers that last until they are given up."""
 
-    def begin(self, attempt: object, placement: object, spans: object, blocks: object) -> Transfer:
+    def begin(self, attempt: object, placement: object, _spans: object, rows: object) -> Transfer:
         """A transfer that nobody takes."""
-        return Transfer(attempt, placement, spans, blocks)  # type: ignore[arg-type]
+        return Transfer(attempt, placement, rows)  # type: ignore[arg-type]
 
     def layer_ready(self, transfer: Transfer, layer: int) -> None:
         """Nobody waits for it."""
@@ -123,8 +123,8 @@ class PrefillRanks:
     ) -> list[engine_pb2.RunPrefill]:
         """What the leader tells each rank of a prompt, request "number"."""
         attention = Attention(len(token_ids), len(token_ids))
-        planner = PromptPlanner.of([self.loaded] * self.mesh.size, "heads", 1, self.mesh.tp, "all")
-        planned = planner.plan(attention)
+        planner = self.planner("heads")
+        planned = planner.plan(attention, len(token_ids))
         if alone_on is not None:
             shape = planner.model.of_share(TensorShare(0, self.mesh.tp))
             alone = make_plan("heads", exact_layout(len(token_ids), 1), 1, shape)
@@ -143,6 +143,10 @@ class PrefillRanks:
             run.interlude_flops = int(short)
             runs.append(run)
         return runs
+
+    def planner(self, choice: Choice) -> PromptPlanner:
+        """The leader's; all ranks share every prompt."""
+        return PromptPlanner.of([self.loaded] * self.mesh.size, choice, 1, self.mesh.tp, "all")
 
     def notice(self, rank: int, command: engine_pb2.EngineCommand) -> None:
         """A command has come to a rank; its turn comes with `execute`."""

@@ -43,7 +43,11 @@ async def ask(client: AsyncClient, prompt: Prompt) -> Answered:
     """One request to its end."""
     began, first = time.monotonic(), 0.0
     async with client.stream(
-        token_ids=prompt, max_tokens=NUM_TOKENS, ignore_eos=True, timeout=GENERATE_TIMEOUT_S
+        token_ids=prompt,
+        max_tokens=NUM_TOKENS,
+        ignore_eos=True,
+        prefix_reuse="off",
+        timeout=GENERATE_TIMEOUT_S,
     ) as stream:
         async for event in stream:
             if isinstance(event, TextDelta):

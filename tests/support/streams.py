@@ -33,6 +33,7 @@ class Asked:
             "token_ids": self.prompt,
             "max_tokens": self.num_tokens,
             "ignore_eos": True,
+            "prefix_reuse": "off",  # asked for again and again, it is to be prefilled again under its own mask
         }
         if self.seed is not None:
             options |= {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": self.seed}

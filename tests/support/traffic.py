@@ -113,7 +113,11 @@ def check_bytes(
     assert posted(client) == total, "the deployment is not fresh"
     for prompt in prompts:
         answer = client.generate(
-            token_ids=prompt, max_tokens=num_tokens, ignore_eos=True, timeout=GENERATE_TIMEOUT_S
+            token_ids=prompt,
+            max_tokens=num_tokens,
+            ignore_eos=True,
+            prefix_reuse="off",
+            timeout=GENERATE_TIMEOUT_S,
         )
         plan = shape.planned(num_ranks, len(prompt), num_tokens, exchange)
         where = f"prompt of {len(prompt)} tokens on (R, D) = {num_ranks}"

@@ -103,7 +103,7 @@ async def answer_prompt(client: AsyncClient, token_ids: list[int], profile: str)
     """
     sent = time.perf_counter()
     async with client.stream(
-        token_ids=token_ids, max_tokens=2, ignore_eos=True, attention_profile=profile
+        token_ids=token_ids, max_tokens=2, ignore_eos=True, attention_profile=profile, prefix_reuse="off"
     ) as stream:
         async for event in stream:
             if isinstance(event, TextDelta):

@@ -98,7 +98,7 @@ class UpOptions:
     """ "auto", "cpu" or "cuda"."""
     profile: str = "exact"
     """Attention of requests that name none: exact, paper, default, or a JSON file."""
-    policy: str = "least_loaded"
+    policy: str = "prefix_aware"
     """How the router picks groups."""
     max_queue_s: float = 300.0
     """Seconds that a request may wait for its prefill."""

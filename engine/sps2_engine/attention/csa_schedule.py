@@ -24,7 +24,7 @@ from sps2_engine.attention.csa_step import LayerStep
 from sps2_engine.attention.pieces import HeadRun
 from sps2_engine.attention.plan import AttentionPlan
 from sps2_engine.attention.routes import Leg, Routes
-from sps2_engine.attention.sliced import SegmentAttention
+from sps2_engine.attention.sliced import SegmentAttention, State
 from sps2_engine.attention.trace import Event, Kind, Trace
 from sps2_engine.collectives import Communicator, PendingExchange
 from sps2_engine.slices import Slicer
@@ -105,6 +105,10 @@ class CsaSchedule:
         Raises:
             GroupError: an exchange failed.
         """
+        return self.state(layer, q, k, v)[0]
+
+    def state(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> State:
+        """Like `attend`, with the log-sum-exp [own tokens, q_heads] fp32, for whoever merges more into it."""
         routes = self._routes_of(layer)
         piece_flops, rank = self._slicer.slice_flops, self._communicator.rank
         step = LayerStep(self._plan, routes, rank, (q, k, v), self._scale, piece_flops, self._attention)
@@ -133,7 +137,7 @@ class CsaSchedule:
             step.local(stage)
         for leg, posted in outs:
             step.take_out(leg, self._wait(posted))
-        return step.o
+        return step.o, step.lse
 
     def _routes_of(self, layer: int) -> Routes:
         phase = self._plan.phase(layer)

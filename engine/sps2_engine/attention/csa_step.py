@@ -38,7 +38,8 @@ class LayerStep:
         # What is merged piece by piece is kept wide: in bf16 each merge would round it again.
         self.o = torch.empty_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
         """[own tokens, q_heads, head_dim], fp32 or wider: whole when all has been merged."""
-        self._lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        self.lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        """Its log-sum-exp, [own tokens, q_heads] fp32."""
         self._received: dict[tuple[int, Plane], Tensor] = {}
         """Planes [rows, heads, head_dim] by source rank."""
         self._gathered: dict[KeyRun, tuple[Tensor, Tensor]] = {}
@@ -62,10 +63,10 @@ class LayerStep:
         for work in self._routes.own_shards[run]:
             o, lse = self._attend(work, stage)
             if o.shape == self.o.shape:
-                self.o, self._lse = o.to(self.o.dtype), lse  # all there is: nothing to copy
+                self.o, self.lse = o.to(self.o.dtype), lse  # all there is: nothing to copy
                 return
             rows, heads = self._routes.rows(work.queries), run.q_heads.slice
-            self.o[rows, heads], self._lse[rows, heads] = o, lse
+            self.o[rows, heads], self.lse[rows, heads] = o, lse
 
     def take_in(self, route: Route, received: Tensor) -> None:
         """Finds the planes in the received bytes; nothing is copied."""
@@ -123,7 +124,7 @@ class LayerStep:
 
     def _merge(self, queries: Plane, o: Tensor, lse: Tensor) -> None:
         rows, heads = self._routes.rows(queries.rows), queries.heads.slice
-        merge_into(self.o[rows, heads], self._lse[rows, heads], o, lse)
+        merge_into(self.o[rows, heads], self.lse[rows, heads], o, lse)
 
     def _attend(self, work: Work, stage: Stage) -> State:
         if work.query_rank == self._rank:

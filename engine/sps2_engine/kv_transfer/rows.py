@@ -6,6 +6,7 @@ Pure. A source process may host several spans of a prompt's tokens; several may 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sps2_engine.kv_pool import slot_runs
 from sps2_layout.layout import Span
 
 
@@ -48,6 +49,29 @@ def tensor_source(num_kv_heads: int, tensor_rank: int, tensor_size: int) -> Tens
     # The ranks t with floor(t H / T) == first.
     begin, end = (-(-head * tensor_size // num_kv_heads) for head in (first, first + 1))
     return TensorSource(Span(first, first + 1), tensor_rank - begin, end - begin)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of a source, and where they lie in its arena."""
+
+    spans: Sequence[Span]
+    """In order and disjoint."""
+    blocks: Sequence[int]
+    """They hold the tokens of the spans one after another: no span begins a new block, the first token lies in the
+    first slot of the first block."""
+
+    def hold(self, token: int) -> bool:
+        """Whether a token is among them."""
+        return any(span.begin <= token < span.end for span in self.spans)
+
+    def slots(self, tokens: Span) -> list[tuple[int, int]]:
+        """The slot runs of a part of one of the spans.
+
+        Raises:
+            ValueError: it lies in none of them, or the blocks have no room for it.
+        """
+        return slot_runs(self.blocks, len(tokens), row_of(self.spans, tokens.begin))
 
 
 def row_of(spans: Sequence[Span], token: int) -> int:

@@ -15,12 +15,13 @@ from typing import Final
 
 from sps2.internal.v1.kv_transfer_service_pb2 import KvFormat, OpenRingRequest, OpenRingResponse
 from sps2.internal.v1.placement_pb2 import Attempt, Placement
-from sps2_engine.kv_pool import KvArena, slot_runs
+from sps2_engine.kv_pool import KvArena
 from sps2_engine.kv_transfer.base import Link, TransferError, TransportChoice
 from sps2_engine.kv_transfer.nixl import NixlSource, NixlUnavailableError
 from sps2_engine.kv_transfer.outbox import Outbox
 from sps2_engine.kv_transfer.relayout import num_cells, shares
 from sps2_engine.kv_transfer.route import NixlLinks, Route
+from sps2_engine.kv_transfer.rows import Rows
 from sps2_engine.kv_transfer.slab import ArenaBytes
 from sps2_engine.kv_transfer.transfer import Share, Transfer
 from sps2_layout.layout import Span
@@ -102,7 +103,7 @@ class KvSender:
         attempt: Attempt,
         placement: Placement,
         spans: Sequence[Span],
-        blocks: Sequence[int],
+        rows: Sequence[Rows],
     ) -> Transfer:
         """Starts a transfer of these tokens, all heads of the arena; the ways to its targets open at once.
 
@@ -110,17 +111,18 @@ class KvSender:
             attempt: For messages; what targets check is each shard's fence.
             placement: Which target takes which tokens.
             spans: Tokens that this rank sends, in order and disjoint. Without any the transfer is done at once.
-            blocks: Blocks of this rank's arena. They hold the tokens of the spans one after another (no span
-                begins a new block), the first in the first slot of `blocks[0]`; to be freed when `done` has a
-                result, or when what `abort` returned has.
+            rows: Where they lie in this rank's arena, perhaps among others; each of the spans lies within one span
+                of one of these. Their blocks are to be freed when `done` has a result, or when what `abort`
+                returned has.
 
         Returns:
             The handle. Every failure comes by its `done`, as TransferError.
         """
-        transfer = Transfer(attempt, placement, tuple(spans), list(blocks))
+        transfer = Transfer(attempt, placement, tuple(rows))
         try:
             transfer.parts = shares(placement, spans, self._bytes.heads, self._bytes.num_model_heads)
-            slot_runs(transfer.blocks, sum(map(len, spans)))
+            for part in transfer.parts:
+                transfer.runs(part)
         except ValueError as error:
             transfer.fail(TransferError("BAD_PLACEMENT", str(error)))
             return transfer

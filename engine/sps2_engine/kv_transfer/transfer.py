@@ -5,11 +5,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from sps2.internal.v1.placement_pb2 import Attempt, Placement, ShardPlacement
-from sps2_engine.kv_pool import slot_runs
 from sps2_engine.kv_transfer.base import TransferError
 from sps2_engine.kv_transfer.relayout import Part
-from sps2_engine.kv_transfer.rows import row_of
-from sps2_layout.layout import Span
+from sps2_engine.kv_transfer.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -28,10 +26,8 @@ class Transfer:
 
     attempt: Attempt
     placement: Placement
-    spans: Sequence[Span]
-    """Tokens of the source."""
-    blocks: Sequence[int]
-    """Of the source; they hold the tokens of the spans one after another, from the first slot on."""
+    rows: Sequence[Rows]
+    """Where the source has its tokens."""
     done: Future[TransferSummary] = field(default_factory=Future)
     """The summary when every target has accepted every slab, or a TransferError."""
     parts: list[Part] = field(default_factory=list)
@@ -58,8 +54,15 @@ class Transfer:
         return self.placement.shards[part.shard]
 
     def runs(self, part: Part) -> list[tuple[int, int]]:
-        """The slots of a part's tokens."""
-        return slot_runs(self.blocks, len(part.tokens), row_of(self.spans, part.tokens.begin))
+        """The slots of a part's tokens.
+
+        Raises:
+            ValueError: the source does not hold them.
+        """
+        held = [rows for rows in self.rows if rows.hold(part.tokens.begin)]
+        if not held:
+            raise ValueError(f"the source does not hold tokens {part.tokens}")
+        return held[0].slots(part.tokens)
 
     def fail(self, error: TransferError) -> None:
         """Ends it, unless it has ended."""

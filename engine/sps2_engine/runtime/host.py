@@ -56,7 +56,12 @@ class Role(Protocol):
 
     @property
     def kv_blocks_used(self) -> int:
-        """Blocks of the arena that hold something."""
+        """Blocks of the arena that requests hold."""
+        ...
+
+    @property
+    def kv_blocks_cached(self) -> int:
+        """Blocks that hold nothing but what later requests may want."""
         ...
 
     def load(self, progress: Callable[[float], None]) -> engine_pb2.EngineLoaded:
@@ -209,6 +214,7 @@ class EngineHost:
                     steps_done=self._role.steps_done,
                     busy=self._busy,
                     kv_blocks_used=self._role.kv_blocks_used,
+                    kv_blocks_cached=self._role.kv_blocks_cached,
                     bytes_posted=dict(self._role.bytes_posted),
                 )
             )

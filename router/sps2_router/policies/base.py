@@ -6,7 +6,7 @@ take requests right now. A policy is pure: same arguments, same answer; no clock
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sps2_router.types import Group, GroupPair
 
@@ -21,6 +21,8 @@ class Ask:
     """Most tokens that decode draws after them, of all choices."""
     tenant: str = ""
     """Whose it is; empty where no tokens are asked for."""
+    cached: Mapping[str, int] = field(default_factory=dict)
+    """By prefill group: of them, those whose KV it is said to hold, so that it need not compute them."""
     is_short: bool = False
     """Whether prefill groups compute it while they compute long ones, in places of their own; see `Scheduler.sized`."""
 

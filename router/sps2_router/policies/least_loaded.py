@@ -1,4 +1,4 @@
-"""The default policy: the groups with the fewest requests."""
+"""The groups with the fewest requests, whatever they have cached."""
 
 from collections.abc import Mapping, Sequence
 

@@ -226,6 +226,7 @@ class RankSupervisor:
         heartbeat = self._engine.heartbeat
         info.load.steps_done = heartbeat.steps_done
         info.load.kv_blocks_used = heartbeat.kv_blocks_used
+        info.load.kv_blocks_cached = heartbeat.kv_blocks_cached
         info.load.load_fraction = self._load_fraction
         for kind, count in heartbeat.bytes_posted.items():
             info.load.bytes_posted[kind] = count

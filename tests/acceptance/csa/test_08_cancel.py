@@ -29,7 +29,11 @@ def freed_after(
     A rank carries the order to free them out when its compute is over, so that it is idle then.
     """
     with client.stream(
-        token_ids=long, max_tokens=1, attention_profile=profile, timeout=GENERATE_TIMEOUT_S
+        token_ids=long,
+        max_tokens=1,
+        attention_profile=profile,
+        prefix_reuse="off",
+        timeout=GENERATE_TIMEOUT_S,
     ) as stream:
         time.sleep(moment)
         assert client.cluster_state().num_requests_by_group["prefill-0"] == 1, "nothing is left to cancel"

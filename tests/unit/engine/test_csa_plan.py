@@ -52,6 +52,21 @@ def test_an_extended_layout_keeps_the_mask(layout: Layout, more: int, kv_head: i
         extended.extended(extended.num_tokens - 1)
 
 
+@settings(max_examples=100, deadline=None)
+@given(layouts(), st.floats(0, 1), st.integers(0, 70), st.integers(0, 3), st.integers(0, 3))
+def test_an_adopted_layout_keeps_the_mask_of_what_is_cached(
+    layout: Layout, share: float, num_rest: int, kv_head: int, layer: int
+) -> None:
+    """The first C tokens see what they saw in the prompt that they come from; all behind them see everything."""
+    num_prefilled = max(1, round(share * layout.num_tokens))
+    adopted = layout.extended(num_prefilled + num_rest, num_prefilled)
+    seen, was = mask(adopted, kv_head, layer), mask(layout, kv_head, layer)
+    assert torch.equal(seen[:num_prefilled, :num_prefilled], was[:num_prefilled, :num_prefilled])
+    assert torch.equal(seen[num_prefilled:], torch.ones_like(seen).tril()[num_prefilled:])
+    dense = layout.dense_from(num_prefilled)
+    assert torch.equal(seen[dense:], torch.ones_like(seen).tril()[dense:])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     layouts(),

@@ -9,7 +9,9 @@ from sps2.internal.v1.placement_pb2 import Attempt, Fence, Placement, ShardPlace
 from sps2_engine.kv_pool import KvArena
 from sps2_engine.kv_transfer.base import MAX_SLOT_BYTES, RingOptions, TransferError
 from sps2_engine.kv_transfer.receiver import KvReceiver
+from sps2_engine.kv_transfer.rows import Rows
 from sps2_engine.kv_transfer.sender import KvSender
+from sps2_engine.kv_transfer.transfer import Transfer
 from sps2_layout.layout import Span
 
 FORMAT = KvFormat(model_hash="m", dtype="fp32", layout_version=1, num_layers=1, num_kv_heads=1, head_dim=8)
@@ -34,6 +36,10 @@ def receiver() -> Iterator[KvReceiver]:
     one.close()
 
 
+def begin(sender: KvSender, to: Placement, spans: list[Span], blocks: list[int]) -> Transfer:
+    return sender.begin(ATTEMPT, to, spans, [Rows(spans, blocks)])
+
+
 def placement(address: str) -> Placement:
     fence = Fence(process_incarnation="target", epoch=1, attempt=ATTEMPT)
     return Placement(
@@ -47,7 +53,7 @@ def test_a_layer_goes_over_and_is_counted(sender: KvSender, receiver: KvReceiver
     done: list[str] = []
     fence = placement("").shards[0].fence
     receiver.expect(fence, 0, 100, [0, 1], lambda: done.append("complete"))
-    transfer = sender.begin(ATTEMPT, placement(receiver.address), [Span(0, 100)], [1, 0])
+    transfer = begin(sender, placement(receiver.address), [Span(0, 100)], [1, 0])
     sender.layer_ready(transfer, 0)
     assert transfer.done.result(10).bytes_sent == sender.bytes_posted == 100 * 2 * 8 * 4
     assert done == ["complete"]
@@ -59,28 +65,28 @@ def test_nothing_leaves_a_fenced_rank(receiver: KvReceiver) -> None:
     lease = [True]
     sender = KvSender(arena(), FORMAT, "prefill-0/0", "source", "grpc", may_send=lambda: lease[0])
     receiver.expect(placement("").shards[0].fence, 0, 100, [0, 1], lambda: None)
-    transfer = sender.begin(ATTEMPT, placement(receiver.address), [Span(0, 100)], [1, 0])
+    transfer = begin(sender, placement(receiver.address), [Span(0, 100)], [1, 0])
     lease[0] = False
     sender.layer_ready(transfer, 0)
     with pytest.raises(TransferError, match="lease") as caught:
         transfer.done.result(10)
     assert (caught.value.reason, sender.bytes_posted) == ("FENCED", 0)
     lease[0] = True
-    again = sender.begin(ATTEMPT, placement(receiver.address), [Span(0, 100)], [1, 0])
+    again = begin(sender, placement(receiver.address), [Span(0, 100)], [1, 0])
     sender.layer_ready(again, 0)
     assert again.done.result(10).slabs_sent > 0
     sender.close()
 
 
 def test_a_rank_without_tokens_is_done_at_once(sender: KvSender) -> None:
-    assert sender.begin(ATTEMPT, placement("nowhere:1"), [Span(50, 50)], []).done.result(0).bytes_sent == 0
+    assert begin(sender, placement("nowhere:1"), [Span(50, 50)], []).done.result(0).bytes_sent == 0
 
 
 @pytest.mark.parametrize(("end", "blocks"), [(101, [0, 1]), (100, [0])])
 def test_a_placement_that_does_not_fit_is_told_by_the_future(
     sender: KvSender, end: int, blocks: list[int]
 ) -> None:
-    transfer = sender.begin(ATTEMPT, placement("nowhere:1"), [Span(0, end)], blocks)
+    transfer = begin(sender, placement("nowhere:1"), [Span(0, end)], blocks)
     with pytest.raises(TransferError, match="BAD_PLACEMENT"):
         transfer.done.result(0)
 
@@ -88,18 +94,18 @@ def test_a_placement_that_does_not_fit_is_told_by_the_future(
 def test_another_life_of_the_target_is_refused(sender: KvSender, receiver: KvReceiver) -> None:
     stale = placement(receiver.address)
     stale.shards[0].fence.process_incarnation = "before"
-    transfer = sender.begin(ATTEMPT, stale, [Span(0, 100)], [0, 1])
+    transfer = begin(sender, stale, [Span(0, 100)], [0, 1])
     sender.layer_ready(transfer, 0)
     with pytest.raises(TransferError, match=r"REFUSED.*process target, the placement means before"):
         transfer.done.result(10)
 
 
 def test_close_ends_what_goes_on_and_what_comes_later(sender: KvSender, receiver: KvReceiver) -> None:
-    transfer = sender.begin(ATTEMPT, placement(receiver.address), [Span(0, 100)], [0, 1])
+    transfer = begin(sender, placement(receiver.address), [Span(0, 100)], [0, 1])
     sender.close()
     with pytest.raises(TransferError, match="ABORTED"):
         transfer.done.result(0)
-    late = sender.begin(ATTEMPT, placement(receiver.address), [Span(0, 100)], [0, 1])
+    late = begin(sender, placement(receiver.address), [Span(0, 100)], [0, 1])
     with pytest.raises(TransferError, match="ABORTED"):
         late.done.result(0)
     with pytest.raises(TransferError, match="ABORTED"):
@@ -107,7 +113,7 @@ def test_close_ends_what_goes_on_and_what_comes_later(sender: KvSender, receiver
 
 
 def test_a_layer_is_ready_once(sender: KvSender, receiver: KvReceiver) -> None:
-    transfer = sender.begin(ATTEMPT, placement(receiver.address), [Span(0, 100)], [0, 1])
+    transfer = begin(sender, placement(receiver.address), [Span(0, 100)], [0, 1])
     sender.layer_ready(transfer, 0)
     for layer in (0, 1, -1):
         with pytest.raises(ValueError, match=f"layer {layer}"):

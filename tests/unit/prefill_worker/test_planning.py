@@ -2,7 +2,7 @@
 
 import pytest
 
-from sps2.internal.v1 import engine_pb2, prefill_service_pb2
+from sps2.internal.v1 import engine_pb2
 from sps2_engine.attention.cost_model import Choice, Exchange
 from sps2_engine.mesh import TensorShare
 from sps2_layout.attention import Attention
@@ -25,11 +25,9 @@ def told(
 ) -> list[engine_pb2.RunPrefill]:
     """What each rank of a group is told of a text whose tokens are their positions."""
     attention = Attention.admit(ladder, num_tokens - num_generated)
-    planned = planner(num_ranks, choice).plan(attention, num_generated)
-    generated = prefill_service_pb2.TokenChoice(generated_token_ids=range(num_generated))
-    runs = [
-        engine_pb2.RunPrefill(attention=pack_attention(attention), choice=generated) for _ in range(num_ranks)
-    ]
+    planned = planner(num_ranks, choice).plan(attention, num_tokens)
+    packed = pack_attention(attention)
+    runs = [engine_pb2.RunPrefill(attention=packed, num_prompt_tokens=num_tokens) for _ in range(num_ranks)]
     for rank, run in enumerate(runs):
         planned.assign(rank, run, range(num_tokens))
     return runs
@@ -88,8 +86,9 @@ def test_tensor_ranks_are_told_the_same_tokens(ladder: Ladder, tp: int, num_repl
     """Of 8/2 heads: 4 of the query heads and one KV head to a rank, then 2 and a KV head that another rank has too."""
     attention = Attention.admit(ladder, 333)
     planner = PromptPlanner.of([LOADED] * 4, "auto", threads=1, tp=tp)
-    planned = planner.plan(attention)
-    runs = [engine_pb2.RunPrefill(attention=pack_attention(attention)) for _ in range(4)]
+    planned = planner.plan(attention, 333)
+    packed = pack_attention(attention)
+    runs = [engine_pb2.RunPrefill(attention=packed, num_prompt_tokens=333) for _ in range(4)]
     for rank, run in enumerate(runs):
         planned.assign(rank, run, range(333))
         shape = planner.model.of_share(TensorShare(rank % tp, tp))
@@ -98,6 +97,22 @@ def test_tensor_ranks_are_told_the_same_tokens(ladder: Ladder, tp: int, num_repl
         assert run.token_ids == runs[rank // tp * tp].token_ids
     assert sorted(token for run in runs[::tp] for token in run.token_ids) == list(range(333))
     assert planned.most_kept == -(-planned.plan.most_tokens // num_replicas)
+
+
+@pytest.mark.parametrize("choice", ["auto", "heads", "kv"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_behind_a_cached_beginning_the_rest_is_split_over_all_ranks(choice: Choice, num_ranks: int) -> None:
+    attention = Attention.admit(PAPER, 333)
+    planned = planner(num_ranks, choice).plan(attention, 333, [256, *[0] * (num_ranks - 1)])
+    told: list[int] = []
+    for rank in range(num_ranks):
+        run = engine_pb2.RunPrefill(attention=pack_attention(attention), num_prompt_tokens=333)
+        run.cached.parts.add(run=1, token_begin=0, token_end=256)
+        planned.assign(rank, run, range(333))
+        follow(run, rank, num_ranks, planner(num_ranks, choice).model)
+        told += run.token_ids
+    assert sorted(told) == list(range(256, 333))
+    assert planned.plan.layout.is_exact
 
 
 COSTS = {
@@ -118,7 +133,7 @@ def sized(num_ranks: int, sharing: Sharing = "auto", **changes: int) -> PromptPl
 
 
 def exact(planner: PromptPlanner, num_tokens: int) -> PlannedPrompt:
-    return planner.plan(Attention(num_tokens, num_tokens))
+    return planner.plan(Attention(num_tokens, num_tokens), num_tokens)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])

@@ -11,6 +11,7 @@ from sps2_router.config import RouterConfig
 from sps2_router.policies import POLICIES
 from sps2_router.policies.base import Ask, GroupLoad, Policy
 from sps2_router.policies.least_loaded import LeastLoaded
+from sps2_router.policies.prefix_aware import PrefixAware
 from sps2_router.policies.round_robin import RoundRobin
 from sps2_router.types import Group, group_workers
 from sps2_service.config_fields import fields_of
@@ -93,3 +94,38 @@ def test_a_group_is_ready_with_its_leader() -> None:
     headless = group_workers([worker("decode-0/1", 2)])["decode-0"]
     assert not headless.ready
     assert headless.leader is None
+
+
+def holder(cached: dict[str, int], num_tokens: int = 1000) -> Ask:
+    return Ask(num_tokens, cached=cached)
+
+
+def test_the_holder_of_a_beginning_is_preferred_unless_its_queue_costs_more() -> None:
+    """Costs are tokens: what waits or runs there, and what of the prompt is not cached there."""
+    asked = holder({"prefill-1": 900})
+    for queued, expected in ((0, "prefill-1"), (899, "prefill-1"), (901, "prefill-0")):
+        groups = [group("prefill-0"), busy("prefill-1", queued_tokens=queued, num_requests_waiting=3)]
+        picked = PrefixAware().pick(asked, groups, DECODE, {})
+        assert picked is not None
+        assert picked.prefill.name == expected
+    loads = {"prefill-1": GroupLoad(num_requests=1, num_prompt_tokens=901)}
+    picked = PrefixAware().pick(asked, PREFILL, DECODE, loads)
+    assert picked is not None
+    assert picked.prefill.name == "prefill-0", "this router's own count holds before the leader has reported"
+
+
+def test_of_two_holders_the_one_with_more_and_without_any_the_least_loaded() -> None:
+    picked = PrefixAware().pick(holder({"prefill-0": 64, "prefill-1": 128}), PREFILL, DECODE, {})
+    assert picked is not None
+    assert picked.prefill.name == "prefill-1"
+    loads = {"prefill-0": GroupLoad(num_requests=1, num_prompt_tokens=1)}
+    gone = PrefixAware().pick(holder({"prefill-9": 999}), PREFILL, DECODE, loads)
+    assert gone is not None
+    assert gone.prefill.name == "prefill-1"
+
+
+def test_a_holder_that_matches_no_decode_group_is_passed_over() -> None:
+    groups = [group("prefill-0"), group("prefill-1", dtype="bf16")]
+    picked = PrefixAware().pick(holder({"prefill-1": 900}), groups, DECODE, {})
+    assert picked is not None
+    assert picked.prefill.name == "prefill-0"

@@ -50,9 +50,11 @@ class Fixture:
         self.queue._now = self.clock
 
     @contextmanager
-    def queued(self, num_tokens: int, tenant: str = "", max_new_tokens: int = 0) -> Iterator[Queued]:
+    def queued(
+        self, num_tokens: int, tenant: str = "", max_new_tokens: int = 0, *, is_short: bool = False
+    ) -> Iterator[Queued]:
         """One that stands in line, too."""
-        ask = Ask(num_tokens, max_new_tokens, tenant)
+        ask = Ask(num_tokens, max_new_tokens, tenant, is_short)
         with self.queue.hold(ask, 0, LONG_S) as queued, self.line.place(ask, 0):
             yield queued
 
@@ -62,12 +64,11 @@ class Fixture:
         assert caught.value.retry_after is not None
         return caught.value
 
-    def drain(self, tokens_per_s: int) -> None:
+    def drain(self, tokens_per_s: int, *, is_short: bool = False) -> None:
         """Lets so many leave that the rate is known."""
-        with ExitStack() as behind:
-            behind.enter_context(self.queued(1))
+        with self.queued(1, is_short=is_short):
             for _ in range(WINDOW):
-                with self.queued(tokens_per_s) as queued:
+                with self.queued(tokens_per_s, is_short=is_short) as queued:
                     self.clock.now += 1
                     queued.leave()
 
@@ -131,6 +132,19 @@ async def test_the_wait_is_that_of_its_tenant() -> None:
             stack.enter_context(up.queued(110, "heavy"))
         assert up.refusal(100, "heavy").reason == "QUEUE_WAIT"
         up.queue.check(Ask(100, tenant="light"), 1, LONG_S)
+
+
+async def test_short_prompts_wait_for_their_own_kind() -> None:
+    up = Fixture(max_wait_s=20)
+    up.drain(tokens_per_s=100)
+    up.drain(tokens_per_s=10, is_short=True)
+    with up.queued(500), up.queued(600):
+        assert up.refusal(10).reason == "QUEUE_WAIT"
+        with up.queued(90, is_short=True):
+            up.queue.check(Ask(10, is_short=True), 1, LONG_S)
+            with up.queued(20, is_short=True), pytest.raises(Unavailable) as caught:
+                up.queue.check(Ask(10, is_short=True), 1, LONG_S)
+            assert caught.value.retry_after == pytest.approx(11.0, rel=0.1)
 
 
 async def test_quotas_are_a_tenants_own(tmp_path: Path) -> None:

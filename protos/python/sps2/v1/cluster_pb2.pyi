@@ -219,6 +219,9 @@ class WorkerLoad(_message.Message):
     CONTROL_SHARE_FIELD_NUMBER: _builtins.int
     NUM_RESIZES_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_MOVED_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SHORT_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     num_requests_running: _builtins.int
     """Requests being computed."""
@@ -240,6 +243,12 @@ class WorkerLoad(_message.Message):
     """Changes of the number of ranks that hold a request's KV, done in this life (leaders of decode groups)."""
     num_blocks_moved: _builtins.int
     """KV blocks that have gone from rank to rank for these, and to even out their use (leaders of decode groups)."""
+    kv_blocks_cached: _builtins.int
+    """KV blocks that hold nothing but cached beginnings of prompts (prefill): free for whoever needs them."""
+    cached_tokens: _builtins.int
+    """Prompt tokens taken from cached beginnings, in this life (leaders of prefill groups)."""
+    prompt_tokens: _builtins.int
+    """Prompt tokens of the prompts that were begun, in this life (leaders of prefill groups); of them, `cached_tokens`."""
     short_prompt_tokens: _builtins.int
     """Tokens of the longest prompt that runs between the slices of longer ones (leaders of prefill groups); 0: none does."""
     @_builtins.property
@@ -261,11 +270,14 @@ class WorkerLoad(_message.Message):
         control_share: _builtins.float = ...,
         num_resizes: _builtins.int = ...,
         num_blocks_moved: _builtins.int = ...,
+        kv_blocks_cached: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
         short_prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_posted", b"bytes_posted", "control_share", b"control_share", "kv_blocks_used", b"kv_blocks_used", "load_fraction", b"load_fraction", "num_blocks_moved", b"num_blocks_moved", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_resizes", b"num_resizes", "queued_tokens", b"queued_tokens", "short_prompt_tokens", b"short_prompt_tokens", "steps_done", b"steps_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_posted", b"bytes_posted", "cached_tokens", b"cached_tokens", "control_share", b"control_share", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_used", b"kv_blocks_used", "load_fraction", b"load_fraction", "num_blocks_moved", b"num_blocks_moved", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_resizes", b"num_resizes", "prompt_tokens", b"prompt_tokens", "queued_tokens", b"queued_tokens", "short_prompt_tokens", b"short_prompt_tokens", "steps_done", b"steps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

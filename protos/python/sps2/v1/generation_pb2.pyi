@@ -19,6 +19,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _PrefixReuse:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PrefixReuseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PrefixReuse.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PREFIX_REUSE_UNSPECIFIED: _PrefixReuse.ValueType  # 0
+    """That of the prompt's attention: EXACT where it is exact, else ADOPT."""
+    PREFIX_REUSE_EXACT: _PrefixReuse.ValueType  # 1
+    """Only KV made by exact attention. A prompt under a sparse profile that takes it over is attended exactly."""
+    PREFIX_REUSE_ADOPT: _PrefixReuse.ValueType  # 2
+    """Also KV made under a sparse mask: the request takes it over with its mask, and the rest of its prompt sees
+    everything before it. A prompt that is attended exactly reuses exact KV only.
+    """
+    PREFIX_REUSE_OFF: _PrefixReuse.ValueType  # 3
+    """None, and none of this prompt is kept for later ones."""
+
+class PrefixReuse(_PrefixReuse, metaclass=_PrefixReuseEnumTypeWrapper):
+    """PrefixReuse says which KV of an earlier prompt that began alike may stand in for computing it again."""
+
+PREFIX_REUSE_UNSPECIFIED: PrefixReuse.ValueType  # 0
+"""That of the prompt's attention: EXACT where it is exact, else ADOPT."""
+PREFIX_REUSE_EXACT: PrefixReuse.ValueType  # 1
+"""Only KV made by exact attention. A prompt under a sparse profile that takes it over is attended exactly."""
+PREFIX_REUSE_ADOPT: PrefixReuse.ValueType  # 2
+"""Also KV made under a sparse mask: the request takes it over with its mask, and the rest of its prompt sees
+everything before it. A prompt that is attended exactly reuses exact KV only.
+"""
+PREFIX_REUSE_OFF: PrefixReuse.ValueType  # 3
+"""None, and none of this prompt is kept for later ones."""
+Global___PrefixReuse: _TypeAlias = PrefixReuse  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -61,6 +93,7 @@ class GenerationSpec(_message.Message):
     NUM_LOGPROBS_FIELD_NUMBER: _builtins.int
     NUM_CHOICES_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    PREFIX_REUSE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request, 1 to 64 printable ASCII characters. Empty: the router draws one.
     While a request lives a second one with the same id is ALREADY_EXISTS, unless `nonce` matches.
@@ -85,6 +118,8 @@ class GenerationSpec(_message.Message):
     """How urgent it is, -10 to 10; default 0. Requests wait, get KV room and keep it in the order in which they came;
     one of priority p goes as if it had come 10 p seconds earlier, so none waits for ever behind more urgent ones.
     """
+    prefix_reuse: Global___PrefixReuse.ValueType
+    """Which KV of earlier prompts of the same tenant it may begin with. What was used is `cached_tokens` of usage."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are; each in [0, vocabulary size)."""
@@ -118,10 +153,11 @@ class GenerationSpec(_message.Message):
         num_logprobs: _builtins.int | None = ...,
         num_choices: _builtins.int | None = ...,
         priority: _builtins.int = ...,
+        prefix_reuse: Global___PrefixReuse.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_logprobs", b"_num_logprobs", "chat", b"chat", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_logprobs", b"_num_logprobs", "attention_profile", b"attention_profile", "chat", b"chat", "model", b"model", "nonce", b"nonce", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_logprobs", b"_num_logprobs", "attention_profile", b"attention_profile", "chat", b"chat", "model", b"model", "nonce", b"nonce", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "prefix_reuse", b"prefix_reuse", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_choices: _TypeAlias = _typing.Literal["num_choices"]  # noqa: Y015
     _WhichOneofArgType__num_choices: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices"]  # noqa: Y015

@@ -67,6 +67,7 @@ class EngineCommand(_message.Message):
     STEP_PLAN_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
     HOLD_LEASE_FIELD_NUMBER: _builtins.int
+    EVICT_PREFIXES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Epoch it belongs to; an engine in another epoch drops it."""
     @_builtins.property
@@ -97,6 +98,10 @@ class EngineCommand(_message.Message):
     def hold_lease(self) -> Global___HoldLease:
         """How long the rank's lease holds; of every epoch, and in effect at once."""
 
+    @_builtins.property
+    def evict_prefixes(self) -> Global___EvictPrefixes:
+        """Forget cached KV (prefill)."""
+
     def __init__(
         self,
         *,
@@ -108,12 +113,13 @@ class EngineCommand(_message.Message):
         step_plan: Global___StepPlan | None = ...,
         shutdown: Global___Shutdown | None = ...,
         hold_lease: Global___HoldLease | None = ...,
+        evict_prefixes: Global___EvictPrefixes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "evict_prefixes", b"evict_prefixes", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "epoch", b"epoch", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "epoch", b"epoch", "evict_prefixes", b"evict_prefixes", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["form_group", "abort_group", "run_prefill", "cancel_prefill", "step_plan", "shutdown", "hold_lease"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["form_group", "abort_group", "run_prefill", "cancel_prefill", "step_plan", "shutdown", "hold_lease", "evict_prefixes"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -211,6 +217,9 @@ class RunPrefill(_message.Message):
     SLICE_FLOPS_FIELD_NUMBER: _builtins.int
     EXCHANGE_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    EVICT_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     ALONE_ON_FIELD_NUMBER: _builtins.int
     INTERLUDE_FLOPS_FIELD_NUMBER: _builtins.int
@@ -266,6 +275,20 @@ class RunPrefill(_message.Message):
         spans are left out.
         """
 
+    @_builtins.property
+    def cached(self) -> Global___CachedPrefix:
+        """The beginning of the text, which is not computed, because this group holds its KV; unset: nothing. What follows
+        is dense queries, sliced over all ranks as a text of its own.
+        """
+
+    @_builtins.property
+    def keep(self) -> Global___KeptPrefix:
+        """What is kept of this text once it is delivered; unset: nothing."""
+
+    @_builtins.property
+    def evict(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Runs that are given up before it begins, as by EvictPrefixes: it may need their blocks, and may go before its turn."""
+
     def __init__(
         self,
         *,
@@ -279,19 +302,134 @@ class RunPrefill(_message.Message):
         slice_flops: _builtins.int = ...,
         exchange: Global___Exchange.ValueType = ...,
         spans: _abc.Iterable[Global___TokenSpan] | None = ...,
+        cached: Global___CachedPrefix | None = ...,
+        keep: Global___KeptPrefix | None = ...,
+        evict: _abc.Iterable[_builtins.int] | None = ...,
         number: _builtins.int = ...,
         alone_on: _builtins.int | None = ...,
         interlude_flops: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alone_on", b"_alone_on", "alone_on", b"alone_on", "attempt", b"attempt", "attention", b"attention", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alone_on", b"_alone_on", "alone_on", b"alone_on", "attempt", b"attempt", "attention", b"attention", "cached", b"cached", "choice", b"choice", "keep", b"keep", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alone_on", b"_alone_on", "alone_on", b"alone_on", "attempt", b"attempt", "attention", b"attention", "choice", b"choice", "exchange", b"exchange", "interlude_flops", b"interlude_flops", "num_prompt_tokens", b"num_prompt_tokens", "number", b"number", "placement", b"placement", "slice_flops", b"slice_flops", "spans", b"spans", "token_begin", b"token_begin", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alone_on", b"_alone_on", "alone_on", b"alone_on", "attempt", b"attempt", "attention", b"attention", "cached", b"cached", "choice", b"choice", "evict", b"evict", "exchange", b"exchange", "interlude_flops", b"interlude_flops", "keep", b"keep", "num_prompt_tokens", b"num_prompt_tokens", "number", b"number", "placement", b"placement", "slice_flops", b"slice_flops", "spans", b"spans", "token_begin", b"token_begin", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alone_on: _TypeAlias = _typing.Literal["alone_on"]  # noqa: Y015
     _WhichOneofArgType__alone_on: _TypeAlias = _typing.Literal["_alone_on", b"_alone_on"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__alone_on) -> _WhichOneofReturnType__alone_on | None: ...
 
 Global___RunPrefill: _TypeAlias = RunPrefill  # noqa: Y015
+
+@_typing.final
+class CachedPrefix(_message.Message):
+    """CachedPrefix is the beginning of a text by the runs that it was computed in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    TOKENS_BY_RANK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CachedPart]:
+        """In token order, from token 0 on, without gaps."""
+
+    @_builtins.property
+    def tokens_by_rank(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many of these tokens lie on the ranks of each sequence index."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___CachedPart] | None = ...,
+        tokens_by_rank: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts", "tokens_by_rank", b"tokens_by_rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CachedPrefix: _TypeAlias = CachedPrefix  # noqa: Y015
+
+@_typing.final
+class CachedPart(_message.Message):
+    """CachedPart is what is used of one run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    TOKEN_BEGIN_FIELD_NUMBER: _builtins.int
+    TOKEN_END_FIELD_NUMBER: _builtins.int
+    run: _builtins.int
+    """Its number."""
+    token_begin: _builtins.int
+    """First token."""
+    token_end: _builtins.int
+    """One past the last token; the run may have more."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.int = ...,
+        token_begin: _builtins.int = ...,
+        token_end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "token_begin", b"token_begin", "token_end", b"token_end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CachedPart: _TypeAlias = CachedPart  # noqa: Y015
+
+@_typing.final
+class KeptPrefix(_message.Message):
+    """KeptPrefix says what later texts may use: of the tokens that are computed now, those before `token_end`. A rank
+    keeps it under the number until it is told to evict it, or the attempt is cancelled, or its epoch ends.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    TOKEN_END_FIELD_NUMBER: _builtins.int
+    run: _builtins.int
+    """Number of the run, unique within the epoch."""
+    token_end: _builtins.int
+    """One past the last token that is kept."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.int = ...,
+        token_end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "token_end", b"token_end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeptPrefix: _TypeAlias = KeptPrefix  # noqa: Y015
+
+@_typing.final
+class EvictPrefixes(_message.Message):
+    """EvictPrefixes frees cached KV; what running attempts read of it stays until they are through."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of runs; one that is being computed or delivered is not kept any more."""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictPrefixes: _TypeAlias = EvictPrefixes  # noqa: Y015
 
 @_typing.final
 class TokenSpan(_message.Message):
@@ -881,12 +1019,15 @@ class Heartbeat(_message.Message):
     BUSY_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_USED_FIELD_NUMBER: _builtins.int
     BYTES_POSTED_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
     steps_done: _builtins.int
     """Steps or slices done in this life."""
     busy: _builtins.bool
     """Whether a command is being executed; a busy engine whose steps_done stands still is stuck."""
     kv_blocks_used: _builtins.int
     """KV blocks in use."""
+    kv_blocks_cached: _builtins.int
+    """KV blocks that hold nothing but cached prefixes; not among those in use."""
     @_builtins.property
     def bytes_posted(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Bytes posted since the start, by kind."""
@@ -898,10 +1039,11 @@ class Heartbeat(_message.Message):
         busy: _builtins.bool = ...,
         kv_blocks_used: _builtins.int = ...,
         bytes_posted: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        kv_blocks_cached: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "bytes_posted", b"bytes_posted", "kv_blocks_used", b"kv_blocks_used", "steps_done", b"steps_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "bytes_posted", b"bytes_posted", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_used", b"kv_blocks_used", "steps_done", b"steps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

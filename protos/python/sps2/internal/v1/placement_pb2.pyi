@@ -222,8 +222,8 @@ Global___ShardPlacement: _TypeAlias = ShardPlacement  # noqa: Y015
 @_typing.final
 class AttentionLayout(_message.Message):
     """AttentionLayout is the mask of a request's prompt, fixed by the router at admission from the
-    prompt's length alone, the same for every attempt and every number of ranks. Tokens that an attempt brings
-    beyond num_tokens are dense queries.
+    prompt's length alone, or taken over with the cached beginning that the request adopts; the same for every attempt
+    and every number of ranks. Tokens that an attempt brings beyond num_prefilled are dense queries.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -233,7 +233,7 @@ class AttentionLayout(_message.Message):
     EXACT_FIELD_NUMBER: _builtins.int
     CSA_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
-    """S0: tokens that the mask is laid over."""
+    """S0: tokens that the mask is laid over; may be more or fewer than the prompt has where it is taken over."""
     num_prefilled: _builtins.int
     """C <= S0: tokens prefilled under the mask; what follows them is dense."""
     @_builtins.property

@@ -93,6 +93,7 @@ class PrefillRequest(_message.Message):
     PLACEMENT_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -111,7 +112,15 @@ class PrefillRequest(_message.Message):
 
     @_builtins.property
     def attention(self) -> _placement_pb2.AttentionLayout:
-        """The mask of the prompt, over as many tokens as it has; those generated are not counted."""
+        """The mask of the prompt, over as many tokens as it has or, where it adopts a cached beginning, as the prompt that
+        this comes from; tokens behind the first num_prefilled, and those generated, are dense queries.
+        """
+
+    @_builtins.property
+    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Chain hashes of the prompt's full blocks, by which the group finds KV that it holds, and keeps what it computes.
+        None: nothing is reused, nothing kept.
+        """
 
     def __init__(
         self,
@@ -121,10 +130,11 @@ class PrefillRequest(_message.Message):
         placement: _placement_pb2.Placement | None = ...,
         choice: Global___TokenChoice | None = ...,
         attention: _placement_pb2.AttentionLayout | None = ...,
+        block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "placement", b"placement", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "block_hashes", b"block_hashes", "choice", b"choice", "placement", b"placement", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -224,12 +234,15 @@ class FirstToken(_message.Message):
     PREFILL_S_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
     MORE_CHOICES_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     """Its id."""
     finish_reason: _generation_pb2.FinishReason.ValueType
     """Set when the choice ends with it."""
     prefill_s: _builtins.float
     """Seconds of compute up to it."""
+    cached_tokens: _builtins.int
+    """Tokens of the prompt whose KV was cached, so that they were not computed."""
     @_builtins.property
     def logprob(self) -> _generation_pb2.TokenLogprob:
         """Set where the request asked for log probabilities."""
@@ -246,10 +259,11 @@ class FirstToken(_message.Message):
         prefill_s: _builtins.float = ...,
         logprob: _generation_pb2.TokenLogprob | None = ...,
         more_choices: _abc.Iterable[Global___FirstToken] | None = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprob", b"logprob", "more_choices", b"more_choices", "prefill_s", b"prefill_s", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "finish_reason", b"finish_reason", "logprob", b"logprob", "more_choices", b"more_choices", "prefill_s", b"prefill_s", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
