@@ -54,7 +54,7 @@ class Fixture:
         self, num_tokens: int, tenant: str = "", max_new_tokens: int = 0, *, is_short: bool = False
     ) -> Iterator[Queued]:
         """One that stands in line, too."""
-        ask = Ask(num_tokens, max_new_tokens, tenant, is_short)
+        ask = Ask(num_tokens, max_new_tokens, tenant, is_short=is_short)
         with self.queue.hold(ask, 0, LONG_S) as queued, self.line.place(ask, 0):
             yield queued
 
