@@ -27,6 +27,7 @@ from sps2_engine.rank_groups import RankGroups
 from sps2_engine.runtime.link import SupervisorLink
 from sps2_engine.runtime.loading import load_model
 from sps2_engine.runtime.options import EngineOptions
+from sps2_engine.runtime.populate import populate_in_background
 from sps2_engine.sampler import NonFiniteLogitsError
 from sps2_kernels.paged_decode import PagedRows, paged_decode_partial
 
@@ -70,6 +71,8 @@ class DecodeRole:
         ]
         self._receiver = Receiver(self._model, self._options.host)
         self._warm_up()
+        if self._device.type == "cpu":
+            populate_in_background([self._model.arena.k, self._model.arena.v])
         return self._model.event(self._receiver.address)
 
     def join(self, groups: RankGroups, epoch: int) -> None:

@@ -3,7 +3,7 @@
 from sps2.internal.v1 import engine_pb2
 from sps2_decode_worker.resizing import RowMoves
 
-BYTES_PER_STEP = {"cpu": 4 << 20, "cuda": 64 << 20}
+BYTES_PER_STEP = {"cpu": 1 << 20, "cuda": 64 << 20}
 """What moves with one step: far less than a step reads, so that streams hardly notice."""
 ELEMENT_BYTES = {"cpu": {"fp32": 4, "bf16": 4}, "cuda": {"fp32": 4, "bf16": 2}}
 """Of KV, which is fp32 on CPUs whatever the weights are."""
