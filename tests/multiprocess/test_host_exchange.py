@@ -131,6 +131,7 @@ def test_ranks_that_cannot_share_memory_all_keep_gloo(monkeypatch: pytest.Monkey
 
 
 def _rank_that_dies(address: str, said: Connection) -> None:
+    said.send("here")  # it may have taken long to start
     store = connect_store(address, timedelta(seconds=20))
     groups = form_groups(store, 1, 1, 2, CPU, "127.0.0.1", timedelta(seconds=20))
     group = within_host(TorchCommunicator(groups, CPU), 20)
@@ -145,6 +146,8 @@ def test_a_killed_peer_is_noticed_at_once() -> None:
     peer = context.Process(target=_rank_that_dies, args=(address, said))
     peer.start()
     try:
+        assert heard.poll(60)
+        assert heard.recv() == "here"
         groups = form_groups(store, 1, 0, 2, CPU, "127.0.0.1", timedelta(seconds=20))
         group = within_host(TorchCommunicator(groups, CPU), 20)
         assert heard.poll(20)
