@@ -50,6 +50,7 @@ class FakeRole:
 
     steps_done = 0
     kv_blocks_used = 0
+    exchanges_in_steps = False
 
     def __init__(self) -> None:
         self.bytes_posted: Counter[str] = Counter()
