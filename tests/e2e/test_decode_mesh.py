@@ -53,5 +53,5 @@ def test_two_holders_of_two_parts(tmp_path: Path) -> None:
             assert min(posted(client, kind).values()) > 0, kind
         sharing = Sharing(running, client, EXACT, tally)
         one, other = prompts_alike(640, [30, 100])
-        sharing.check(Asked(one, 320, None), [Asked(other, 380, 7)], 640)
+        sharing.check(Asked(one, 150, None), [Asked(other, 190, 7)], 640)
     tally.check()

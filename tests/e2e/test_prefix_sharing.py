@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 COMMON = 640
 """A whole number of blocks, over both ranks."""
 SHORTER, LONGER = 320, 380
-"""New tokens: the first request ends while the others go on, which takes longer than to hear of blocks that are used."""
+"""New tokens: the first request ends while the others go on, later than its blocks are heard of."""
 RECOVERED_S = 60.0
 
 
