@@ -131,7 +131,7 @@ def test_ranks_that_cannot_share_memory_all_keep_gloo(monkeypatch: pytest.Monkey
 
 
 PEER = """
-import sys, time
+import sys
 from datetime import timedelta
 import torch
 from sps2_engine.collectives import TorchCommunicator, connect_store, form_groups
@@ -141,14 +141,14 @@ timeout = timedelta(seconds=20)
 groups = form_groups(connect_store(sys.argv[1], timeout), 1, 1, 2, torch.device("cpu"), "127.0.0.1", timeout)
 group = within_host(TorchCommunicator(groups, torch.device("cpu")), 20)
 print(type(group).__name__, flush=True)
-time.sleep(60)
+sys.stdin.read()  # until it is killed
 """
 
 
 def test_a_killed_peer_is_noticed_at_once() -> None:
     _store, address = open_store("127.0.0.1", timedelta(seconds=20))
     command = [sys.executable, "-c", PEER, address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as peer:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
         try:
             assert peer.stdout is not None
             assert peer.stdout.readline() == "here\n"
