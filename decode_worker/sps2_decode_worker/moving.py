@@ -20,7 +20,7 @@ from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, KvArena
 KIND = "kv_move"
 """Name of the byte counter."""
 LANE = 1
-"""Not that of a step's attention, which need not wait for it."""
+"""Not that of a step's attention, which need not wait for it; but shared memory keeps the order of posts."""
 HEADER = 4
 """Numbers before the tokens that a new home is told: how many these are, tokens in the block that grows, bytes of
 Q exchange so far, whether the row has ended."""

@@ -36,8 +36,8 @@ def load_native(source: Path, sizes: Sequence[str] = ()) -> ctypes.CDLL | None:
         with tempfile.TemporaryDirectory() as folder:
             command = _command(source, sizes)
             kept = _kept(source, command)
-            if kept is not None and kept.exists():
-                return ctypes.CDLL(str(kept))
+            if kept is not None and (library := _loaded(kept)) is not None:
+                return library
             linked = _build(command, Path(folder))
             library = ctypes.CDLL(str(linked))
             if kept is not None:
@@ -45,6 +45,15 @@ def load_native(source: Path, sizes: Sequence[str] = ()) -> ctypes.CDLL | None:
             return library
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("%s is not compiled, what torch has does its work: %s", source.name, error)
+        return None
+
+
+def _loaded(kept: Path) -> ctypes.CDLL | None:
+    """What was kept; None where nothing was, or what was is broken: then it is compiled and kept again."""
+    try:
+        return ctypes.CDLL(str(kept))
+    except OSError as error:
+        _log.debug("%s: %s", kept.name, error)
         return None
 
 
@@ -109,4 +118,5 @@ def _keep(linked: Path, kept: Path) -> None:
         shutil.copyfile(linked, own)
         own.replace(kept)
     except OSError as error:
+        own.unlink(missing_ok=True)
         _log.info("%s is not kept: %s", kept.name, error)

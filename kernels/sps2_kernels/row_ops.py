@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 
     Args:
-        x: [..., size], with up to two dimensions before the last.
+        x: [tokens, size] or [tokens, heads, size].
         weight: [size], contiguous, in fp32 or wider.
         eps: keeps rows of zeros finite.
     """

@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 COMMON = 640
 """A whole number of blocks, over both ranks."""
-SHORTER, LONGER = 60, 80
-"""New tokens: the first request ends while the others go on."""
+SHORTER, LONGER = 320, 380
+"""New tokens: the first request ends while the others go on, later than its blocks are heard of."""
 RECOVERED_S = 60.0
 
 
@@ -72,6 +72,6 @@ def test_csa_prompts_share_under_one_mask_only(
 def test_a_rank_dies_that_holds_shared_blocks(running: LocalDeployment, client: Client) -> None:
     sharing = Sharing(running, client, EXACT)
     one, other = prompts_alike(COMMON, [30, 250])
-    sharing.survive(Asked(one, 200, None), Asked(other, 200, 7), Victim("decode-0/1", "engine"))
+    sharing.survive(Asked(one, 400, None), Asked(other, 400, 7), Victim("decode-0/1", "engine"))
     sharing.tally.check()
     Target(running).settled(RECOVERED_S)

@@ -1,12 +1,12 @@
 """Exchanges through shared memory: what arrives, in which order, and what becomes of those whose peer is gone."""
 
-import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -130,34 +130,44 @@ def test_ranks_that_cannot_share_memory_all_keep_gloo(monkeypatch: pytest.Monkey
     assert kinds == ["TorchCommunicator"] * 3
 
 
-def _rank_that_dies(address: str, said: Connection) -> None:
-    said.send("here")  # it may have taken long to start
-    store = connect_store(address, timedelta(seconds=20))
-    groups = form_groups(store, 1, 1, 2, CPU, "127.0.0.1", timedelta(seconds=20))
-    group = within_host(TorchCommunicator(groups, CPU), 20)
-    said.send(type(group).__name__)
-    time.sleep(60)
+PEER = """
+import sys
+from datetime import timedelta
+import torch
+from sps2_engine.collectives import TorchCommunicator, connect_store, form_groups
+from sps2_engine.host_exchange import within_host
+print("here", flush=True)
+timeout = timedelta(seconds=20)
+groups = form_groups(connect_store(sys.argv[1], timeout), 1, 1, 2, torch.device("cpu"), "127.0.0.1", timeout)
+group = within_host(TorchCommunicator(groups, torch.device("cpu")), 20)
+print(type(group).__name__, flush=True)
+sys.stdin.read()  # until it is killed
+"""
 
 
 def test_a_killed_peer_is_noticed_at_once() -> None:
-    store, address = open_store("127.0.0.1", timedelta(seconds=20))
-    context = multiprocessing.get_context("spawn")
-    heard, said = context.Pipe()
-    peer = context.Process(target=_rank_that_dies, args=(address, said))
-    peer.start()
-    try:
-        assert heard.poll(60)
-        assert heard.recv() == "here"
-        groups = form_groups(store, 1, 0, 2, CPU, "127.0.0.1", timedelta(seconds=20))
-        group = within_host(TorchCommunicator(groups, CPU), 20)
-        assert heard.poll(20)
-        assert heard.recv() == "HostCommunicator"
-        peer.kill()
-        killed = time.monotonic()
-        with pytest.raises(GroupError, match="left the group or died"):
-            group.all_to_all(torch.zeros(4, dtype=torch.uint8), [0, 4], [0, 4], "test").wait()
-        assert time.monotonic() - killed < 1
-    finally:
-        peer.kill()
-        peer.join(10)
-    group.close()
+    _store, address = open_store("127.0.0.1", timedelta(seconds=20))
+    command = [sys.executable, "-c", PEER, address]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
+        try:
+            assert peer.stdout is not None
+            assert peer.stdout.readline() == "here\n"
+            groups = form_groups(
+                connect_store(address, timedelta(seconds=20)),
+                1,
+                0,
+                2,
+                CPU,
+                "127.0.0.1",
+                timedelta(seconds=20),
+            )
+            group = within_host(TorchCommunicator(groups, CPU), 20)
+            assert peer.stdout.readline() == "HostCommunicator\n"
+            peer.kill()
+            killed = time.monotonic()
+            with pytest.raises(GroupError, match="left the group or died"):
+                group.all_to_all(torch.zeros(4, dtype=torch.uint8), [0, 4], [0, 4], "test").wait()
+            assert time.monotonic() - killed < 1
+            group.close()
+        finally:
+            peer.kill()

@@ -29,6 +29,19 @@ def test_compiles_once_and_again_when_what_it_depends_on_changes(
     assert "it was not to be asked" in caplog.text
 
 
+def test_what_is_broken_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = tmp_path / "sps2" / "native"
+    kept.mkdir(parents=True, mode=0o700)
+    assert load_native(SOURCE, ["-DBROKEN=1"]) is not None
+    (library,) = kept.iterdir()
+    whole = library.read_bytes()
+    library.unlink()  # not written over: it is mapped here
+    library.write_bytes(b"half")
+    assert load_native(SOURCE, ["-DBROKEN=1"]) is not None
+    assert library.read_bytes() == whole
+
+
 @pytest.mark.parametrize("problem", ["writable by others", "not a folder"])
 def test_works_without_a_folder_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
