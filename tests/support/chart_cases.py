@@ -107,6 +107,12 @@ CASES: dict[str, Values] = {
         "networkPolicy": {"clients": [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}]}
     },
     "monitoring": {"monitoring": MONITORING},
+    "monitoring of pods": {"monitoring": MONITORING, **pools(ranks=3)},
+    "monitoring of sets": {
+        "monitoring": MONITORING,
+        "prefill": {"ranks": 2, "placement": "lws"},
+        "decode": {"groups": 2, "ranks": 3, "placement": "statefulset"},
+    },
     "no budgets": {
         part: {"pdb": {"enabled": False}} for part in ("router", "directory", "prefill", "decode")
     },
