@@ -1,4 +1,4 @@
-"""Writes what is generated of helm/sps2: the flags in values.schema.json and README.md.
+"""Writes what is generated of helm/sps2: the flags in values.schema.json, README.md and the dashboard.
 
     python -m scripts.generate_chart
 
@@ -10,7 +10,9 @@ import json
 import sys
 from pathlib import Path
 
+from scripts.chart.dashboard import dashboard
 from scripts.chart.flags import CONFIGS, flags_schema
+from scripts.chart.panels import ROWS
 from scripts.chart.readme import readme
 
 CHART = Path(__file__).resolve().parent.parent / "helm" / "sps2"
@@ -27,6 +29,7 @@ def generated(chart: Path) -> dict[Path, str]:
     return {
         schema_path: json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
         chart / "README.md": readme(head, values),
+        chart / "dashboards" / "sps2.json": dashboard(ROWS),
     }
 
 
