@@ -15,7 +15,12 @@ OVERVIEW = Row(
         Panel(
             "Failed",
             "percentunit",
-            [(f"{rate('sps2_requests_total', labels=FAULTS)} / {rate('sps2_requests_total')}", "")],
+            [
+                (
+                    f"({rate('sps2_requests_total', labels=FAULTS)} or vector(0)) / {rate('sps2_requests_total')}",
+                    "",
+                )
+            ],
             kind="stat",
             description="INTERNAL, UNKNOWN, DATA_LOSS, UNIMPLEMENTED: the service's own faults.",
         ),

@@ -189,6 +189,7 @@ def product_of_values() -> Iterator[tuple[str, Values]]:
             "model": models[source],
             "redis": OUTER_REDIS if redis == "outer" else {},
             "networkPolicy": {"enabled": policies},
+            "monitoring": MONITORING if policies else {},
             **pools(**pool),
         }
         yield name, values

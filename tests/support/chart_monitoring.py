@@ -42,7 +42,7 @@ def series_know_their_place(rendered: Rendered) -> None:
 
 def metrics_are_those_of_the_services(rendered: Rendered) -> None:
     recorded = {rule["record"] for rule in rules(rendered) if "record" in rule}
-    for text in [*(rule["expr"] for rule in rules(rendered)), *_queries(rendered)]:
+    for text in [*(rule["expr"] for rule in rules(rendered)), *queries(rendered)]:
         assert names_in(text) <= known_metrics(), text
         assert set(re.findall(r"\bsps2:\w+(?::\w+)*", text)) <= recorded, text
 
@@ -51,7 +51,7 @@ def words_are_filled_in(rendered: Rendered) -> None:
     for one in rendered.of("PrometheusRule", "ScaledObject"):
         assert not PLACEHOLDER.search(str(one["spec"])), one["metadata"]["name"]
         # One Prometheus may watch several releases: each selects its own.
-        for text in [*(rule["expr"] for rule in rules(rendered)), *_queries(rendered)]:
+        for text in [*(rule["expr"] for rule in rules(rendered)), *queries(rendered)]:
             selectors = re.findall(r"\b(?:sps2[_:][\w:]+|up|kube_\w+)(\{[^}]*\})?", text)
             assert selectors
             assert all('namespace="serving"' in selector for selector in selectors), text
@@ -80,7 +80,7 @@ def rules(rendered: Rendered) -> list[Object]:
     ]
 
 
-def _queries(rendered: Rendered) -> list[str]:
+def queries(rendered: Rendered) -> list[str]:
     """What the chart's own triggers ask Prometheus."""
     return [
         trigger["metadata"]["query"]
