@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 METRICS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
-NAMES = Path(__file__).resolve().parents[1] / "data" / "metric_names.txt"
+_ROW = re.compile(r"^\| `(sps2_\w+)` \|", re.MULTILINE)
 _NAME = re.compile(r"\bsps2_[a-z0-9_]*[a-z0-9]\b")
 _OF_A_HISTOGRAM = re.compile(r"_(bucket|count|sum)$")
 
@@ -13,8 +13,7 @@ _OF_A_HISTOGRAM = re.compile(r"_(bucket|count|sum)$")
 @functools.cache
 def known_metrics() -> frozenset[str]:
     """Names of all families that docs/metrics.md lists, counters with their _total."""
-    page = METRICS_PAGE if METRICS_PAGE.exists() else NAMES
-    return frozenset(_NAME.findall(page.read_text(encoding="utf-8")))
+    return frozenset(_ROW.findall(METRICS_PAGE.read_text(encoding="utf-8")))
 
 
 def names_in(expression: str) -> set[str]:
