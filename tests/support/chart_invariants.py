@@ -297,6 +297,29 @@ def references_lead_somewhere(rendered: Rendered) -> None:
         assert backend["port"] in {port["port"] for port in ports}
 
 
+def tokens_and_tenants_are_mounted(rendered: Rendered) -> None:
+    given = rendered.values["router"]
+    wanted = [
+        ("auth_tokens", given["authTokens"]["secret"], "secret", "secretName"),
+        ("tenants", given["tenants"], "configMap", "name"),
+    ]
+    for workload in rendered.part("router"):
+        volumes = {volume["name"]: volume for volume in workload.spec["volumes"]}
+        for process in _processes(workload):
+            mounts = {one["mountPath"]: one for one in process.container["volumeMounts"]}
+            assert not any("subPath" in one for one in mounts.values()), "such a file never changes"
+            for field, reference, kind, name in wanted:
+                path = getattr(process.config, field)
+                assert (path is not None) == bool(reference["name"]), field
+                if path is not None:
+                    source = volumes[mounts[str(path.parent)]["name"]][kind]
+                    assert (source[name], path.name) == (reference["name"], reference["key"])
+    for workload in rendered.part("test"):
+        (container,) = workload.containers
+        names = {entry["name"] for entry in container["env"]}
+        assert ("SPS2_TOKEN" in names) == bool(given["authTokens"]["testToken"]["name"])
+
+
 def each_rank_has_its_devices(rendered: Rendered) -> None:
     for component in ("prefill", "decode"):
         pool = rendered.values[component]
@@ -339,6 +362,7 @@ INVARIANTS: tuple[Callable[[Rendered], None], ...] = (
     autoscalers_rule_alone,
     secrets_come_by_reference,
     references_lead_somewhere,
+    tokens_and_tenants_are_mounted,
     each_rank_has_its_devices,
     budgets_let_one_group_go,
 )
