@@ -11,7 +11,7 @@ from support.rank_commands import processes
 from support.relabelling import discovered, relabelled
 
 OPERATING = Path(__file__).resolve().parents[2] / "docs" / "operating.md"
-PLACEHOLDER = re.compile(r"VALUE_|NAMESPACE|RELEASE|FULLNAME|RUNBOOKS|PROMETHEUS")
+PLACEHOLDER = re.compile(r"VALUE_|SCOPE|NAMESPACE|RELEASE|FULLNAME|RUNBOOKS|PROMETHEUS")
 
 
 def every_process_is_scraped_once(rendered: Rendered) -> None:

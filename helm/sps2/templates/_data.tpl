@@ -8,6 +8,7 @@
 {{- $text = regexReplaceAll (printf "\\bVALUE_%s\\b" $name) $text (include "sps2.scalar" $value) }}
 {{- end }}
 {{- $words := dict
+  "SCOPE" (printf "namespace=%q, release=%q" .root.Release.Namespace .root.Release.Name)
   "NAMESPACE" .root.Release.Namespace
   "RELEASE" .root.Release.Name
   "FULLNAME" (include "sps2.fullname" .root)
