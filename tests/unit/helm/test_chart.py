@@ -53,7 +53,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"monitoring": {"prometheus": "prometheus:9090"}}, "/monitoring/prometheus"),
     ({"monitoring": {"thresholds": {"kvUsage": 95}}}, "/monitoring/thresholds/kvUsage"),
     ({"monitoring": {"thresholds": {"latency": 1}}}, "latency"),
-    ({"monitoring": {"slo": {"ttftSeconds": 3}}}, "/monitoring/slo/ttftSeconds"),
+    ({"monitoring": {"slo": {"ttftSeconds": 11}}}, "/monitoring/slo/ttftSeconds"),
     ({"monitoring": {"slo": {"ttftObjective": 1}}}, "/monitoring/slo/ttftObjective"),
     (pools(placement="statefulset", autoscaling=HPA), "prefill.autoscaling.kind"),
     ({"decode": {"exclusiveTopologyKey": "rack"}}, "decode.exclusiveTopologyKey"),
