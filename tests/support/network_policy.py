@@ -52,7 +52,6 @@ def _rule(rule: Object, direction: str, there: Labels | None, port: int, protoco
 
 
 def _fits(one: Object, port: int, protocol: str) -> bool:
-    return (
-        bool(one["port"] <= port <= one.get("endPort", one["port"]))
-        and one.get("protocol", "TCP") == protocol
-    )
+    first: int = one["port"]
+    last: int = one.get("endPort", first)
+    return first <= port <= last and one.get("protocol", "TCP") == protocol
