@@ -73,6 +73,10 @@ class DirectoryMetrics:
         self._requests.inc(expired.num_requests)
         self._admissions.inc(expired.num_admissions)
 
+    def failed(self, method: str, status: str) -> None:
+        """A call has ended with an error."""
+        self._errors.labels(method, status).inc()
+
     def metered(self, path: str, handler: Handler) -> Handler:
         """The same handler, timed, if its calls are to be."""
         seconds, name = self._seconds.get(path), self._names.get(path)
@@ -96,7 +100,7 @@ class DirectoryMetrics:
             finally:
                 seconds.observe(time.perf_counter() - began)
                 if status:
-                    self._errors.labels(name, status).inc()
+                    self.failed(name, status)
 
         return grpc.unary_unary_rpc_method_handler(
             call,

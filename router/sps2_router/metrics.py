@@ -105,7 +105,7 @@ class RouterMetrics:
         self._decode = seconds("sps2_request_decode_time_seconds", "First token's write to the last one's.")
         for stage in ("before_commit", "after_commit"):
             self._failovers.labels(stage)
-        for reason in SHED_REASONS:
+        for reason in sorted(SHED_REASONS):
             self._shed.labels(reason)
         registry.register(LoopReader(self._read))
 

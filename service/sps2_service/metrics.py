@@ -7,10 +7,11 @@ what is there as state already is read where it lives, on the event loop, when s
 import asyncio
 import socket
 import socketserver
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler
 
 import structlog
@@ -26,6 +27,9 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from sps2_service.server import CannotListenError
+
+if TYPE_CHECKING:  # exists for type checkers alone
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 LOOP_TIMEOUT_S = 5.0
 """Of an event loop that stands still for longer nothing can be read: the scrape fails, as it should."""
@@ -78,7 +82,7 @@ class MetricsEndpoint:
 
     def __init__(self, registry: CollectorRegistry, listen: str) -> None:
         """`listen`: HOST:PORT (port 0: any free one), or empty: nothing is served."""
-        self._registry = registry
+        self._app = make_wsgi_app(registry)
         self._listen = listen
         self.address = ""
         """As bound; empty before `start`."""
@@ -100,7 +104,7 @@ class MetricsEndpoint:
             raise CannotListenError(
                 f"cannot listen on {self._listen} (--metrics-port): is it in use or malformed? ({error})"
             ) from error
-        self._server.set_app(make_wsgi_app(self._registry))
+        self._server.set_app(self._answer)
         serve, every = self._server.serve_forever, (STOP_POLL_S,)
         threading.Thread(target=serve, args=every, name="metrics", daemon=True).start()
         self.address = f"{host}:{self._server.server_port}"
@@ -113,6 +117,16 @@ class MetricsEndpoint:
             self._server.server_close()
             self._server = None
 
+    def _answer(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> "Iterable[bytes]":
+        """One scrape. Whatever goes wrong with it is told to who asks, and to the log."""
+        try:
+            answer: Iterable[bytes] = self._app(environ, start_response)
+        except Exception:
+            log.exception("a scrape failed")
+            start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [b"the metrics could not be read; see the log\n"]
+        return answer
+
 
 class _Server(ThreadingWSGIServer):
     def server_bind(self) -> None:
@@ -121,6 +135,10 @@ class _Server(ThreadingWSGIServer):
         host, self.server_port = self.socket.getsockname()[:2]
         self.server_name = str(host)
         self.setup_environ()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that has gone, or never asked, is no news; the base class would print a traceback."""
+        log.debug("a client of the metrics left", error=type(sys.exception()).__name__)
 
 
 class _Server6(_Server):
