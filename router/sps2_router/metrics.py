@@ -24,7 +24,7 @@ SHORT_BUCKETS = (
 )  # fmt: skip
 """Seconds between tokens."""
 LONG_BUCKETS = (
-    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 320, 640, 1800, 3600,
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 600, 1800, 3600,
 )  # fmt: skip
 """Seconds of phases of a request: from a short prompt's to those of one that takes its hour."""
 
