@@ -23,6 +23,7 @@ from sps2_router.metrics import RouterMetrics
 from sps2_router.policies.base import Ask
 from sps2_router.prompt_queue import PromptQueue, Queued
 from sps2_router.retries import Retries, RetryLimits
+from sps2_router.retry_budget import RetryBudget
 from sps2_router.scheduler import Scheduler, Seat
 from sps2_router.types import GroupPair, Request
 from sps2_service.errors import ServiceError, Unavailable
@@ -49,6 +50,7 @@ class Dispatcher:
         self._channels = channels
         self._decoder = decoder
         self._limits = limits
+        self._budget = RetryBudget()
         self._now = asyncio.get_running_loop().time
 
     def check_room(self, least_tokens: int, tenant: str, turn: int, time_left: float) -> None:
@@ -71,7 +73,8 @@ class Dispatcher:
             self._metrics.answering(count_tokens),
             self._queue.hold(self._ask(request), turn, live.scope.remaining, count_tokens) as queued,
         ):
-            await self._attempts(request, live, answer, Retries(self._limits), queued)
+            self._budget.request()
+            await self._attempts(request, live, answer, Retries(self._limits, self._budget), queued)
         return await answer.end()
 
     async def _attempts(
