@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from support.metrics import Scrape, scrape
 from support.streams import Answered
+from support.waiting import wait_until
 
 LOOK_INTERVAL_S = 0.25
+END_TIMEOUT_S = 10.0
 
 
 @dataclass
@@ -37,11 +39,15 @@ class Seen:
 
 
 def watch(addresses: Mapping[str, str], load: "Future[list[Answered]]") -> Seen:
-    """Scrapes again and again until the load is over, and once more."""
+    """Scrapes again and again until the load is over, and once more when its last call has ended.
+
+    A client has its answer a moment before the router is through with the call.
+    """
     seen = Seen()
     while not load.done():
         seen.take(addresses)
         wait([load], timeout=LOOK_INTERVAL_S)
+    wait_until(lambda: not scrape(addresses["router"]).value("sps2_num_requests_running"), END_TIMEOUT_S)
     seen.take(addresses)
     return seen
 
@@ -72,10 +78,12 @@ def check_seen(seen: Seen, before: Scrape, answers: Sequence[Answered]) -> None:
         assert seen.peak(f"sps2_{name}", "router") > 0, name
         assert router.value(f"sps2_{name}") == 0, name
     for pool in ("prefill", "decode"):
-        for name in ("kv_cache_usage_ratio", "exposed_communication_seconds_total", "engine_steps_total"):
+        for name in ("exposed_communication_seconds_total", "engine_steps_total", "collective_bytes_total"):
             assert seen.peak(f"sps2_{name}", pool) > 0, (pool, name)
-    assert seen.peak("sps2_kv_transfer_bytes_total", "prefill") > 0
-    assert seen.peak("sps2_step_seconds_count", "decode") > 0
+    for name in ("prefill_queued_tokens", "prefill_tokens_total", "kv_transfer_bytes_total"):
+        assert seen.peak(f"sps2_{name}", "prefill") > 0, name
+    for name in ("kv_cache_usage_ratio", "step_seconds_count", "generation_tokens_total"):
+        assert seen.peak(f"sps2_{name}", "decode") > 0, name
     assert seen.last["directory"].value("sps2_directory_state", state="ok") == 1
     services = {
         name: one.families["sps2_build_info"].samples[0].labels["service"] for name, one in seen.last.items()

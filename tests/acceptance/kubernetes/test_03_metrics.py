@@ -79,6 +79,7 @@ def test_load(must_show: MustShow, running: LocalDeployment) -> None:
         figures.append(f"queue up to {seen.peak('sps2_waiting_tokens', 'router'):g} tokens")
         for pool_name in ("prefill", "decode"):
             use = seen.peak("sps2_kv_cache_usage_ratio", pool_name)
+            assert use > 0, pool_name
             exposed = seen.peak("sps2_exposed_communication_seconds_total", pool_name)
             figures.append(f"{pool_name}: KV use up to {use:.1%}, exposed communication {exposed:.2f} s")
 
