@@ -20,20 +20,21 @@ def register_devices(registry: CollectorRegistry) -> None:
         return
     try:
         pynvml.nvmlInit()
-        num_devices = pynvml.nvmlDeviceGetCount()
+        reader = DeviceReader(pynvml, pynvml.nvmlDeviceGetCount())
     except pynvml.NVMLError as error:
         log.debug("no GPUs are measured", why=str(error))
         return
-    if num_devices:
-        registry.register(DeviceReader(pynvml, num_devices))
+    if reader.num_devices:
+        registry.register(reader)
 
 
 class DeviceReader(Collector):
     """Asks NVML, on the thread that scrapes."""
 
     def __init__(self, nvml: ModuleType, num_devices: int) -> None:
-        """`nvml` is pynvml, initialised."""
+        """`nvml` is pynvml, initialised. Raises its NVMLError."""
         self._nvml = nvml
+        self.num_devices = num_devices
         self._handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(num_devices)]
 
     def collect(self) -> Iterable[Metric]:
