@@ -107,6 +107,8 @@ class Request:
     """Which cached KV it may begin with."""
     cached: Mapping[str, int] = field(default_factory=dict)
     """By prefill group: leading tokens of which it is said to hold KV that this request can use."""
+    holders: Mapping[str, str] = field(default_factory=dict)
+    """The addresses of their leaders."""
 
     def __post_init__(self) -> None:
         """A request without a prompt cannot be served."""

@@ -87,8 +87,9 @@ def test_off_takes_nothing_and_leaves_nothing() -> None:
     asked = request(6200, EXACT, Reuse.OFF)
     assert with_reuse(asked, [held(5952, Attention(1, 1))], KEYS_PER_TOKEN) is asked
     attempt, placement = placement_pb2.Attempt(), placement_pb2.Placement()
-    assert not pack_prefill(asked, attempt, placement).block_hashes
-    assert len(pack_prefill(replace(asked, reuse=Reuse.EXACT), attempt, placement).block_hashes) == 96
+    assert not pack_prefill(asked, attempt, placement, "prefill-0").block_hashes
+    exact = replace(asked, reuse=Reuse.EXACT)
+    assert len(pack_prefill(exact, attempt, placement, "prefill-0").block_hashes) == 96
 
 
 class Directory:
