@@ -6,6 +6,9 @@ from sps2_layout.block_hash import BLOCK_TOKENS
 from sps2_layout.wire import pack_attention
 from sps2_router.types import GroupPair, Request, Reuse
 
+MAX_PREFIX_SOURCES = 4
+"""A prefill group asks one or two of them."""
+
 
 def pack_choice(request: Request) -> prefill_service_pb2.TokenChoice:
     """The choice with every field set, so that no worker needs defaults."""
@@ -87,10 +90,11 @@ def pack_prefill(
 def _prefix_sources(request: Request, group: str) -> list[prefill_service_pb2.PrefixSource]:
     """Who holds more of the prompt's beginning than that group, the longest first."""
     own = request.cached.get(group, 0)
-    longer = [(tokens, name) for name, tokens in request.cached.items() if tokens > own and name != group]
+    longer = sorted(((tokens, name) for name, tokens in request.cached.items() if tokens > own), reverse=True)
     return [
         prefill_service_pb2.PrefixSource(
             group=name, leader_address=request.holders[name], num_tokens=tokens // BLOCK_TOKENS * BLOCK_TOKENS
         )
-        for tokens, name in sorted(longer, reverse=True)
+        for tokens, name in longer[:MAX_PREFIX_SOURCES]
+        if request.holders.get(name)
     ]
