@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
+from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.attention.cost_model import Choice
-from sps2_engine.kv_transfer.relayout import check_covers
-from sps2_layout.attention import Attention
-from sps2_layout.wire import unpack_attention
+from sps2_layout.block_hash import BLOCK_TOKENS
+from sps2_prefill_worker.admission import attention_of, check_placement, check_room
 from sps2_prefill_worker.fetch_costs import BY_COST, FetchCosts
 from sps2_prefill_worker.fetching import PrefixFetcher
 from sps2_prefill_worker.holders import PLAINTEXT_HOLDERS, Holders
@@ -24,11 +23,10 @@ from sps2_prefill_worker.prefix_cache import Prompt
 from sps2_prefill_worker.prefix_index import NO_INDEX, PrefixIndex, fill_cached
 from sps2_prefill_worker.reuse import PrefixReuse, Wish
 from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler, Start
-from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
+from sps2_service.errors import Aborted, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure, group_draining
 from sps2_service.ranks.group import GroupLeader, GroupState
 
-BLOCK_TOKENS = 64
 MAX_WAITING = 1024
 
 log = structlog.get_logger(__name__)
@@ -86,6 +84,7 @@ class PrefillCoordinator:
         holders: Holders = PLAINTEXT_HOLDERS,
     ) -> None:
         self._reuse = PrefixReuse(index)
+        self._fetch_costs = fetch_costs
         self._fetcher = PrefixFetcher(self._reuse, fetch_costs, holders)
         self._lender = PrefixLender(self._reuse)
         self._exchange: Choice = exchange
@@ -96,9 +95,9 @@ class PrefillCoordinator:
         self._scheduler = PrefillScheduler()
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._leader: GroupLeader | None = None
-        self._kv_blocks = 0
         self._slice_flops = 0
         self._short_tokens = 0
+        self._fetched_token_cost = 0.0
         self._num_started = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -113,12 +112,18 @@ class PrefillCoordinator:
         assert self._leader is not None, "attach comes first"
         return self._leader
 
+    @property
+    def _of_group(self) -> PromptPlanner:
+        assert self._planner is not None, "a group that is formed has told its shape"
+        return self._planner
+
     def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
         """Adds what waits and runs."""
         load.num_requests_waiting = len(self._scheduler.waiting)
         load.num_requests_running = len(self._attempts) - len(self._scheduler.waiting)
         load.queued_tokens = self._scheduler.num_tokens
         load.short_prompt_tokens = self._short_tokens
+        load.fetched_token_cost = self._fetched_token_cost
         load.prompt_tokens, load.cached_tokens = self._reuse.num_prompt_tokens, self._reuse.num_cached_tokens
 
     async def prefill(
@@ -150,7 +155,7 @@ class PrefillCoordinator:
         """
         self._check_group()
         num_tokens = len(request.block_hashes) * BLOCK_TOKENS
-        self._check_placement(request.placement, num_tokens)
+        check_placement(request.placement, num_tokens, self._of_group)
         return await self._lender.send(self._group, request)
 
     async def drain(self) -> None:
@@ -172,8 +177,9 @@ class PrefillCoordinator:
         planner = PromptPlanner.of(ranks, self._exchange, self._threads, self._tp, self._sharing)
         costs = planner.costs
         self._planner, self._num_started = planner, 0
-        self._kv_blocks, self._slice_flops = costs.kv_blocks, costs.slice_flops
+        self._slice_flops = costs.slice_flops
         self._short_tokens = planner.short_tokens
+        self._fetched_token_cost = self._fetch_costs.token_cost(planner)
         self._scheduler = PrefillScheduler(planner.mesh.sp, costs.short_flops, costs.kv_blocks)
         self._reuse.begin_epoch(planner)
 
@@ -211,9 +217,8 @@ class PrefillCoordinator:
 
     async def _stand_in_line(self, attempt: Attempt) -> None:
         """With what is cached of it, here or, where that pays, in another group, which sends it before."""
-        assert self._planner is not None, "it is admitted by a group that is formed"
         request, prompt = attempt.request, attempt.prompt
-        attempt.fetched_bytes = await self._fetcher.fetch(self._group, self._planner, request, prompt)
+        attempt.fetched_bytes = await self._fetcher.fetch(self._group, self._of_group, request, prompt)
         if self._attempts.get(attempt.key) is not attempt:
             return  # the epoch has ended meanwhile; its events say so
         if attempt.fetched_bytes:
@@ -238,14 +243,10 @@ class PrefillCoordinator:
             raise Unavailable("QUEUE_FULL", f"prefill group {group.name} has a full queue", retry_after=1.0)
         if not request.token_ids:
             raise InvalidArgument.of_field("token_ids", "a prompt has at least one token")
-        planner = self._check_placement(request.placement, len(request.token_ids))
-        attention, choice = _attention_of(request), request.choice
-        self._check_room(
-            planner,
-            attention,
-            len(request.token_ids) - len(choice.generated_token_ids),
-            max(len(choice.generated_token_ids), choice.max_tokens - 1),
-        )
+        planner = self._of_group
+        check_placement(request.placement, len(request.token_ids), planner)
+        attention = attention_of(request)
+        check_room(request, attention, planner, group.name)
         keys = tuple(request.block_hashes) if planner.can_cache else ()
         prompt = Prompt(attention, keys, len(request.token_ids))
         return Attempt(request, prompt, self._reuse.plan(prompt))
@@ -256,31 +257,6 @@ class PrefillCoordinator:
             why = f"prefill group {group.name} is not ready ({group.missing})"
             raise Unavailable("GROUP_NOT_READY", why, retry_after=1.0)
         group.check_lease()
-
-    def _check_placement(self, placement: placement_pb2.Placement, num_tokens: int) -> PromptPlanner:
-        assert self._planner is not None, "a group that is formed has told its shape"
-        try:
-            check_covers(placement, num_tokens, self._planner.model.num_kv_heads)
-        except ValueError as error:
-            raise InvalidArgument.of_field("placement", str(error)) from None
-        return self._planner
-
-    def _check_room(
-        self, planner: PromptPlanner, attention: Attention, num_prompt_tokens: int, max_generated: int
-    ) -> None:
-        """Takes only what has room when it comes back with all that it may have generated: then each resumption does.
-
-        Raises:
-            FailedPrecondition: it has not.
-        """
-        slice_tokens = planner.most_kept(attention, num_prompt_tokens + max_generated)
-        if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
-            raise FailedPrecondition(
-                "PROMPT_TOO_LARGE",
-                f"of {num_prompt_tokens} prompt tokens and up to {max_generated} generated ones, which follow "
-                f"them when a stream is resumed, {slice_tokens} lie on one rank of {self._group.name}, which has KV "
-                f"for {self._kv_blocks * BLOCK_TOKENS}: raise --kv-tokens, use more ranks or lower max_tokens",
-            )
 
     def _start_waiting(self) -> None:
         while (start := self._scheduler.start_next()) is not None:
@@ -386,25 +362,6 @@ class PrefillCoordinator:
             self._idle.set()
         self._scheduler.over(attempt.key)
         self._start_waiting()
-
-
-def _attention_of(request: prefill_service_pb2.PrefillRequest) -> Attention:
-    try:
-        attention = unpack_attention(request.attention)
-    except ValueError as error:
-        raise InvalidArgument.of_field("attention", str(error)) from None
-    generated = request.choice.generated_token_ids
-    num_prompt_tokens = len(request.token_ids) - len(generated)
-    adopts = attention.layout is not None and attention.num_prefilled < num_prompt_tokens
-    if attention.num_tokens != num_prompt_tokens and not adopts:
-        raise InvalidArgument.of_field("attention", "the mask must be laid over the whole prompt")
-    if attention.num_prefilled > num_prompt_tokens:
-        raise InvalidArgument.of_field("attention", "more tokens have the mask than the prompt has")
-    if len(request.block_hashes) * BLOCK_TOKENS > num_prompt_tokens:
-        raise InvalidArgument.of_field("block_hashes", "there are more than the prompt has full blocks")
-    if request.token_ids[num_prompt_tokens:] != generated:
-        raise InvalidArgument.of_field("token_ids", "the tokens generated before must follow the prompt")
-    return attention
 
 
 def _sum_up(attempt: Attempt) -> prefill_service_pb2.PrefillDelivered:

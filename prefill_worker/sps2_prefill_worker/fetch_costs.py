@@ -38,6 +38,14 @@ class FetchCosts:
             return self._transfer_s(planner, tokens) < planner.compute_s(attention, tokens)
         return self.choice == "always"
 
+    def token_cost(self, planner: PromptPlanner) -> float:
+        """What a fetched token costs in computed ones, at most 1, by their matrix products; 0 where none is fetched."""
+        compute_s = planner.costs.linear_s(1, planner.rates) / planner.mesh.sp
+        transfer_s = planner.costs.kv_token_bytes / self.bytes_per_s
+        if self.choice == "never":
+            return 0.0
+        return min(1.0, transfer_s / compute_s) if compute_s else 1.0
+
     def timeout_s(self, planner: PromptPlanner, tokens: Span) -> float:
         """After which a fetch is given up."""
         return LEAST_TIMEOUT_S + SLACK * self._transfer_s(planner, tokens)

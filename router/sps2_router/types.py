@@ -177,6 +177,11 @@ class Group:
         return self.leader.load.short_prompt_tokens if self.leader is not None else 0
 
     @property
+    def fetched_token_cost(self) -> float:
+        """What a token costs it that another prefill group has cached, in tokens that it computes; 1: no less."""
+        return (self.leader.load.fetched_token_cost if self.leader is not None else 0.0) or 1.0
+
+    @property
     def num_ready(self) -> int:
         """Ranks that are READY."""
         return sum(worker.state == cluster_pb2.WORKER_STATE_READY for worker in self.workers)

@@ -65,6 +65,21 @@ def test_always_and_never_ask_for_no_costs() -> None:
     assert not FetchCosts("never", 1e15).worth(planner(1), EXACT, ALL)
 
 
+@pytest.mark.parametrize(
+    ("costs", "num_ranks", "expected"),
+    [
+        (FetchCosts("auto", 131_072 * 1e6), 1, 1e-6 / (14e9 / 430e12)),
+        (FetchCosts("auto", 131_072 * 1e6), 4, 4e-6 / (14e9 / 430e12)),
+        (FetchCosts("always", 1.0), 1, 1.0),
+        (FetchCosts("never"), 1, 0.0),
+    ],
+)
+def test_routers_are_told_what_a_fetched_token_costs(
+    costs: FetchCosts, num_ranks: int, expected: float
+) -> None:
+    assert costs.token_cost(planner(num_ranks)) == pytest.approx(expected)
+
+
 def test_a_fetch_has_a_deadline_by_its_size() -> None:
     costs = FetchCosts("auto", 4.3e9)
     assert costs.timeout_s(planner(1), ALL) == pytest.approx(LEAST_TIMEOUT_S + 4, rel=0.05)
