@@ -123,9 +123,10 @@ class PrefillRole:
 
     def join(self, groups: RankGroups, epoch: int) -> None:
         """See `Role.join`."""
-        self._groups, self._epoch = groups, epoch
         self._told.clear()  # what was told after the last epoch's end
-        self._forget_all()
+        if epoch != self._epoch:
+            self._forget_all()  # and what came in since
+        self._groups, self._epoch = groups, epoch
 
     def reset(self) -> None:
         """See `Role.reset`."""

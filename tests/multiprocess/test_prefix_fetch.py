@@ -45,6 +45,11 @@ def exact(ids: Sequence[int]) -> Attention:
     return Attention(len(ids), len(ids))
 
 
+async def all_free(made: Sequence[PrefillGroup]) -> None:
+    """What was given up is still being given up when its call has ended."""
+    await asyncio.to_thread(wait_until, lambda: not any(group.num_used for group in made), timeout=20.0)
+
+
 @asynccontextmanager
 async def groups(model: Path, *meshes: Mesh) -> AsyncIterator[tuple[list[PrefillGroup], Neighbours]]:
     """Groups "0", "1", ... that reach each other; in the end none holds a block but for what it has cached."""
@@ -52,9 +57,7 @@ async def groups(model: Path, *meshes: Mesh) -> AsyncIterator[tuple[list[Prefill
     made = [PrefillGroup(str(index), model, mesh, neighbours) for index, mesh in enumerate(meshes)]
     try:
         yield made, neighbours
-        for group in made:
-            # Reports of what was given up are still on their way when a call has ended.
-            await asyncio.to_thread(wait_until, lambda group=group: not group.num_used, timeout=20.0)
+        await all_free(made)
     finally:
         for group in made:
             group.close()
@@ -189,7 +192,7 @@ async def test_a_prompt_that_is_cancelled_or_loses_its_group_ends_its_fetch(mode
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
-        await asyncio.to_thread(wait_until, lambda: not asking.num_used, timeout=20.0)
+        await all_free([asking])
         asked.clear()
         lost = asyncio.ensure_future(asking.prefill(prompt("lost", SECOND, exact(SECOND), [("0", HELD)])))
         await asked.wait()
