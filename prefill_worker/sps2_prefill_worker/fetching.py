@@ -24,13 +24,17 @@ from sps2_prefill_worker.holders import Holders
 from sps2_prefill_worker.planning import PromptPlanner
 from sps2_prefill_worker.prefix_cache import Prompt
 from sps2_prefill_worker.reuse import Fetch, PrefixReuse
-from sps2_service.errors import NotFound, ServiceError, Unavailable
+from sps2_service.errors import ServiceError, Unavailable
 from sps2_service.ranks.group import GroupLeader
 
 MAX_HOLDERS = 2
-"""That are asked for one prompt: one may have evicted what it was said to hold."""
+"""That are asked for one prompt: one may have evicted what it was said to hold, or be gone."""
 
 log = structlog.get_logger(__name__)
+
+
+class FetchEndedError(Exception):
+    """This group cannot take what comes, whoever sends it."""
 
 
 @dataclass
@@ -44,11 +48,11 @@ class _Incoming:
     expected: dict[int, engine_pb2.PrefixExpected] = field(default_factory=dict)
     fetched: set[int] = field(default_factory=set)
 
-    def fail(self, error: ServiceError) -> None:
+    def fail(self, why: str) -> None:
         """Ends whatever is waited for."""
         for one in (self.room, self.complete):
             if not one.done():
-                one.set_exception(error)
+                one.set_exception(FetchEndedError(why))
                 one.exception()  # perhaps nobody waits for this one
 
 
@@ -92,12 +96,10 @@ class PrefixFetcher:
                 return 0  # those after it hold less
             try:
                 return await self._fetch(group, planner, request, prompt, source)
-            except NotFound as error:
-                log.info("prefix is not there", group=source.group, reason=error.reason)
-            except ServiceError as error:
-                log.warning(
-                    "prefix is not fetched", group=source.group, reason=error.reason, why=error.message
-                )
+            except ServiceError as error:  # the holder's: maybe the next one does better
+                log.info("prefix does not come", group=source.group, reason=error.reason, why=error.message)
+            except FetchEndedError as error:
+                log.warning("prefix is not fetched", group=source.group, why=str(error))
                 return 0
         return 0
 
@@ -117,13 +119,13 @@ class PrefixFetcher:
         elif kind == "prefix_refused":
             incoming = self._incoming.get(report.prefix_refused.run)
             if incoming is not None:
-                incoming.fail(Unavailable("NO_ROOM", report.prefix_refused.reason))
+                incoming.fail(f"rank {rank} has no room: {report.prefix_refused.reason}")
 
     def on_broken(self, error: Unavailable) -> None:
         """The epoch is over: book and ranks have forgotten everything."""
         incoming, self._incoming = self._incoming, {}
         for one in incoming.values():
-            one.fail(error)
+            one.fail(error.message)
 
     async def _fetch(
         self,
@@ -149,7 +151,7 @@ class PrefixFetcher:
                 num_bytes = await _both(asyncio.ensure_future(call), incoming.complete)
             is_complete = True
         except TimeoutError:
-            raise Unavailable("FETCH_TIMEOUT", f"not there after {timeout_s:.1f} s") from None
+            raise FetchEndedError(f"not there after {timeout_s:.1f} s") from None
         finally:
             if self._incoming.pop(fetch.run, None) is not None:  # else the epoch is over
                 self._settle(group, key, is_complete=is_complete)

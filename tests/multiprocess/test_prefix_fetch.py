@@ -113,16 +113,20 @@ async def test_a_mask_is_adopted_with_what_is_fetched(model: Path) -> None:
         assert (taken.cached_tokens, taken.token_id) == (HELD, await computed(b, SECOND, adopting))
 
 
-async def test_a_holder_sends_while_it_computes_and_of_two_the_one_that_has_it(model: Path) -> None:
-    """One of the two has evicted it since the directory was asked."""
-    async with groups(model, ONE, ONE, PAIR) as ((_, busy, asking), neighbours):
+@pytest.mark.parametrize("other", ["has evicted it", "is gone"])
+async def test_a_holder_sends_while_it_computes_and_of_two_the_one_that_has_it(
+    model: Path, other: str
+) -> None:
+    async with groups(model, ONE, ONE, PAIR) as ((first, busy, asking), neighbours):
+        if other == "is gone":
+            first.die()
         await busy.prefill(prompt("first", FIRST, exact(FIRST)))
         busy.free.clear()
         sources = [("0", HELD), ("1", HELD)]
-        first, _ = await asking.prefill(prompt("second", SECOND, exact(SECOND), sources))
+        answer, _ = await asking.prefill(prompt("second", SECOND, exact(SECOND), sources))
         busy.free.set()
         assert neighbours.asked == ["0", "1"]
-        assert (first.cached_tokens, first.token_id) == (
+        assert (answer.cached_tokens, answer.token_id) == (
             HELD,
             await computed(asking, SECOND, exact(SECOND)),
         )
