@@ -154,6 +154,8 @@ class PrefillCoordinator:
             ServiceError: it was refused, or has failed.
         """
         self._check_group()
+        if (request.attempt.request_id, request.attempt.number) in self._attempts:
+            raise Aborted("DUPLICATE_ATTEMPT", "this group is the one that computes the prompt")
         num_tokens = len(request.block_hashes) * BLOCK_TOKENS
         check_placement(request.placement, num_tokens, self._of_group)
         return await self._lender.send(self._group, request)
