@@ -64,6 +64,14 @@ class Sharing(StrEnum):
     ALL = "all"
 
 
+class PrefixFetch(StrEnum):
+    """What prefill groups fetch of each other's cached KV."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class Transport(StrEnum):
     """How KV travels from prefill to decode ranks."""
 
@@ -173,6 +181,13 @@ def up(
             "each other one is computed by a rank alone."
         ),
     ] = Sharing.AUTO,
+    prefix_fetch: Annotated[
+        PrefixFetch,
+        typer.Option(
+            help="Beginnings of prompts that a prefill group fetches from one that has their KV cached: "
+            "auto: those that come sooner than they are computed."
+        ),
+    ] = PrefixFetch.AUTO,
     prefill_tp: Annotated[
         int,
         typer.Option(
@@ -214,6 +229,17 @@ def up(
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that each kind of process gets to finish.")
     ] = 40.0,
+    metrics_port_base: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=60_000,
+            metavar="PORT",
+            help="Serve Prometheus metrics: the directory on this port, the others on those behind it; "
+            "`ready --json` names them.",
+            show_default="none",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Runs a whole deployment on this machine: Redis, directory, router and all ranks.
@@ -232,6 +258,7 @@ def up(
     sps2 up --prefill 1x4 --prefill-tp 2 --decode 1x2 --decode-tp 2
     sps2 up --prefill 1x1 --decode 1x1 --prefill-cpus 0-11 --decode-cpus 12-15
     sps2 up --profile my-ladder.json
+    sps2 up --metrics-port-base 9090
     sps2 up --json --quiet --listen 127.0.0.1:0
     ```
     """
@@ -252,6 +279,7 @@ def up(
             dtype=dtype.value,
             exchange=exchange.value,
             sharing=sharing.value,
+            prefix_fetch=prefix_fetch.value,
             prefill_tp=prefill_tp,
             decode_tp=decode_tp,
             kv_transport=kv_transport.value,
@@ -266,6 +294,7 @@ def up(
             restart=restart,
             ready_timeout=ready_timeout,
             drain_timeout=drain_timeout,
+            metrics_port_base=metrics_port_base,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -20,6 +20,7 @@ from sps2_router.answer import Send
 from sps2_router.call import Call
 from sps2_router.claims import Claims
 from sps2_router.dispatch import Dispatcher
+from sps2_router.metrics import RouterMetrics
 from sps2_router.peers import Peers
 from sps2_router.prefix_reuse import HeldPrefix, with_reuse
 from sps2_router.prompt_ids import ids_of_chat, ids_of_text, least_tokens
@@ -60,6 +61,7 @@ class FrontDoor:
         claims: Claims,
         peers: Peers,
         find_held: FindHeld,
+        metrics: RouterMetrics,
     ) -> None:
         """`ladder` is the attention profile of requests that name none."""
         self._model = model
@@ -71,6 +73,7 @@ class FrontDoor:
         self._claims = claims
         self._peers = peers
         self._find_held = find_held
+        self._metrics = metrics
 
     async def generate(self, spec: generation_pb2.GenerationSpec, call: Call, send: Send) -> str:
         """Serves one call and returns the request's id.
@@ -83,6 +86,13 @@ class FrontDoor:
         Raises:
             ServiceError: what the client gets instead, or after the events so far.
         """
+        with self._metrics.call() as outcome:
+            request_id, outcome.finish_reason = await self._generate(spec, call, send)
+        return request_id
+
+    async def _generate(
+        self, spec: generation_pb2.GenerationSpec, call: Call, send: Send
+    ) -> tuple[str, generation_pb2.FinishReason.ValueType]:
         arrived_at = asyncio.get_running_loop().time()
         check_fields(spec, self._model)
         request_id = spec.request_id or uuid.uuid4().hex
@@ -99,12 +109,12 @@ class FrontDoor:
             async with self._claims.hold(
                 live, lambda earlier: self._peers.supersede(earlier, call.authorization)
             ) as settled:
-                await self._serve(spec, live, arrived_at, _after(settled, send))
-        return request_id
+                finish_reason = await self._serve(spec, live, arrived_at, _after(settled, send))
+        return request_id, finish_reason
 
     async def _serve(
         self, spec: generation_pb2.GenerationSpec, live: LiveRequest, arrived_at: float, send: Send
-    ) -> None:
+    ) -> generation_pb2.FinishReason.ValueType:
         prompt_ids = await self._prompt_ids(spec)
         seed = secrets.randbits(64)
         request = resolve(spec, live.request_id, prompt_ids, self._model, seed, self._ladder)
@@ -114,7 +124,7 @@ class FrontDoor:
         request = replace(request, block_hashes=hashes, tenant=live.tenant)
         if hashes and request.reuse is not Reuse.OFF:
             request = with_reuse(request, await self._find_held(hashes), self._model.keys_per_token)
-        await self._dispatcher.serve(request, live, arrived_at, send)
+        return await self._dispatcher.serve(request, live, arrived_at, send)
 
     async def _prompt_ids(self, spec: generation_pb2.GenerationSpec) -> Sequence[int]:
         if spec.HasField("text"):

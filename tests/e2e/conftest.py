@@ -7,12 +7,17 @@ import pytest
 
 from support.checkpoints import make_tiny_checkpoint
 from support.deployment import LocalDeployment, deployment
+from support.ports import free_port_range
+
+NUM_SERVICES = 6
+"""Directory, router and four ranks."""
 
 
 @pytest.fixture(scope="session")
 def demo() -> Iterator[LocalDeployment]:
-    """The demo model on two prefill and two decode ranks, which check their KV blocks at every step."""
-    with deployment(prefill="1x2", decode="1x2", arguments=["--debug-invariants"]) as running:
+    """The demo model on two prefill and two decode ranks, which check their KV at every step and serve metrics."""
+    arguments = ["--debug-invariants", "--metrics-port-base", str(free_port_range(NUM_SERVICES))]
+    with deployment(prefill="1x2", decode="1x2", arguments=arguments) as running:
         yield running
 
 

@@ -106,6 +106,8 @@ class UpOptions:
     """What prefill ranks exchange: "auto", "heads" or "kv"."""
     sharing: str = "auto"
     """Prompts that all ranks of a prefill group share: "auto" or "all"."""
+    prefix_fetch: str = "auto"
+    """What prefill groups fetch of each other's cached KV: "auto", "always" or "never"."""
     prefill_tp: int = 1
     """Prefill ranks that split every layer between them; the rest of a group's ranks split the prompt."""
     decode_tp: int = 1
@@ -132,6 +134,8 @@ class UpOptions:
     """Keep logs in memory and show them only when a process fails."""
     restart: bool = True
     """Start again what dies."""
+    metrics_port_base: int | None = None
+    """Port of the first process that serves metrics, the others' follow; None: none does."""
     ready_timeout: float = 120.0
     """Seconds until every group must be ready."""
     drain_timeout: float = 40.0
@@ -215,6 +219,8 @@ class ProcessSpec:
     """Program and arguments, without `--listen` and `--announce-fd`."""
     listen: str | None = None
     """Value of `--listen`; the process then announces where it listens. None for redis."""
+    metrics: str = ""
+    """HOST:PORT on which it serves its metrics; empty: it serves none."""
     cpus: Cores = Cores()
     """Cores that it and its children run on."""
     group: str | None = None
@@ -339,6 +345,7 @@ def _worker_spec(
     if role == "prefill":
         flags["--exchange"] = options.exchange
         flags["--sharing"] = options.sharing
+        flags["--prefix-fetch"] = options.prefix_fetch
     if leader is not None:
         flags["--leader"] = leader
     arguments = [str(part) for pair in flags.items() for part in pair]
