@@ -24,7 +24,7 @@ OWNED = frozenset(
     {
         "advertise",
         "listen", "announce-fd", "parent-pid", "drain-s", "grace-s", "model", "model-name", "directory", "profile",
-        "tls-cert", "tls-key", "tls-ca", "tls-server-name", "health-port",
+        "tls-cert", "tls-key", "tls-ca", "tls-server-name", "health-port", "metrics-port", "auth-tokens", "tenants",
         "redis", "redis-password-file", "namespace", "group", "rank", "group-size", "leader", "device",
     }
 )  # fmt: skip
