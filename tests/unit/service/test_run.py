@@ -188,7 +188,7 @@ def test_no_service_survives_its_parent(processes: Callable[..., ManagedProcess]
         "print('child', child.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    env = {"PYTHONPATH": str(repo_root / "tests")}
+    env = {"PYTHONPATH": os.pathsep.join([str(repo_root / "tests"), os.environ.get("PYTHONPATH", "")])}
     process = processes([sys.executable, "-P", "-c", parent, *PROGRAM], name="parent", env=env)
     serving_address(process)
     process.popen.kill()
