@@ -77,7 +77,7 @@ class Answer:
         """Adds the bytes that an attempt has moved, once it is over."""
         delivered = attempt.handshake.delivered
         self._bytes.collective += delivered.collective_bytes
-        self._bytes.kv_transfer += delivered.kv_transfer_bytes
+        self._bytes.kv_transfer += delivered.kv_transfer_bytes + delivered.fetched_bytes
 
     async def end(self) -> generation_pb2.FinishReason.ValueType:
         """Sends the last event; after every choice has ended. Returns why the first one has."""
