@@ -67,6 +67,7 @@ def test_equals_attention_over_all_keys(num_ranks: int, *, by_memory: bool) -> N
                 torch.stack([new[i][step, 1] for i in ids]) if ids else empty,
             )
             outputs.append(dict(zip(ids, o, strict=True)))
+        assert (exchange.exposed_s > 0) == plan.exchanges, "what is waited for is counted, and nothing else"
         return outputs, communicator.bytes_posted["q_exchange"]
 
     results = run_ranks(num_ranks, on_rank, by_memory=by_memory)

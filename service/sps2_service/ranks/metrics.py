@@ -40,7 +40,7 @@ def rank_families(state: RankState) -> Iterable[Metric]:
     num_transferred = posted.pop(KV_TRANSFER, 0)
     if is_prefill:
         yield CounterMetricFamily(
-            "sps2_kv_transfer_bytes", "KV that decode ranks have accepted.", value=num_transferred
+            "sps2_kv_transfer_bytes", "KV that ranks of other groups have accepted.", value=num_transferred
         )
     collective = CounterMetricFamily(
         "sps2_collective_bytes", "Bytes posted to other ranks of the group.", labels=["kind"]

@@ -26,9 +26,10 @@ PROGRAM = [sys.executable, "-P", "-m", "support.service_program"]
 @pytest.fixture
 def service(processes: Callable[..., ManagedProcess], repo_root: Path) -> Callable[..., ManagedProcess]:
     def start(*flags: str, **options: Any) -> ManagedProcess:
-        env = {"PYTHONPATH": str(repo_root / "tests")}
+        # Before what this process was told, which may be another checkout than the one that is installed.
+        path = os.pathsep.join([str(repo_root / "tests"), os.environ.get("PYTHONPATH", "")])
         command = [*PROGRAM, *flags]
-        return processes(command, name="service", env=env, **options)
+        return processes(command, name="service", env={"PYTHONPATH": path}, **options)
 
     return start
 
@@ -187,7 +188,7 @@ def test_no_service_survives_its_parent(processes: Callable[..., ManagedProcess]
         "print('child', child.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    env = {"PYTHONPATH": str(repo_root / "tests")}
+    env = {"PYTHONPATH": os.pathsep.join([str(repo_root / "tests"), os.environ.get("PYTHONPATH", "")])}
     process = processes([sys.executable, "-P", "-c", parent, *PROGRAM], name="parent", env=env)
     serving_address(process)
     process.popen.kill()
