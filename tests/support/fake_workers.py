@@ -176,6 +176,10 @@ class FakePrefill(FakeLeader):
         async for event in self._watched(self._events(context)):
             yield event
 
+    async def SendPrefix(self, _: Any, context: Context) -> NoReturn:  # noqa: N802
+        """See prefill_service.proto; nothing is cached here."""
+        await context.abort(grpc.StatusCode.NOT_FOUND, "nothing is cached here")
+
     def _first_token(self, choice: prefill_pb.TokenChoice) -> prefill_pb.FirstToken:
         num_generated = len(choice.generated_token_ids)
         script = self.tokens_by_choice.get(choice.sampling.first_choice, self.tokens)
