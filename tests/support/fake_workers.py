@@ -176,8 +176,8 @@ class FakePrefill(FakeLeader):
         async for event in self._watched(self._events(context)):
             yield event
 
-    async def SendPrefix(self, _: Any, context: Context) -> None:  # noqa: N802
-        """It has nothing cached."""
+    async def SendPrefix(self, _: Any, context: Context) -> NoReturn:  # noqa: N802
+        """See prefill_service.proto; nothing is cached here."""
         await context.abort(grpc.StatusCode.NOT_FOUND, "nothing is cached here")
 
     def _first_token(self, choice: prefill_pb.TokenChoice) -> prefill_pb.FirstToken:
