@@ -16,6 +16,7 @@ from sps2_service.config import load_config
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.ranks.worker import LeaderModel, LeaderService, WorkerConfig, run_worker
 from sps2_service.run import prepare_process
+from sps2_service.tracing import Tracing
 
 _MODEL = "--model models/demo --directory 127.0.0.1:50060"
 EXAMPLES = [
@@ -40,10 +41,14 @@ def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> 
     return EngineOptions(**config.engine_settings(model_hash)).arguments(socket_fd)
 
 
-def _lead(config: WorkerConfig, directory: DirectoryClient, model: LeaderModel) -> LeaderService:
+def _lead(
+    config: WorkerConfig, directory: DirectoryClient, model: LeaderModel, tracing: Tracing | None
+) -> LeaderService:
     assert isinstance(config, PrefillWorkerConfig)
     index = PrefixIndex(directory.prefixes)
-    coordinator = PrefillCoordinator(config.exchange, config.threads, config.tp, config.sharing, index)
+    coordinator = PrefillCoordinator(
+        config.exchange, config.threads, config.tp, config.sharing, index, tracing
+    )
     service = prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"]
     return LeaderService(coordinator, PrefillServicer(coordinator, model.vocabulary), service)
 

@@ -20,9 +20,12 @@ from sps2_prefill_worker.prefix_cache import Prompt
 from sps2_prefill_worker.prefix_index import NO_INDEX, PrefixIndex, fill_cached
 from sps2_prefill_worker.reuse import PrefixReuse, Wish
 from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler, Start
+from sps2_prefill_worker.spans import take_rank_spans
 from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure, group_draining
 from sps2_service.ranks.group import GroupLeader, GroupState
+from sps2_service.trace_context import Place, current_place
+from sps2_service.tracing import Tracing
 
 BLOCK_TOKENS = 64
 MAX_WAITING = 1024
@@ -47,8 +50,13 @@ class Attempt:
     speaker: int = 0
     """Rank whose word on its beginning and progress counts."""
     cancelling: bool = False
-    delivered: dict[int, prefill_service_pb2.PrefillDelivered] = field(default_factory=dict)
+    num_tokens_on: list[int] = field(default_factory=list)
+    """By rank, once dispatched."""
+    delivered: dict[int, engine_pb2.PrefillReport] = field(default_factory=dict)
+    """By rank, what it said when all of its KV was there."""
     cancelled: set[int] = field(default_factory=set)
+    place: Place | None = field(default_factory=current_place.get)
+    """The router's span, for those of the ranks."""
 
     @property
     def key(self) -> AttemptKey:
@@ -65,6 +73,7 @@ class PrefillCoordinator:
         tp: tensor ranks; divides the group.
         sharing: which prompts all ranks share.
         index: is told what the group has cached.
+        tracing: takes spans of the ranks.
     """
 
     def __init__(
@@ -74,7 +83,9 @@ class PrefillCoordinator:
         tp: int = 1,
         sharing: Sharing = "auto",
         index: PrefixIndex = NO_INDEX,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._reuse = PrefixReuse(index)
         self._exchange: Choice = exchange
         self._threads = threads
@@ -253,6 +264,7 @@ class PrefillCoordinator:
         log.info(
             "prefill starts",
             request_id=request.attempt.request_id,
+            attempt=request.attempt.number,
             num_tokens=job.num_tokens,
             num_cached=planned.num_cached,
             exchange=planned.exchange,
@@ -272,6 +284,7 @@ class PrefillCoordinator:
                 number=self._num_started,
             )
             planned.assign(rank, run, request.token_ids, start.alone_on)
+            attempt.num_tokens_on.append(len(run.token_ids))
             fill_cached(run, taken.admitted, taken.evicted)
             self._group.send(rank, engine_pb2.EngineCommand(run_prefill=run))
 
@@ -292,8 +305,9 @@ class PrefillCoordinator:
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(first_token=report.first_token))
             self._computed(attempt)
         elif kind == "delivered":
-            attempt.delivered[rank] = report.delivered
+            attempt.delivered[rank] = report
             if len(attempt.delivered) == self._group.size:
+                self._trace(attempt)
                 attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(delivered=_sum_up(attempt)))
                 self._evict(self._reuse.delivered(attempt.key))
                 self._forget(attempt)
@@ -301,6 +315,17 @@ class PrefillCoordinator:
             attempt.cancelled.add(rank)
             if len(attempt.cancelled) == self._group.size:
                 self._forget(attempt)
+
+    def _trace(self, attempt: Attempt) -> None:
+        if self._tracing is not None and attempt.place is not None:
+            take_rank_spans(
+                self._tracing,
+                attempt.place,
+                self._group.name,
+                attempt.request.attempt,
+                attempt.num_tokens_on,
+                attempt.delivered,
+            )
 
     def _on_failed(self, failed: engine_pb2.AttemptFailed) -> None:
         attempt = self._attempts.get((failed.attempt.request_id, failed.attempt.number))
@@ -357,7 +382,7 @@ def _attention_of(request: prefill_service_pb2.PrefillRequest) -> Attention:
 
 
 def _sum_up(attempt: Attempt) -> prefill_service_pb2.PrefillDelivered:
-    parts = attempt.delivered.values()
+    parts = [report.delivered for report in attempt.delivered.values()]
     return prefill_service_pb2.PrefillDelivered(
         collective_bytes=sum(part.collective_bytes for part in parts),
         kv_transfer_bytes=sum(part.kv_transfer_bytes for part in parts),

@@ -73,8 +73,13 @@ class Answer:
         self._bytes.collective += delivered.collective_bytes
         self._bytes.kv_transfer += delivered.kv_transfer_bytes
 
-    async def end(self) -> None:
-        """Sends the last event; after every choice has ended."""
+    @property
+    def finish_reasons(self) -> list[generation_pb2.FinishReason.ValueType]:
+        """Why each choice ended."""
+        return [choice.reason for choice in self._choices]
+
+    async def end(self) -> generation_pb2.Usage:
+        """Sends the last event, and gives what is in it; after every choice has ended."""
         counts = [choice.num_tokens for choice in self._choices]
         assert self._first is not None, "what has ended was relayed"
         usage = generation_pb2.Usage(
@@ -86,6 +91,7 @@ class Answer:
             bytes=self._bytes,
         )
         await self._send(self._events.usage(usage))
+        return usage
 
     async def tokens(
         self,

@@ -24,11 +24,14 @@ from sps2_router.peers import Peers
 from sps2_router.prefix_reuse import HeldPrefix, with_reuse
 from sps2_router.prompt_ids import ids_of_chat, ids_of_text, least_tokens
 from sps2_router.relay import Event
+from sps2_router.request_trace import RequestTrace
 from sps2_router.scope import CallScope
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.types import Reuse, ServedModel
 from sps2_router.validation import check_fields, resolve
-from sps2_service.telemetry import bound_request
+from sps2_service.telemetry import bind_request
+from sps2_service.trace_context import current_place
+from sps2_service.tracing import Tracing
 from sps2_service.turns import now_us, turn_us
 
 
@@ -60,6 +63,7 @@ class FrontDoor:
         claims: Claims,
         peers: Peers,
         find_held: FindHeld,
+        tracing: Tracing | None = None,
     ) -> None:
         """`ladder` is the attention profile of requests that name none."""
         self._model = model
@@ -71,6 +75,7 @@ class FrontDoor:
         self._claims = claims
         self._peers = peers
         self._find_held = find_held
+        self._tracing = tracing
 
     async def generate(self, spec: generation_pb2.GenerationSpec, call: Call, send: Send) -> str:
         """Serves one call and returns the request's id.
@@ -84,23 +89,37 @@ class FrontDoor:
             ServiceError: what the client gets instead, or after the events so far.
         """
         arrived_at = asyncio.get_running_loop().time()
-        check_fields(spec, self._model)
-        request_id = spec.request_id or uuid.uuid4().hex
+        with RequestTrace(self._tracing, current_place.get(), arrived_at) as trace:
+            check_fields(spec, self._model)
+            request_id = spec.request_id or uuid.uuid4().hex
+            bind_request(request_id)
+            trace.asked(spec, request_id, self._model.name)
+            await self._admit(spec, request_id, call, send, arrived_at, trace)
+        return request_id
+
+    async def _admit(
+        self,
+        spec: generation_pb2.GenerationSpec,
+        request_id: str,
+        call: Call,
+        send: Send,
+        arrived_at: float,
+        trace: RequestTrace,
+    ) -> None:
         tenant, limit = call.caller.tenant, self._limits.total_s
         total_s = limit if call.time_left is None else min(call.time_left, limit)
         num_tokens = least_tokens(spec, self._tokenizer.longest_token)
         # Before anything is spent on it: however short its prompt may be, there may be no room, or the wait too long.
         self._dispatcher.check_room(num_tokens, tenant, turn_us(now_us(), spec.priority), total_s)
         with (
-            bound_request(request_id),
             CallScope(total_s=total_s, silence_s=self._limits.silence_s) as scope,
             self._admission.register(request_id, spec.nonce, scope, tenant) as live,
         ):
+            live.trace = trace
             async with self._claims.hold(
                 live, lambda earlier: self._peers.supersede(earlier, call.authorization)
             ) as settled:
                 await self._serve(spec, live, arrived_at, _after(settled, send))
-        return request_id
 
     async def _serve(
         self, spec: generation_pb2.GenerationSpec, live: LiveRequest, arrived_at: float, send: Send
@@ -114,6 +133,7 @@ class FrontDoor:
         request = replace(request, block_hashes=hashes, tenant=live.tenant)
         if hashes and request.reuse is not Reuse.OFF:
             request = with_reuse(request, await self._find_held(hashes), self._model.keys_per_token)
+        live.trace.resolved(request)
         await self._dispatcher.serve(request, live, arrived_at, send)
 
     async def _prompt_ids(self, spec: generation_pb2.GenerationSpec) -> Sequence[int]:

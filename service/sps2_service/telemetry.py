@@ -100,11 +100,17 @@ def redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
+def bind_request(request_id: str, attempt: int | None = None) -> None:
+    """Binds request_id and attempt to every line of this task from now on; called once, in a call's own task."""
+    structlog.contextvars.bind_contextvars(**_request_fields(request_id, attempt))
+
+
 @contextmanager
 def bound_request(request_id: str, attempt: int | None = None) -> Iterator[None]:
     """Binds request_id and attempt to every line of this task, and of tasks made within the block."""
-    fields: dict[str, object] = {"request_id": request_id}
-    if attempt is not None:
-        fields["attempt"] = attempt
-    with structlog.contextvars.bound_contextvars(**fields):
+    with structlog.contextvars.bound_contextvars(**_request_fields(request_id, attempt)):
         yield
+
+
+def _request_fields(request_id: str, attempt: int | None) -> dict[str, object]:
+    return {"request_id": request_id} | ({} if attempt is None else {"attempt": attempt})

@@ -9,7 +9,8 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -145,16 +146,23 @@ class Tracing:
         )
 
 
-def open_tracing(service: str, instance: str, endpoint: str, sample_ratio: float) -> Tracing | None:
+@asynccontextmanager
+async def open_tracing(
+    service: str, instance: str, endpoint: str, sample_ratio: float
+) -> AsyncIterator[Tracing | None]:
     """Tracing to the OTLP/gRPC collector at `endpoint`, `http[s]://HOST:PORT`; None where that is empty.
 
     Certificates, headers and further resource attributes are taken from OpenTelemetry's own variables.
     """
     if not endpoint:
-        return None
+        yield None
+        return
     exporter = OTLPSpanExporter(
         endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=EXPORT_TIMEOUT_S
     )
-    return Tracing(
-        service, instance or uuid.uuid4().hex, BatchSpanProcessor(exporter), sample_ratio=sample_ratio
-    )
+    name = instance or uuid.uuid4().hex
+    tracing = Tracing(service, name, BatchSpanProcessor(exporter), sample_ratio=sample_ratio)
+    try:
+        yield tracing
+    finally:
+        await tracing.close()
