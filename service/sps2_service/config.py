@@ -105,6 +105,11 @@ class ServiceConfig:
             raise ValueError(f"--otlp-endpoint {self.otlp_endpoint} must begin with http:// or https://")
 
     @property
+    def log_json(self) -> bool | None:
+        """Whether log lines are JSON; None: unless stderr is a terminal."""
+        return {"auto": None, "json": True, "text": False}[self.log_format]
+
+    @property
     def trace_endpoint(self) -> str:
         """Where traces go, by the flag or by OpenTelemetry's own variable; empty: nowhere."""
         return self.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")

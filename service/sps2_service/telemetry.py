@@ -24,6 +24,9 @@ FORBIDDEN_FIELDS = frozenset(
     }
 )  # fmt: skip
 
+REQUEST_FIELDS = ("request_id", "attempt")
+"""What a line carries where a request is at work."""
+
 
 def configure_logging(
     service: str, *, level: str = "info", json: bool | None = None, stream: TextIO | None = None
@@ -63,7 +66,8 @@ def configure_logging(
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            # What is logged through `logging` says whose request it is by `extra`.
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder(allow=REQUEST_FIELDS), *shared],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(as_json)],
         )
     )

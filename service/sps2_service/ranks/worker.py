@@ -104,6 +104,8 @@ class WorkerConfig(ServiceConfig):
             "kv_transport": self.kv_transport,
             "collective_timeout_s": self.collective_timeout_s,
             "tp": self.tp,
+            "log_level": self.log_level,
+            "log_json": self.log_json,
         }
 
     @property
