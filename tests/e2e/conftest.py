@@ -6,13 +6,22 @@ from pathlib import Path
 import pytest
 
 from support.checkpoints import make_tiny_checkpoint
+from support.collector import Collector, collector
 from support.deployment import LocalDeployment, deployment
 
 
 @pytest.fixture(scope="session")
-def demo() -> Iterator[LocalDeployment]:
+def traces() -> Iterator[Collector]:
+    """Takes the traces of `demo`."""
+    with collector() as taker:
+        yield taker
+
+
+@pytest.fixture(scope="session")
+def demo(traces: Collector) -> Iterator[LocalDeployment]:
     """The demo model on two prefill and two decode ranks, which check their KV blocks at every step."""
-    with deployment(prefill="1x2", decode="1x2", arguments=["--debug-invariants"]) as running:
+    arguments, env = ["--debug-invariants"], traces.environment
+    with deployment(prefill="1x2", decode="1x2", arguments=arguments, env=env) as running:
         yield running
 
 
