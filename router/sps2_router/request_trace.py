@@ -166,7 +166,7 @@ class AttemptTrace:
     def __exit__(
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
-        if self._tracing is None or not self._places:
+        if self._tracing is None or not self._places or (error is None and self._had_no_room):
             return
         now = asyncio.get_running_loop().time()
         clock, found = UnixClock(now), parts(self._waits_since, self._handshake, now)
@@ -184,6 +184,11 @@ class AttemptTrace:
                     _reason(error or self._error) if is_last else "",
                 )
             )
+
+    @property
+    def _had_no_room(self) -> bool:
+        """It ended before it had room: it waits on, and the next attempt's queue begins where this one's did."""
+        return self._handshake is not None and self._handshake.phase is Phase.RESERVING
 
     def _facts(self, phase: str) -> dict[str, Any]:
         facts: dict[str, Any] = {names.GROUP: self._groups[phase]} if phase in self._groups else {}

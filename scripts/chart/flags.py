@@ -24,7 +24,7 @@ OWNED = frozenset(
     {
         "advertise",
         "listen", "announce-fd", "parent-pid", "drain-s", "grace-s", "model", "model-name", "directory", "profile",
-        "tls-cert", "tls-key", "tls-ca", "tls-server-name", "health-port",
+        "tls-cert", "tls-key", "tls-ca", "tls-server-name", "health-port", "otlp-endpoint", "trace-sample-ratio",
         "redis", "redis-password-file", "namespace", "group", "rank", "group-size", "leader", "device",
     }
 )  # fmt: skip

@@ -84,6 +84,7 @@ CASES: dict[str, Values] = {
         "networkPolicy": {"clients": [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}]}
     },
     "monitoring": {"monitoring": MONITORING},
+    "tracing": {"tracing": {"otlpEndpoint": "http://collector.telemetry:14317", "sampleRatio": 0.125}},
     "no budgets": {
         part: {"pdb": {"enabled": False}} for part in ("router", "directory", "prefill", "decode")
     },

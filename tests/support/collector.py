@@ -116,7 +116,8 @@ def collector() -> Iterator[Collector]:
     """A collector on a free port."""
     server = grpc.server(ThreadPoolExecutor(4))
     taker = Collector()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(taker, server)
+    register: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server  # not annotated
+    register(taker, server)
     taker.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     try:
