@@ -2,15 +2,15 @@
 
 import secrets
 from itertools import permutations
-from typing import Any
 
 import grpc
 import pytest
 
-from sps2.v1 import generation_pb2, inference_service_pb2, inference_service_pb2_grpc
+from sps2.v1 import generation_pb2
 from support.collector import Collector
 from support.deployment import LocalDeployment
 from support.identity import book_ids
+from support.raw_calls import generate
 from support.span_tree import check_tree, is_complete, root_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -22,13 +22,6 @@ RANK_SHARE = 0.2
 EXPORT_S = 20.0
 CANARY = "canary-7f3a"
 TOKEN = "token-canary-91c2"
-
-
-def generate(address: str, spec: generation_pb2.GenerationSpec, *metadata: tuple[str, str]) -> Any:
-    with grpc.insecure_channel(address) as channel:
-        stub: Any = inference_service_pb2_grpc.InferenceServiceStub(channel)
-        request = inference_service_pb2.GenerateTextRequest(spec=spec)
-        return stub.GenerateText(request, timeout=60, metadata=metadata)
 
 
 def test_a_trace_has_every_phase_and_rank(demo: LocalDeployment, traces: Collector) -> None:
