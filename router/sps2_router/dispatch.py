@@ -22,6 +22,7 @@ from sps2_router.policies.base import Ask
 from sps2_router.prompt_queue import PromptQueue, Queued
 from sps2_router.request_trace import AttemptTrace
 from sps2_router.retries import Retries, RetryLimits
+from sps2_router.retry_budget import RetryBudget
 from sps2_router.scheduler import Scheduler, Seat
 from sps2_router.types import GroupPair, Request
 from sps2_service.errors import ServiceError, Unavailable
@@ -47,6 +48,7 @@ class Dispatcher:
         self._channels = channels
         self._decoder = decoder
         self._limits = limits
+        self._budget = RetryBudget()
         self._now = asyncio.get_running_loop().time
 
     def check_room(self, least_tokens: int, tenant: str, turn: int, time_left: float) -> None:
@@ -65,7 +67,8 @@ class Dispatcher:
         with self._queue.hold(
             self._ask(request), turn, live.scope.remaining, live.progress.count_tokens
         ) as queued:
-            await self._attempts(request, live, answer, Retries(self._limits), queued)
+            self._budget.request()
+            await self._attempts(request, live, answer, Retries(self._limits, self._budget), queued)
         live.trace.answered(await answer.end(), answer.finish_reasons)
 
     async def _attempts(

@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass
 
 from sps2_router.handshake import Phase
+from sps2_router.retry_budget import RetryBudget
 from sps2_router.types import GroupPair
 from sps2_router.worker_errors import WORKER_LOST
 from sps2_service.errors import GROUP_DRAINING, PREEMPTED, Aborted, ServiceError, Unavailable
@@ -35,14 +36,17 @@ class RetryLimits:
 class Retries:
     """The history of one request's attempts."""
 
-    def __init__(self, limits: RetryLimits) -> None:
+    def __init__(self, limits: RetryLimits, budget: RetryBudget) -> None:
         self._limits = limits
+        self._budget = budget
         self._failed_groups: frozenset[str] = frozenset()
         self._full_groups: frozenset[str] = frozenset()
         self._draining_groups: frozenset[str] = frozenset()
         self._waiting_since: float | None = None
         self._cause: ServiceError | None = None
         """The first failure that names what died; later ones may be its echoes."""
+        self._has_begun = False
+        """Whether the client may have seen tokens, of this attempt or an earlier one."""
         self.num_failures = 0
         self.failed_at: float | None = None
         """When the last attempt that had room failed, by the clock of `after`."""
@@ -52,7 +56,7 @@ class Retries:
         """Whether an attempt was given room."""
 
     def fork(self) -> "Retries":
-        """That of one of the request's choices, which goes on by itself."""
+        """That of one of the request's choices, which goes on by itself; they share the budget."""
         return copy.copy(self)
 
     @property
@@ -87,7 +91,14 @@ class Retries:
         if self.num_failures >= self._limits.max_attempts:
             raise self._given_up(error, f"{error.message} (attempt {self.num_failures}, the last)")
         # The first retry is quick, as there may be another group; the next gives one time to re-form.
-        return MAX_WAIT_S if self.num_failures > 1 else MIN_WAIT_S
+        pause = MAX_WAIT_S if self.num_failures > 1 else MIN_WAIT_S
+        return max(pause, self._pay(error, phase, now))
+
+    def _pay(self, error: ServiceError, phase: Phase, now: float) -> float:
+        self._has_begun |= phase is Phase.COMMITTED
+        if not self._has_begun and not self._budget.can_take(now):
+            raise self._given_up(error, f"{error.message} (too many attempts fail to try each again)")
+        return self._budget.take(now)
 
     def _is_no_failure(self, error: Unavailable, phase: Phase) -> bool:
         if error.reason == PREEMPTED:

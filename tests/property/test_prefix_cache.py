@@ -81,7 +81,8 @@ class Book(RuleBasedStateMachine):
         )
         read_before = {run.number for run in readers}
         if read_before & set(admitted.evicted):
-            held = [sum(run.num_blocks[rank] for run in readers) for rank in range(NUM_RANKS)]
+            kept = readers | {run for run, _ in match.parts}
+            held = [sum(run.num_blocks[rank] for run in kept) for rank in range(NUM_RANKS)]
             assert any(h + u + t > BLOCKS for h, u, t in zip(held, in_use, taken, strict=True)), (
                 "what is read goes only where nothing else would do"
             )
