@@ -54,10 +54,14 @@ class RequestTrace:
     def __init__(
         self, tracing: Tracing | None = None, caller: Place | None = None, arrived_at: float = 0.0
     ) -> None:
-        """`caller` is the client's span, if it has one; without `tracing` nothing is recorded."""
+        """Made when the request arrives, at `arrived_at` by the event loop's clock.
+
+        `caller` is the client's span, if it has one; without `tracing` nothing is recorded.
+        """
         self._tracing = tracing
         self._caller = caller
         self._arrived_at = arrived_at
+        self._clock = UnixClock(arrived_at)
         self._name = "generate"
         self._attributes: dict[str, Any] = {names.PROVIDER: "sps2"}
         self.place = tracing.request(caller) if tracing else None
@@ -105,7 +109,7 @@ class RequestTrace:
     def attempt(self, waits_since: float | None) -> "AttemptTrace":
         """The spans of the next attempt; `waits_since` None: since the request came."""
         since = self._arrived_at if waits_since is None else waits_since
-        return AttemptTrace(self._tracing, self.place, since)
+        return AttemptTrace(self._tracing, self.place, self._clock, since)
 
     def __enter__(self) -> Self:
         return self
@@ -116,14 +120,13 @@ class RequestTrace:
         if self._tracing is None or self.place is None:
             return
         now = asyncio.get_running_loop().time()
-        clock = UnixClock(now)
         self._tracing.take(
             Span(
                 self._name,
                 self.place,
                 self._caller,
-                clock.ns(self._arrived_at),
-                clock.ns(now),
+                self._clock.ns(self._arrived_at),
+                self._clock.ns(now),
                 self._attributes,
                 SpanKind.SERVER,
                 _reason(error),
@@ -134,9 +137,13 @@ class RequestTrace:
 class AttemptTrace:
     """The phases of one attempt, made when the block ends. Calls to the leaders are made beneath two of them."""
 
-    def __init__(self, tracing: Tracing | None, request: Place | None, waits_since: float) -> None:
+    def __init__(
+        self, tracing: Tracing | None, request: Place | None, clock: UnixClock, waits_since: float
+    ) -> None:
+        """Beneath the span at `request`, whose times are by `clock`."""
         self._tracing = tracing
         self._request = request
+        self._clock = clock
         self._waits_since = waits_since
         self._places: dict[str, Place] = {}
         if tracing is not None and request is not None:
@@ -169,7 +176,7 @@ class AttemptTrace:
         if self._tracing is None or not self._places or (error is None and self._had_no_room):
             return
         now = asyncio.get_running_loop().time()
-        clock, found = UnixClock(now), parts(self._waits_since, self._handshake, now)
+        found = parts(self._waits_since, self._handshake, now)
         for part in found:
             is_last = part is found[-1]
             self._tracing.take(
@@ -177,8 +184,8 @@ class AttemptTrace:
                     part.name,
                     self._places[part.name],
                     self._request,
-                    clock.ns(part.begin),
-                    clock.ns(part.end),
+                    self._clock.ns(part.begin),
+                    self._clock.ns(part.end),
                     self._attributes | self._facts(part.name),
                     _PHASES[part.name],
                     _reason(error or self._error) if is_last else "",
