@@ -214,6 +214,17 @@ def up(
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that each kind of process gets to finish.")
     ] = 40.0,
+    metrics_port_base: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=60_000,
+            metavar="PORT",
+            help="Serve Prometheus metrics: the directory on this port, the others on those behind it; "
+            "`ready --json` names them.",
+            show_default="none",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Runs a whole deployment on this machine: Redis, directory, router and all ranks.
@@ -232,6 +243,7 @@ def up(
     sps2 up --prefill 1x4 --prefill-tp 2 --decode 1x2 --decode-tp 2
     sps2 up --prefill 1x1 --decode 1x1 --prefill-cpus 0-11 --decode-cpus 12-15
     sps2 up --profile my-ladder.json
+    sps2 up --metrics-port-base 9090
     sps2 up --json --quiet --listen 127.0.0.1:0
     ```
     """
@@ -266,6 +278,7 @@ def up(
             restart=restart,
             ready_timeout=ready_timeout,
             drain_timeout=drain_timeout,
+            metrics_port_base=metrics_port_base,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

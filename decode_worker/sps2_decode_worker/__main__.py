@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sps2.internal.v1 import decode_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_decode_worker.coordinator import DecodeCoordinator
+from sps2_decode_worker.metrics import LeaderMetrics
 from sps2_decode_worker.servicer import DecodeServicer
 from sps2_engine.runtime.options import EngineOptions
 from sps2_service.config import load_config, setting
@@ -41,16 +42,19 @@ def _lead(
     config: WorkerConfig, directory: DirectoryClient, model: LeaderModel, tracing: Tracing | None
 ) -> LeaderService:
     assert isinstance(config, DecodeWorkerConfig)
+    metrics = LeaderMetrics()
     coordinator = DecodeCoordinator(
         directory,
         model.model_hash,
         config.min_holder_tokens,
         tp=config.tp,
         debug_invariants=config.debug_invariants,
+        metrics=metrics,
         tracing=tracing,
     )
     service = decode_service_pb2.DESCRIPTOR.services_by_name["DecodeService"]
-    return LeaderService(coordinator, DecodeServicer(coordinator, model.vocabulary), service)
+    servicer = DecodeServicer(coordinator, model.vocabulary)
+    return LeaderService(coordinator, servicer, service, metrics.collectors)
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from sps2_decode_worker import resize_requests
 from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
 from sps2_decode_worker.control import ControlTime
 from sps2_decode_worker.messages import BLOCK_TOKENS, FormedGroup, reserve_message, shard_record
+from sps2_decode_worker.metrics import LeaderMetrics
 from sps2_decode_worker.move_messages import blocks_per_step, move_message
 from sps2_decode_worker.placing import Asked, max_new_tokens
 from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan
@@ -65,6 +66,7 @@ class DecodeCoordinator:
         *,
         tp: int = 1,
         debug_invariants: bool = False,
+        metrics: LeaderMetrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         """Leads ranks of which `tp` together stand where the scheduler has one rank: its ranks are sequence indices.
@@ -77,6 +79,7 @@ class DecodeCoordinator:
         self._min_holder_tokens = min_holder_tokens
         self._tp = tp
         self._debug_invariants = debug_invariants
+        self._metrics = metrics or LeaderMetrics()
         self._control = ControlTime(time.thread_time)
         self._spans = DecodeSpans(tracing)
         self._line_leases: dict[str, asyncio.TimerHandle] = {}
@@ -260,6 +263,7 @@ class DecodeCoordinator:
                 is_done = self._on_step(event.step_result)
             if is_done:
                 self._control.step(event.step_result.step_s)
+                self._metrics.step(event.step_result.step_s)
             self._pump()
         elif event.HasField("rows_reserved"):
             for row_id in event.rows_reserved.rows:
@@ -285,17 +289,20 @@ class DecodeCoordinator:
 
     def _on_step(self, result: engine_pb2.StepResult) -> bool:
         """Takes a rank's report; whether it is the last one of its step."""
-        now = asyncio.get_running_loop().time()
+        now, num_wanted = asyncio.get_running_loop().time(), 0
         for token in result.tokens:
             live = self._rows.get(token.row)
             if live is None:
                 continue  # a row that has left meanwhile; its last step's token is dropped
+            num_wanted += 1
             live.tokens.put_nowait(ChoiceToken(live.choices[token.row], token))
             live.pace.note(result.sequence, now)
             live.changed.set()
             if token.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED:
                 del self._rows[token.row]
                 self._scheduler.release(token.row)
+        if num_wanted:
+            self._metrics.drawn(num_wanted)
         reported = self._reported.get(result.sequence, 0) + 1
         self._reported[result.sequence] = reported
         if reported < self._group.size:
@@ -319,6 +326,7 @@ class DecodeCoordinator:
         attempts = {row_id: live for row_id in plan.preempted if (live := self._rows.pop(row_id, None))}
         for live in dict.fromkeys(attempts.values()):
             log.info("preempted", **request_fields(live.request))
+            self._metrics.preempted()
             self._fail(live, preempted(self._group.name))
 
     def _note_moves(self, plan: Plan) -> None:

@@ -52,6 +52,7 @@ class DecodeRole:
         """None when the set of active rows has changed since the last step."""
         self._receiver: Receiver | None = None
         self.steps_done = 0
+        self.exposed_s = 0.0
         self.bytes_posted: Counter[str] = Counter({KIND: 0, SUM_KIND: 0, moving.KIND: 0})
 
     kv_blocks_cached = 0
@@ -166,6 +167,7 @@ class DecodeRole:
         started = time.perf_counter()
         moves = self._mover.post(plan.moves, self._rows) if plan.moves else None
         exchange = self._begin_step()
+        exposed_before = exchange.exposed_s
         home = [self._rows[row.row_id] for row in exchange.home_rows]
         hidden = self._forward(
             [row.token_ids[-1] for row in home],
@@ -179,6 +181,7 @@ class DecodeRole:
         if moves is not None:
             moves.finish()
             self._exchange = None
+        self.exposed_s += exchange.exposed_s - exposed_before
         self.steps_done += 1
         step_s = time.perf_counter() - started
         told = tokens if self._reports else []

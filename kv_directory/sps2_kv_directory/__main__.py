@@ -7,11 +7,13 @@ from sps2.internal.v1 import kv_directory_service_pb2
 from sps2_kv_directory.config import DirectoryConfig
 from sps2_kv_directory.leases import keep_expiring
 from sps2_kv_directory.membership import Membership
+from sps2_kv_directory.metrics import DirectoryMetrics, MeteredCalls
 from sps2_kv_directory.script_runner import ScriptRunner
 from sps2_kv_directory.servicer import KvDirectoryServicer
 from sps2_kv_directory.store import Store
 from sps2_kv_directory.watch import WatchHub
 from sps2_service.config import load_config
+from sps2_service.metrics import service_registry
 from sps2_service.run import EXIT_FAILED, prepare_process, run_service
 from sps2_service.server import ServerOptions, server_for
 
@@ -31,20 +33,24 @@ async def serve(config: DirectoryConfig) -> int:
     servicer = KvDirectoryServicer(
         store, membership, lease_ttl_s=config.lease_ttl_s, renew_interval_s=config.renew_interval_s
     )
+    registry = service_registry("directory")
+    metrics = DirectoryMetrics(registry, SERVICE)
+    metrics.read(membership, hub, store)
 
     async def background() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(membership.run(), name="membership")
-            group.create_task(keep_expiring(store, config.expire_interval_s), name="leases")
+            group.create_task(keep_expiring(store, config.expire_interval_s, metrics.expired), name="leases")
 
     async def drain() -> None:
         await server.set_serving(False)
         hub.close()  # watches never end by themselves; the other calls are short
 
-    server = server_for(config, ServerOptions(max_connection_age_s=config.max_connection_age_s))
+    options = ServerOptions(max_connection_age_s=config.max_connection_age_s)
+    server = server_for(config, options, [MeteredCalls(metrics)])
     server.add(servicer, SERVICE)
     try:
-        return await run_service(server, config, background=background, drain=drain)
+        return await run_service(server, config, registry, background=background, drain=drain)
     finally:
         await store.close()
 

@@ -4,7 +4,7 @@ Watchers are served from here, also while the store is away. It knows nothing ab
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, ValuesView
 
 import structlog
 
@@ -36,6 +36,21 @@ class Membership:
         self._workers: dict[str, WorkerInfo] = {}
         self._held: dict[str, WorkerInfo] = {}
         self._recovering = False
+
+    @property
+    def workers(self) -> "ValuesView[WorkerInfo]":
+        """Live workers, as of `revision`."""
+        return self._workers.values()
+
+    @property
+    def revision(self) -> int:
+        """Of the store's log of changes, as far as it was followed."""
+        return self._revision
+
+    @property
+    def recovering(self) -> bool:
+        """Whether the store has lost its data a moment ago."""
+        return self._recovering
 
     async def run(self) -> None:
         """Follows the store until it is cancelled; while the store is away the copy stays as it is."""

@@ -63,7 +63,8 @@ class ScriptRunner:
         }
         self._paused_until = 0.0
         self._answered_at = 0.0
-        self._away = False
+        self.is_away = False
+        """Whether it did not answer when it was asked last."""
         self.num_failures = 0
         """Calls that Redis did not answer, since the start."""
 
@@ -126,8 +127,8 @@ class ScriptRunner:
 
     def _note_answer(self) -> None:
         self._answered_at = time.monotonic()
-        if self._away:
-            self._away = False
+        if self.is_away:
+            self.is_away = False
             log.info("the store is back")
 
     def _note_failure(self, began: float, reason: str) -> None:
@@ -135,8 +136,8 @@ class ScriptRunner:
         if self._answered_at > began:
             return  # late news: the store has answered another call since
         self._paused_until = time.monotonic() + self._config.pause_s
-        if not self._away:
-            self._away = True
+        if not self.is_away:
+            self.is_away = True
             log.warning("the store is away", reason=reason)
 
     async def close(self) -> None:

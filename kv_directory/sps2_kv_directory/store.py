@@ -108,6 +108,11 @@ class Store:
         self._runner = runner
         self._num_failures_told = 0
 
+    @property
+    def is_away(self) -> bool:
+        """Whether Redis did not answer when it was asked last."""
+        return self._runner.is_away
+
     async def register(self, worker: WorkerInfo) -> None:
         """Takes a worker up under a lease; whoever held that id loses it."""
         parts = split_worker(worker)

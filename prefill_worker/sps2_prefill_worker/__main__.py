@@ -9,6 +9,7 @@ from sps2.internal.v1 import prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.runtime.options import EngineOptions
 from sps2_prefill_worker.coordinator import PrefillCoordinator
+from sps2_prefill_worker.metrics import leader_metrics
 from sps2_prefill_worker.planning import Sharing
 from sps2_prefill_worker.prefix_index import PrefixIndex
 from sps2_prefill_worker.servicer import PrefillServicer
@@ -50,7 +51,8 @@ def _lead(
         config.exchange, config.threads, config.tp, config.sharing, index, tracing
     )
     service = prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"]
-    return LeaderService(coordinator, PrefillServicer(coordinator, model.vocabulary), service)
+    servicer = PrefillServicer(coordinator, model.vocabulary)
+    return LeaderService(coordinator, servicer, service, [leader_metrics(coordinator)])
 
 
 def main() -> int:

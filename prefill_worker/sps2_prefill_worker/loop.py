@@ -86,6 +86,7 @@ class PrefillRole:
         self._lease_holds_until = -math.inf
         self._publisher: Publisher | None = None
         self.steps_done = 0
+        self.exposed_s = 0.0
         self.bytes_posted: Counter[str] = Counter({KIND: 0, SUM_KIND: 0, "control": 0, "kv_transfer": 0})
 
     @property
@@ -197,7 +198,9 @@ class PrefillRole:
             for rows in walk(len(stored), BYTE_FLOPS * 2 * k.shape[1] * k.shape[2] * k.element_size()):
                 self._store(layer, delivery.rows.blocks, rows, kept_k, kept_v)
             self._loaded_publisher.layer_ready(delivery, layer)
+            exposed_before = schedule.exposed_s
             o = schedule.attend(layer, q, k, v)
+            self.exposed_s += schedule.exposed_s - exposed_before
             self.steps_done += 1
             fraction = (layer + 1) / self._model.decoder.config.num_layers
             self._report(run.attempt, progress=prefill_service_pb2.PrefillProgress(fraction=fraction))

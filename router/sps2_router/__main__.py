@@ -37,6 +37,7 @@ async def serve(config: RouterConfig) -> int:
             return await run_service(
                 router.server,
                 config,
+                router.registry,
                 on_started=router.started,
                 background=router.follow,
                 drain=router.drain,

@@ -13,6 +13,7 @@ from sps2.v1 import generation_pb2
 from sps2_router.attempt import Attempt
 from sps2_router.detokenizer import Decoder, Detokenizer
 from sps2_router.handshake import Handshake
+from sps2_router.metrics import RouterMetrics
 from sps2_router.relay import ChoiceRelay, Event, StreamEvents
 from sps2_router.timings import Milestones, timings
 from sps2_router.types import Request
@@ -25,8 +26,11 @@ Send: TypeAlias = Callable[[Event], Awaitable[None]]
 class Answer:
     """The events of one request. Attempts may relay different choices at the same time."""
 
-    def __init__(self, request: Request, decoder: Decoder, arrived_at: float, send: Send) -> None:
+    def __init__(
+        self, request: Request, decoder: Decoder, arrived_at: float, send: Send, metrics: RouterMetrics
+    ) -> None:
         """Nothing is sent before the first attempt that has committed is relayed."""
+        self._metrics = metrics
         self._request = request
         self._send = send
         self._turn = asyncio.Lock()  # of the attempts that write
@@ -37,6 +41,8 @@ class Answer:
             ChoiceRelay(self._events, Detokenizer(decoder), request.choice, index)
             for index in range(request.choice.num_choices)
         ]
+        self._sent_at = [0.0] * len(self._choices)
+        """When each choice's newest tokens were; 0 before its first."""
         self._first: Handshake | None = None
         """That of the first attempt that committed."""
         self._bytes = generation_pb2.BytesMoved()
@@ -76,7 +82,7 @@ class Answer:
     @property
     def finish_reasons(self) -> list[generation_pb2.FinishReason.ValueType]:
         """Why each choice ended."""
-        return [choice.reason for choice in self._choices]
+        return [choice.finish_reason for choice in self._choices]
 
     async def end(self) -> generation_pb2.Usage:
         """Sends the last event, and gives what is in it; after every choice has ended."""
@@ -84,13 +90,15 @@ class Answer:
         assert self._first is not None, "what has ended was relayed"
         usage = generation_pb2.Usage(
             prompt_tokens=self._request.num_prompt_tokens,
-            cached_tokens=self._first.first_token.cached_tokens if self._first.first_token else 0,
+            cached_tokens=self._num_cached,
             output_tokens=sum(counts),
             timings=timings(self._milestones, self._first, max(counts)),
             attention_profile=self._request.attention_profile,
             bytes=self._bytes,
         )
         await self._send(self._events.usage(usage))
+        milestones = self._milestones
+        self._metrics.answered(usage.timings, milestones.last_sent_at - milestones.first_sent_at)
         return usage
 
     async def tokens(
@@ -103,8 +111,7 @@ class Answer:
         """Sends a choice's next tokens."""
         async with self._turn:
             await self._send(choice.tokens(first_index, token_ids, logprobs))
-            self._milestones.last_sent_at = self._now()
-            self._milestones.first_sent_at = self._milestones.first_sent_at or self._milestones.last_sent_at
+            self._note_sent(choice.index)
 
     async def finish(self, choice: ChoiceRelay, reason: generation_pb2.FinishReason.ValueType) -> None:
         """Sends a choice's end."""
@@ -119,6 +126,21 @@ class Answer:
     def note_pace(self, finished: decode_service_pb2.DecodeFinished) -> None:
         """Takes over how fast tokens came, by the decode leader's clock."""
         self._milestones.tbt_p50, self._milestones.tbt_p99 = finished.tbt_p50_s, finished.tbt_p99_s
+
+    def _note_sent(self, index: int) -> None:
+        now, milestones = self._now(), self._milestones
+        if sent_at := self._sent_at[index]:
+            self._metrics.inter_token.observe(now - sent_at)
+        elif not milestones.first_sent_at:
+            milestones.first_sent_at = now
+            self._metrics.first_token(self._request, self._num_cached, now - milestones.arrived_at)
+        self._sent_at[index] = milestones.last_sent_at = now
+
+    @property
+    def _num_cached(self) -> int:
+        """Prompt tokens that the first attempt has found cached."""
+        first = self._first.first_token if self._first else None
+        return first.cached_tokens if first else 0
 
     def _choices_of(self, request: Request) -> Sequence[ChoiceRelay]:
         first = request.choice.first_choice - self._request.choice.first_choice

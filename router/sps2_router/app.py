@@ -25,6 +25,7 @@ from sps2_router.front_door import FrontDoor
 from sps2_router.group_log import GroupLog
 from sps2_router.line import Line
 from sps2_router.live_requests import LiveRequests
+from sps2_router.metrics import RouterMetrics, RouterState
 from sps2_router.model_servicer import ModelServicer
 from sps2_router.peers import Peers
 from sps2_router.policies import POLICIES
@@ -39,6 +40,7 @@ from sps2_router.types import ServedModel
 from sps2_service.bearer import BearerInterceptor, Tokens
 from sps2_service.directory_client import Membership
 from sps2_service.errors import Unavailable
+from sps2_service.metrics import service_registry
 from sps2_service.model_folder import ModelFolder
 from sps2_service.server import ServerOptions, ServiceServer
 from sps2_service.trace_context import TraceInterceptor
@@ -117,7 +119,12 @@ class Router:
             view, POLICIES[config.policy](), model.model_hash, config.scheduler_limits, line
         )
         self._channels = LeaderChannels(self._live_addresses, config.tls)
-        dispatcher = Dispatcher(self._queue, self._scheduler, self._channels, tokenizer, config.retry_limits)
+        self._queue_limit_tokens = config.max_queued_tokens
+        self.registry = service_registry("router")
+        metrics = RouterMetrics(self.registry, self._state)
+        dispatcher = Dispatcher(
+            self._queue, self._scheduler, self._channels, tokenizer, config.retry_limits, metrics
+        )
         ladder = load_profile(config.profile)
         self._claims = Claims(directory, lambda: self._address)
         peers = Peers(directory, self._channels, lambda: self._address)
@@ -131,6 +138,7 @@ class Router:
             self._claims,
             peers,
             partial(find_held, directory, view),
+            metrics,
             tracing,
         )
         self.server = RouterServer(config, self._ready)
@@ -184,6 +192,16 @@ class Router:
         """Closes what was opened; after the server has stopped."""
         await self._channels.close()
         self._tokenizer.close()
+
+    def _state(self) -> RouterState:
+        num_waiting = self._queue.num_waiting
+        return RouterState(
+            num_running=self._admission.num_live - num_waiting,
+            num_waiting=num_waiting,
+            waiting_tokens=self._queue.num_tokens,
+            queue_limit_tokens=self._queue_limit_tokens,
+            is_directory_away=not self._view.connected,
+        )
 
     def _ready(self) -> bool:
         try:

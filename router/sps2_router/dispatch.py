@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import structlog
 
+from sps2.v1 import generation_pb2
 from sps2_router.admission import LiveRequest
 from sps2_router.answer import Answer, Send
 from sps2_router.attempt import Attempt
 from sps2_router.channels import LeaderChannels
 from sps2_router.detokenizer import Decoder
 from sps2_router.handshake import Phase
+from sps2_router.metrics import RouterMetrics
 from sps2_router.policies.base import Ask
 from sps2_router.prompt_queue import PromptQueue, Queued
 from sps2_router.request_trace import AttemptTrace
@@ -42,7 +44,9 @@ class Dispatcher:
         channels: LeaderChannels,
         decoder: Decoder,
         limits: RetryLimits,
+        metrics: RouterMetrics,
     ) -> None:
+        self._metrics = metrics
         self._queue = queue
         self._scheduler = scheduler
         self._channels = channels
@@ -55,21 +59,26 @@ class Dispatcher:
         """Whether a prompt of so many tokens or more could queue now; raises as `PromptQueue.check`."""
         self._queue.check(self._scheduler.sized(Ask(least_tokens, tenant=tenant)), turn, time_left)
 
-    async def serve(self, request: Request, live: LiveRequest, arrived_at: float, send: Send) -> None:
-        """Answers the request; the first `send` comes after the commit point.
+    async def serve(
+        self, request: Request, live: LiveRequest, arrived_at: float, send: Send
+    ) -> generation_pb2.FinishReason.ValueType:
+        """Answers the request; the first `send` comes after the commit point. Returns why its first choice ended.
 
         Raises:
             ServiceError: what the last attempt has failed with, when they are used up.
         """
-        answer = Answer(request, self._decoder, arrived_at, send)
+        answer = Answer(request, self._decoder, arrived_at, send, self._metrics)
         live.progress.count_tokens = lambda: answer.num_tokens
         turn = turn_us(now_us(), request.priority)
-        with self._queue.hold(
-            self._ask(request), turn, live.scope.remaining, live.progress.count_tokens
-        ) as queued:
+        count_tokens = live.progress.count_tokens
+        with (
+            self._metrics.answering(count_tokens),
+            self._queue.hold(self._ask(request), turn, live.scope.remaining, count_tokens) as queued,
+        ):
             self._budget.request()
             await self._attempts(request, live, answer, Retries(self._limits, self._budget), queued)
         live.trace.answered(await answer.end(), answer.finish_reasons)
+        return answer.finish_reasons[0]
 
     async def _attempts(
         self,
@@ -84,7 +93,10 @@ class Dispatcher:
             rest = await answer.rest(request)
             if not rest:
                 return
+            num_failures = retries.num_failures
             pause = retries.after(failure.error, failure.phase, failure.pair, self._now())
+            if retries.num_failures > num_failures:  # neither a preemption nor a drain, nor want of room
+                self._metrics.failed_over(failure.phase)
             log.info(
                 "attempt failed",
                 request_id=request.request_id,

@@ -20,6 +20,7 @@ from sps2_router.answer import Send
 from sps2_router.call import Call
 from sps2_router.claims import Claims
 from sps2_router.dispatch import Dispatcher
+from sps2_router.metrics import RouterMetrics
 from sps2_router.peers import Peers
 from sps2_router.prefix_reuse import HeldPrefix, with_reuse
 from sps2_router.prompt_ids import ids_of_chat, ids_of_text, least_tokens
@@ -63,6 +64,7 @@ class FrontDoor:
         claims: Claims,
         peers: Peers,
         find_held: FindHeld,
+        metrics: RouterMetrics,
         tracing: Tracing | None = None,
     ) -> None:
         """`ladder` is the attention profile of requests that name none."""
@@ -75,6 +77,7 @@ class FrontDoor:
         self._claims = claims
         self._peers = peers
         self._find_held = find_held
+        self._metrics = metrics
         self._tracing = tracing
 
     async def generate(self, spec: generation_pb2.GenerationSpec, call: Call, send: Send) -> str:
@@ -89,12 +92,15 @@ class FrontDoor:
             ServiceError: what the client gets instead, or after the events so far.
         """
         arrived_at = asyncio.get_running_loop().time()
-        with RequestTrace(self._tracing, current_place.get(), arrived_at) as trace:
+        with (
+            RequestTrace(self._tracing, current_place.get(), arrived_at) as trace,
+            self._metrics.call() as outcome,
+        ):
             check_fields(spec, self._model)
             request_id = spec.request_id or uuid.uuid4().hex
             bind_request(request_id)
             trace.asked(spec, request_id, self._model.name)
-            await self._admit(spec, request_id, call, send, arrived_at, trace)
+            outcome.finish_reason = await self._admit(spec, request_id, call, send, arrived_at, trace)
         return request_id
 
     async def _admit(
@@ -105,7 +111,7 @@ class FrontDoor:
         send: Send,
         arrived_at: float,
         trace: RequestTrace,
-    ) -> None:
+    ) -> generation_pb2.FinishReason.ValueType:
         tenant, limit = call.caller.tenant, self._limits.total_s
         total_s = limit if call.time_left is None else min(call.time_left, limit)
         num_tokens = least_tokens(spec, self._tokenizer.longest_token)
@@ -119,11 +125,11 @@ class FrontDoor:
             async with self._claims.hold(
                 live, lambda earlier: self._peers.supersede(earlier, call.authorization)
             ) as settled:
-                await self._serve(spec, live, arrived_at, _after(settled, send))
+                return await self._serve(spec, live, arrived_at, _after(settled, send))
 
     async def _serve(
         self, spec: generation_pb2.GenerationSpec, live: LiveRequest, arrived_at: float, send: Send
-    ) -> None:
+    ) -> generation_pb2.FinishReason.ValueType:
         prompt_ids = await self._prompt_ids(spec)
         seed = secrets.randbits(64)
         request = resolve(spec, live.request_id, prompt_ids, self._model, seed, self._ladder)
@@ -134,7 +140,7 @@ class FrontDoor:
         if hashes and request.reuse is not Reuse.OFF:
             request = with_reuse(request, await self._find_held(hashes), self._model.keys_per_token)
         live.trace.resolved(request)
-        await self._dispatcher.serve(request, live, arrived_at, send)
+        return await self._dispatcher.serve(request, live, arrived_at, send)
 
     async def _prompt_ids(self, spec: generation_pb2.GenerationSpec) -> Sequence[int]:
         if spec.HasField("text"):

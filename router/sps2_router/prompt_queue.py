@@ -84,6 +84,11 @@ class PromptQueue:
         self._now = asyncio.get_running_loop().time
 
     @property
+    def num_waiting(self) -> int:
+        """Prompts that wait for their prefill."""
+        return len(self._queued)
+
+    @property
     def num_tokens(self) -> int:
         """Prompt tokens that wait for their prefill."""
         return self._tokens_of.total()

@@ -30,6 +30,7 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 _PASSWORD_IN_URL = re.compile(r"(://[^/@:]*:)[^/]*@")
+_HOST_PORT = re.compile(r".+:\d{1,5}")
 _REQUIRED: Any = dataclasses.MISSING
 
 
@@ -82,6 +83,9 @@ class ServiceConfig:
     """Name that the certificates of called services must have; empty: the host that is called."""
     health_port: int = setting(0, minimum=0, maximum=65535)
     """A further port of the same host with gRPC health alone, in plaintext, for probes that speak no TLS; 0: none."""
+    metrics_port: str = ""
+    """HOST:PORT to serve Prometheus metrics on, over plaintext HTTP; port 0 picks a free one, which the log names;
+    empty: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe lines that are logged."""
     log_format: Literal["auto", "json", "text"] = "auto"
@@ -103,6 +107,8 @@ class ServiceConfig:
             raise ValueError("--tls-peers needs TLS with client certificates")
         if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise ValueError(f"--otlp-endpoint {self.otlp_endpoint} must begin with http:// or https://")
+        if self.metrics_port and not _HOST_PORT.fullmatch(self.metrics_port):
+            raise ValueError(f"--metrics-port {self.metrics_port!r} is not HOST:PORT")
 
     @property
     def log_json(self) -> bool | None:

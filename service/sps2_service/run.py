@@ -6,9 +6,11 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import structlog
+from prometheus_client import CollectorRegistry
 
 from sps2_service.announce import announce
 from sps2_service.config import ServiceConfig
+from sps2_service.metrics import MetricsEndpoint
 from sps2_service.process import ParentGoneError, die_with_parent
 from sps2_service.server import CannotListenError, ServiceServer
 from sps2_service.telemetry import configure_logging
@@ -44,6 +46,7 @@ def prepare_process(service: str, config: ServiceConfig) -> None:
 async def run_service(
     server: ServiceServer,
     config: ServiceConfig,
+    metrics: CollectorRegistry,
     *,
     on_started: Callable[[str], Awaitable[None]] | None = None,
     background: Callable[[], Coroutine[Any, Any, None]] | None = None,
@@ -60,6 +63,7 @@ async def run_service(
     Args:
         server: With all services added, not started.
         config: Where to listen, and how long drain and stop may take.
+        metrics: What is served on `config.metrics_port`, from the binding to the stop.
         on_started: Gets the bound address; loads and registers. Its failure ends the service.
         background: The service's own loop, started before `on_started` and cancelled after the stop. Ending
             by itself is a failure, and nothing is drained then.
@@ -82,9 +86,11 @@ async def run_service(
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, on_signal)
     work: asyncio.Task[None] | None = None
+    endpoint = MetricsEndpoint(metrics, config.metrics_port)
     try:
         address = await server.start(config.listen)
         log.info("listening", address=address)
+        endpoint.start()
         work = asyncio.create_task(background(), name="background") if background else None
         if on_started is None or await _finished(on_started(address), first, work):
             if ready_when_started:
@@ -112,6 +118,8 @@ async def run_service(
         await server.stop(config.grace_s)
         if work is not None:
             await _cancel(work)
+        # On a thread: whoever asks it now still gets its answer from this loop.
+        await asyncio.to_thread(endpoint.stop)
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(signum)
         log.info("stopped")

@@ -214,7 +214,11 @@ class ServiceServer:
         await self._health_server.start()
 
 
-def server_for(config: ServiceConfig, options: ServerOptions = ServerOptions()) -> ServiceServer:
+def server_for(
+    config: ServiceConfig,
+    options: ServerOptions = ServerOptions(),
+    interceptors: Sequence["grpc.aio.ServerInterceptor[Any, Any]"] = (),
+) -> ServiceServer:
     """A server with what every service can be told."""
     return ServiceServer(
         tls=config.tls,
@@ -222,5 +226,5 @@ def server_for(config: ServiceConfig, options: ServerOptions = ServerOptions()) 
         with_reflection=config.reflection,
         health_port=config.health_port,
         options=options,
-        interceptors=[TraceInterceptor()] if config.trace_endpoint else [],
+        interceptors=[*interceptors, *([TraceInterceptor()] if config.trace_endpoint else [])],
     )

@@ -8,6 +8,10 @@ import pytest
 from support.checkpoints import make_tiny_checkpoint
 from support.collector import Collector, collector
 from support.deployment import LocalDeployment, deployment
+from support.ports import free_port_range
+
+NUM_SERVICES = 6
+"""Directory, router and four ranks."""
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +23,9 @@ def traces() -> Iterator[Collector]:
 
 @pytest.fixture(scope="session")
 def demo(traces: Collector) -> Iterator[LocalDeployment]:
-    """The demo model on two prefill and two decode ranks, which check their KV blocks at every step."""
-    arguments, env = ["--debug-invariants"], traces.environment
-    with deployment(prefill="1x2", decode="1x2", arguments=arguments, env=env) as running:
+    """The demo model on two prefill and two decode ranks, which check their KV at every step and tell all they can."""
+    arguments = ["--debug-invariants", "--metrics-port-base", str(free_port_range(NUM_SERVICES))]
+    with deployment(prefill="1x2", decode="1x2", arguments=arguments, env=traces.environment) as running:
         yield running
 
 

@@ -51,6 +51,7 @@ class FakeRole:
     steps_done = 0
     kv_blocks_used = 0
     kv_blocks_cached = 0
+    exposed_s = 0.0
     exchanges_in_steps = False
 
     def __init__(self) -> None:

@@ -27,6 +27,8 @@ class LocalDeployment:
     """host:port of the router."""
     pids: dict[str, int]
     """Process id of each child by name: redis, directory, router, prefill-0/0, ..."""
+    metrics: dict[str, str]
+    """host:port of each child's metrics by name, of those that serve them."""
 
     def client(self) -> Client:
         """A client of its router."""
@@ -55,7 +57,8 @@ def deployment(
         event = json.loads(line)
         assert event["event"] == "ready", event
         pids = {child["name"]: child["pid"] for child in event["processes"]}
-        yield LocalDeployment(process, event["address"], pids)
+        metrics = {child["name"]: child["metrics"] for child in event["processes"] if "metrics" in child}
+        yield LocalDeployment(process, event["address"], pids, metrics)
 
 
 def engine_pid(supervisor_pid: int) -> int:

@@ -5,6 +5,7 @@ import dataclasses
 import sys
 
 from sps2_service.config import ServiceConfig, load_config
+from sps2_service.metrics import service_registry
 from sps2_service.run import ExpectedEndError, prepare_process, run_service
 from sps2_service.server import ServiceServer
 from support.echo_service import SERVICE, EchoServicer
@@ -74,6 +75,7 @@ async def main(config: Config) -> int:
     return await run_service(
         server,
         config,
+        service_registry("test"),
         on_started=on_started,
         background=background,
         drain=drain,

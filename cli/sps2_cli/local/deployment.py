@@ -16,6 +16,7 @@ from sps2_cli.local.control import ControlServer
 from sps2_cli.local.elastic import ElasticPools, place_of
 from sps2_cli.local.interrupts import Interrupts
 from sps2_cli.local.logs import LineLog, cause, needs_context
+from sps2_cli.local.metrics import MetricsPorts
 from sps2_cli.local.process import ChildProcess, exit_text
 from sps2_cli.local.reporter import Reporter, StartProgress, missing
 from sps2_client import Client, ClusterState, SPS2Error
@@ -58,6 +59,7 @@ class Deployment:
         self._reported: set[ChildProcess] = set()
         self._deadline = 0.0
         self._directory = ""
+        self._metrics_ports = MetricsPorts(options.metrics_port_base)
         self._elastic = ElasticPools(options, self, reporter)
         self._control: ControlServer | None = None
         self.redis_address = ""
@@ -70,8 +72,8 @@ class Deployment:
 
     @property
     def processes(self) -> list[dict[str, str | int]]:
-        """Name and pid of every process."""
-        return [{"name": child.name, "pid": child.pid} for child in self._children.values()]
+        """Name and pid of every process, and where it serves its metrics, if it does."""
+        return [_described(child) for child in self._children.values()]
 
     def start(self) -> None:
         """Returns when every rank is ready.
@@ -100,6 +102,7 @@ class Deployment:
     def _spawn(
         self, spec: plan.ProcessSpec, log: LineLog | None = None, *, announce: bool = True
     ) -> ChildProcess:
+        spec = self._metrics_ports.given(spec)
         announce = announce and spec.listen is not None
         child = ChildProcess(spec, log or self._log(spec.name), announce=announce)
         self._children[spec.name] = child
@@ -269,3 +272,10 @@ class Deployment:
                 self._reporter.note(f"waiting for {', '.join(child.name for child in running)} to finish")
             time.sleep(POLL_S)
         return True
+
+
+def _described(child: ChildProcess) -> dict[str, str | int]:
+    described: dict[str, str | int] = {"name": child.name, "pid": child.pid}
+    if child.spec.metrics:
+        described["metrics"] = child.spec.metrics
+    return described

@@ -132,6 +132,8 @@ class UpOptions:
     """Keep logs in memory and show them only when a process fails."""
     restart: bool = True
     """Start again what dies."""
+    metrics_port_base: int | None = None
+    """Port of the first process that serves metrics, the others' follow; None: none does."""
     ready_timeout: float = 120.0
     """Seconds until every group must be ready."""
     drain_timeout: float = 40.0
@@ -215,6 +217,8 @@ class ProcessSpec:
     """Program and arguments, without `--listen` and `--announce-fd`."""
     listen: str | None = None
     """Value of `--listen`; the process then announces where it listens. None for redis."""
+    metrics: str = ""
+    """HOST:PORT on which it serves its metrics; empty: it serves none."""
     cpus: Cores = Cores()
     """Cores that it and its children run on."""
     group: str | None = None

@@ -51,6 +51,8 @@ class ChildProcess:
         write_fd: int | None = None
         if self.spec.listen is not None:
             command += ["--listen", self.spec.listen]
+        if self.spec.metrics:
+            command += ["--metrics-port", self.spec.metrics]
         if announce:
             self._announce_fd, write_fd = os.pipe()
             os.set_blocking(self._announce_fd, False)

@@ -3,6 +3,7 @@
 Knows nothing of models, sampling or requests: rows, and the cache slots in which this rank holds their keys.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sps2_engine.attention.decode_plan import DecodePlan
-from sps2_engine.collectives import Communicator
+from sps2_engine.collectives import Communicator, PendingExchange
 from sps2_kernels.merge_states import merge_into, merge_pair
 from sps2_kernels.paged_decode import PagedRows, SlotRuns, paged_decode_partial
 from sps2_kernels.row_ops import append_rows
@@ -77,6 +78,8 @@ class QExchange:
         self._out = _OutPlanes(plan, [len(rows) for rows in guests], cache.k)
         self._back = _OutPlanes(plan, [len(part) for part in sent], cache.k)
         self._back_rows = [_as_index(part, device) for part in sent]
+        self.exposed_s = 0.0
+        """Seconds that this host waited for exchanges, with nothing left to compute."""
 
     def begin_step(self, new_slots: Sequence[int]) -> None:
         """Takes for each home row the slot that its new key and value go to.
@@ -114,15 +117,21 @@ class QExchange:
             _raw(self._q_out), self._q_sent, self._q_received, KIND, into=_raw(self._q_in)
         )
         o, lse = paged_decode_partial(q, cache.k, cache.v, self._home_kv, self._scale)
-        pending.wait()
+        self._wait(pending)
         guest_o, guest_lse = paged_decode_partial(self._q_in, cache.k, cache.v, self._guest_kv, self._scale)
         self._out.pack(guest_o, guest_lse)
-        self._communicator.all_to_all(
+        back = self._communicator.all_to_all(
             self._out.raw, self._out_sent, self._out_received, KIND, into=self._back.raw
-        ).wait()
+        )
+        self._wait(back)
         for rows, (part_o, part_lse) in zip(self._back_rows, self._back.planes, strict=True):
             _merge_rows(o, lse, rows, part_o, part_lse)
         return o
+
+    def _wait(self, pending: PendingExchange) -> None:
+        started = time.perf_counter()
+        pending.wait()
+        self.exposed_s += time.perf_counter() - started
 
 
 class _OutPlanes:

@@ -51,6 +51,8 @@ class Role(Protocol):
     steps_done: int
     """Grows while the engine progresses."""
     bytes_posted: Counter[str]
+    exposed_s: float
+    """Seconds spent waiting for exchanges of attention, with nothing left to compute."""
     exchanges_in_steps: bool
     """Whether its exchanges are small and waited for, rather than large and hidden behind compute."""
 
@@ -216,6 +218,7 @@ class EngineHost:
                     kv_blocks_used=self._role.kv_blocks_used,
                     kv_blocks_cached=self._role.kv_blocks_cached,
                     bytes_posted=dict(self._role.bytes_posted),
+                    exposed_s=self._role.exposed_s,
                 )
             )
             time.sleep(HEARTBEAT_S)

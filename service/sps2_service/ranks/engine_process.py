@@ -78,6 +78,8 @@ class EngineProcess:
         self._load_failure = ""
         self.heartbeat = engine_pb2.Heartbeat()
         """The last one."""
+        self.num_restarts = 0
+        """Engines that have ended unasked."""
 
     def send(self, command: engine_pb2.EngineCommand) -> None:
         """Queues a command for the engine; one that is down misses it, and `on_lost` tells of that."""
@@ -96,6 +98,7 @@ class EngineProcess:
                 status = await self._run_once()
                 reason = self._describe_end(status)
                 log.warning("engine lost", reason=reason)
+                self.num_restarts += 1
                 self._on_lost(reason)
                 if status == EXIT_BAD_CHECKPOINT:
                     raise EngineStartError(reason)

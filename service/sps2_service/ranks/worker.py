@@ -4,24 +4,29 @@ import asyncio
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import structlog
 from google.protobuf.descriptor import ServiceDescriptor
+from prometheus_client import Metric
+from prometheus_client.registry import Collector
 
 from sps2.internal.v1 import engine_pb2, group_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_service.config import ServiceConfig, setting
+from sps2_service.devices import register_devices
 from sps2_service.directory_client import DirectoryClient
+from sps2_service.metrics import LoopReader, service_registry
 from sps2_service.model_folder import ModelFolder, ModelFolderError
 from sps2_service.ranks.drain import DrainableWork, GroupDrain
 from sps2_service.ranks.engine_process import EngineProcess, EngineWatch
 from sps2_service.ranks.follower import Follower
 from sps2_service.ranks.group import Coordinator, GroupLeader, GroupState, Member
 from sps2_service.ranks.group_servicer import GroupServicer
+from sps2_service.ranks.metrics import RankState, rank_families
 from sps2_service.request_fields import Vocabulary
 from sps2_service.run import ExpectedEndError, run_service
 from sps2_service.server import server_for
@@ -29,6 +34,8 @@ from sps2_service.tracing import Tracing, open_tracing
 
 DRAIN_MARGIN_S = 5.0
 """What leaving takes beside the drain budget, at most: routers are to learn of it, two leases are given back."""
+
+POOLS = {cluster_pb2.WORKER_ROLE_PREFILL: "prefill", cluster_pb2.WORKER_ROLE_DECODE: "decode"}
 
 log = structlog.get_logger(__name__)
 
@@ -133,6 +140,8 @@ class LeaderService:
     coordinator: LeaderCoordinator
     servicer: object
     descriptor: ServiceDescriptor
+    collectors: Iterable[Collector]
+    """What it exports to Prometheus beside what every rank does."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,9 @@ class RankSupervisor:
         self._model_name = config.model_name or self._folder.name
         self._incarnation = uuid.uuid4().hex
         self._server = server_for(config)
+        self._metrics = service_registry(POOLS[role], group=config.group, rank=str(config.rank))
+        self._metrics.register(LoopReader(self._read_metrics))
+        register_devices(self._metrics)
         self._directory = DirectoryClient(config.directory, tls=config.tls)
         self._registration = self._directory.registration(self.worker_info, on_stale=self._on_stale)
         self._registration.on_fence = self._on_fence
@@ -205,6 +217,7 @@ class RankSupervisor:
             return await run_service(
                 self._server,
                 self._config,
+                self._metrics,
                 on_started=self._on_started,
                 background=self._background,
                 drain=self._drain,
@@ -247,6 +260,16 @@ class RankSupervisor:
             self._coordinator.fill_load(info.load)
         return info
 
+    async def _read_metrics(self) -> Iterable[Metric]:
+        contact = self._registration.last_contact
+        state = RankState(
+            self.worker_info(),
+            self._engine.heartbeat,
+            self._engine.num_restarts,
+            None if contact is None else time.monotonic() - contact,
+        )
+        return rank_families(state)
+
     def _lead(self, make_leader_service: MakeLeaderService, tracing: Tracing | None) -> None:
         config = self._config
         service = make_leader_service(config, self._directory, self._leader_model, tracing)
@@ -262,6 +285,8 @@ class RankSupervisor:
         service.coordinator.attach(leader)
         self._leader, self._coordinator = leader, service.coordinator
         self._server.add(service.servicer, service.descriptor)
+        for collector in service.collectors:
+            self._metrics.register(collector)
         groups = group_service_pb2.DESCRIPTOR.services_by_name["GroupService"]
         servicer = GroupServicer(leader, self._model_hash, config.tp, config.drain_s)
         self._server.add(servicer, groups)

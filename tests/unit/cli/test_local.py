@@ -14,6 +14,7 @@ from sps2_cli.documents import duration, size
 from sps2_cli.facts import FactBook, is_right, plant
 from sps2_cli.local.interrupts import Interrupts
 from sps2_cli.local.logs import KEEP_LINES, LineLog, cause, needs_context, readable
+from sps2_cli.local.metrics import MetricsPorts
 from sps2_cli.local.plan import (
     Commands,
     Cores,
@@ -80,6 +81,17 @@ def test_every_rank_is_started_once_with_its_leader() -> None:
     assert router.listen == "127.0.0.1:50051"
     assert flags(router.command[3:])["--profile"] == "exact"
     assert last.at("h:9").listen == "h:9"
+
+
+def test_metrics_ports_follow_each_other_and_stay() -> None:
+    directory, *leaders = directory_spec(Commands(), "redis://h:1"), *leader_specs(OPTIONS, Commands(), "d:1")
+    ports = MetricsPorts(9090)
+    assert [ports.given(one).metrics for one in (directory, *leaders)] == [
+        f"127.0.0.1:{port}" for port in range(9090, 9094)
+    ]
+    assert ports.given(leaders[0].at("h:9")).metrics == "127.0.0.1:9091", "it was started again"
+    assert ports.given(redis_spec(EmbeddedRedis(6380, "s3cret"))).metrics == ""
+    assert MetricsPorts(None).given(directory).metrics == ""
 
 
 def test_ranks_that_split_layers() -> None:

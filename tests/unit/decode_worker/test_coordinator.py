@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import CollectorRegistry
 
 from sps2.internal.v1 import decode_service_pb2, engine_pb2
 from sps2.v1 import cluster_pb2
@@ -205,6 +206,26 @@ async def test_who_is_more_urgent_takes_the_room_of_one_that_is_not() -> None:
     assert usual.received == {0, 1}  # all of its KV is there; it is told all the same, and not admitted
     with pytest.raises(Unavailable, match="to an earlier request"):
         await coordinator.commit(usual, decode_service_pb2.StartDecode(first_token_id=1))
+
+
+async def test_metrics_count_steps_tokens_and_preemptions() -> None:
+    coordinator, _ = make(5)
+    registry = CollectorRegistry()
+    for collector in coordinator._metrics.collectors:
+        registry.register(collector)
+    live = await start(coordinator, reserve("early", 1_000, 4 * 64, 10))
+    async with asyncio.timeout(20):
+        assert len([one async for one in coordinator.tokens(live)]) == 9
+    coordinator.release(live)
+    await coordinator.reserve(reserve("late", 2_000, 8 * 64, 64))
+    await coordinator.reserve(reserve("earlier", 1_500, 8 * 64, 64))
+    now = registry.get_sample_value
+    assert now("sps2_generation_tokens_total") == 9
+    steps = now("sps2_step_seconds_count")
+    assert steps is not None
+    assert steps >= 9
+    assert now("sps2_step_seconds_sum") == pytest.approx(steps * STEP_S)
+    assert now("sps2_preemptions_total") == 1
 
 
 async def refused(request: decode_service_pb2.ResizeAttemptRequest) -> ServiceError:

@@ -54,6 +54,13 @@ def test_defaults() -> None:
     assert config.listen == "127.0.0.1:0"
 
 
+@pytest.mark.parametrize("given", ["9090", "host:", ":9090", "host:port"])
+def test_where_metrics_are_served(given: str) -> None:
+    assert ServiceConfig(metrics_port="[::1]:0").metrics_port == "[::1]:0"
+    with pytest.raises(ValueError, match=f"--metrics-port '{given}' is not HOST:PORT"):
+        ServiceConfig(metrics_port=given)
+
+
 def test_flags_go_before_the_environment() -> None:
     environ = {"SPS2_MODEL": "env", "SPS2_RATIO": "0.25", "SPS2_WARM": "off", "SPS2_PEERS": "a:1, b:2,"}
     config = load("--model", "flag", "--max-queued-tokens", "7", **environ)

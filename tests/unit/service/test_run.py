@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2
 
 from sps2_service.channel import open_channel
 from support.echo_service import Echo, EchoStub
+from support.metrics import scrape
 from support.process import ManagedProcess
 
 pytestmark = pytest.mark.service
@@ -154,6 +155,21 @@ def test_an_address_in_use_is_one_line(service: Callable[..., ManagedProcess]) -
     assert second.wait() == 1
     assert "Traceback" not in second.output
     assert "cannot listen on 127.0.0.1:" in second.output
+
+
+def test_metrics_are_served_until_it_stops(service: Callable[..., ManagedProcess]) -> None:
+    process = service("--metrics-port", "127.0.0.1:0", "--drain-takes-s", "1")
+    serving_address(process)
+    address = process.wait_for_line('"address": "([^"]+)", "event": "metrics are served"').group(1)
+    assert scrape(address).total("sps2_build_info") == 1
+    other = service("--metrics-port", address)
+    assert other.wait() == 1
+    assert "Traceback" not in other.output
+    assert f"cannot listen on {address} (--metrics-port)" in other.output
+    process.send(signal.SIGTERM)
+    process.wait_for_line("drain begins")
+    assert scrape(address).total("sps2_build_info") == 1
+    assert process.wait() == 0
 
 
 def test_the_address_is_announced_once_it_serves(service: Callable[..., ManagedProcess]) -> None:

@@ -1020,6 +1020,7 @@ class Heartbeat(_message.Message):
     KV_BLOCKS_USED_FIELD_NUMBER: _builtins.int
     BYTES_POSTED_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
+    EXPOSED_S_FIELD_NUMBER: _builtins.int
     steps_done: _builtins.int
     """Steps or slices done in this life."""
     busy: _builtins.bool
@@ -1028,6 +1029,8 @@ class Heartbeat(_message.Message):
     """KV blocks in use."""
     kv_blocks_cached: _builtins.int
     """KV blocks that hold nothing but cached prefixes; not among those in use."""
+    exposed_s: _builtins.float
+    """Seconds since the start that were spent waiting for exchanges of attention, with nothing left to compute."""
     @_builtins.property
     def bytes_posted(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Bytes posted since the start, by kind."""
@@ -1040,10 +1043,11 @@ class Heartbeat(_message.Message):
         kv_blocks_used: _builtins.int = ...,
         bytes_posted: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         kv_blocks_cached: _builtins.int = ...,
+        exposed_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "bytes_posted", b"bytes_posted", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_used", b"kv_blocks_used", "steps_done", b"steps_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "bytes_posted", b"bytes_posted", "exposed_s", b"exposed_s", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_used", b"kv_blocks_used", "steps_done", b"steps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,33 @@
+"""What the leader of a prefill group exports to Prometheus beside what every rank does (docs/metrics.md)."""
+
+from collections.abc import Iterable
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from sps2.v1 import cluster_pb2
+from sps2_prefill_worker.coordinator import PrefillCoordinator
+from sps2_service.metrics import LoopReader
+
+
+def leader_metrics(coordinator: PrefillCoordinator) -> LoopReader:
+    """Made, and read, on the coordinator's event loop."""
+
+    async def read() -> Iterable[Metric]:
+        load = cluster_pb2.WorkerLoad()
+        coordinator.fill_load(load)
+        return leader_families(load)
+
+    return LoopReader(read)
+
+
+def leader_families(load: cluster_pb2.WorkerLoad) -> Iterable[Metric]:
+    """Of what the leader tells the directory."""
+    yield GaugeMetricFamily(
+        "sps2_prefill_queued_tokens", "Prompt tokens that wait or are computed.", value=load.queued_tokens
+    )
+    yield CounterMetricFamily(
+        "sps2_prefill_tokens",
+        "Tokens of prompts begun that were not cached.",
+        value=load.prompt_tokens - load.cached_tokens,
+    )
