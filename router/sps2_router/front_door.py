@@ -100,7 +100,7 @@ class FrontDoor:
             request_id = spec.request_id or uuid.uuid4().hex
             bind_request(request_id)
             trace.asked(spec, request_id, self._model.name)
-            outcome.finish_reason = await self._admit(spec, request_id, call, send, arrived_at, trace)
+            outcome.finish_reason = await self._admit(spec, request_id, call, send, trace)
         return request_id
 
     async def _admit(
@@ -109,7 +109,6 @@ class FrontDoor:
         request_id: str,
         call: Call,
         send: Send,
-        arrived_at: float,
         trace: RequestTrace,
     ) -> generation_pb2.FinishReason.ValueType:
         tenant, limit = call.caller.tenant, self._limits.total_s
@@ -125,10 +124,10 @@ class FrontDoor:
             async with self._claims.hold(
                 live, lambda earlier: self._peers.supersede(earlier, call.authorization)
             ) as settled:
-                return await self._serve(spec, live, arrived_at, _after(settled, send))
+                return await self._serve(spec, live, _after(settled, send))
 
     async def _serve(
-        self, spec: generation_pb2.GenerationSpec, live: LiveRequest, arrived_at: float, send: Send
+        self, spec: generation_pb2.GenerationSpec, live: LiveRequest, send: Send
     ) -> generation_pb2.FinishReason.ValueType:
         prompt_ids = await self._prompt_ids(spec)
         seed = secrets.randbits(64)
@@ -140,7 +139,7 @@ class FrontDoor:
         if hashes and request.reuse is not Reuse.OFF:
             request = with_reuse(request, await self._find_held(hashes), self._model.keys_per_token)
         live.trace.resolved(request)
-        return await self._dispatcher.serve(request, live, arrived_at, send)
+        return await self._dispatcher.serve(request, live, live.trace.arrived_at, send)
 
     async def _prompt_ids(self, spec: generation_pb2.GenerationSpec) -> Sequence[int]:
         if spec.HasField("text"):

@@ -60,7 +60,8 @@ class RequestTrace:
         """
         self._tracing = tracing
         self._caller = caller
-        self._arrived_at = arrived_at
+        self.arrived_at = arrived_at
+        """By the event loop's clock."""
         self._clock = UnixClock(arrived_at)
         self._name = "generate"
         self._attributes: dict[str, Any] = {names.PROVIDER: "sps2"}
@@ -108,7 +109,7 @@ class RequestTrace:
 
     def attempt(self, waits_since: float | None) -> "AttemptTrace":
         """The spans of the next attempt; `waits_since` None: since the request came."""
-        since = self._arrived_at if waits_since is None else waits_since
+        since = self.arrived_at if waits_since is None else waits_since
         return AttemptTrace(self._tracing, self.place, self._clock, since)
 
     def __enter__(self) -> Self:
@@ -125,7 +126,7 @@ class RequestTrace:
                 self._name,
                 self.place,
                 self._caller,
-                self._clock.ns(self._arrived_at),
+                self._clock.ns(self.arrived_at),
                 self._clock.ns(now),
                 self._attributes,
                 SpanKind.SERVER,
