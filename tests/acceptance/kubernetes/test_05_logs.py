@@ -17,7 +17,9 @@ from sps2_client import Client
 from support.collector import Collector, collector
 from support.deployment import LocalDeployment, deployment, engine_pid
 from support.identity import book_ids
+from support.metrics import scrape
 from support.must_show import MustShow
+from support.ports import free_port_range
 from support.raw_calls import generate
 from support.streams import wait_for_free_kv
 from support.waiting import wait_until
@@ -30,16 +32,20 @@ CANARY_IDS = [1013, 1019, 1021, 1031, 1033, 1039]
 LONG = 24_000
 NUM_TOKENS = 300
 LOG_S = 30.0
+NUM_SERVICES = 6
+"""Directory, router and four ranks."""
 
 
 def test_logs(must_show: MustShow, tmp_path: Path) -> None:
     env = {"SPS2_LOG_LEVEL": "debug"}
+    arguments = ["--log-dir", str(tmp_path), "--metrics-port-base", str(free_port_range(NUM_SERVICES))]
     with must_show("5 logs: JSON with request id and attempt, nothing that users write") as figures:
         with (
             collector() as traces,
-            deployment(arguments=["--log-dir", str(tmp_path)], env=traces.environment | env) as running,
+            deployment(arguments=arguments, env=traces.environment | env) as running,
         ):
             failed_over = _use(running)
+            metrics = [scrape(address).text for address in running.metrics.values()]
         output = running.process.output
         logs = {path.stem: path.read_text().splitlines() for path in sorted(tmp_path.glob("*.log"))}
         lines = {name: _parsed(text) for name, text in logs.items() if name != "redis"}
@@ -54,8 +60,10 @@ def test_logs(must_show: MustShow, tmp_path: Path) -> None:
         figures.append(
             f"a failover's two attempts in router and leaders, a cancel in {len(set(given_up))} engines"
         )
-        _check_silent([output, *("\n".join(text) for text in logs.values())], traces)
-        figures.append(f"no canary in them, nor in {len(traces.spans)} spans")
+        _check_silent([output, *metrics, *("\n".join(text) for text in logs.values())], traces)
+        figures.append(
+            f"no canary in them, in {len(metrics)} services' metrics or in {len(traces.spans)} spans"
+        )
 
 
 def _use(running: LocalDeployment) -> str:
