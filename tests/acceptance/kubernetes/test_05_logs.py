@@ -29,8 +29,8 @@ pytestmark = pytest.mark.acceptance
 CANARY = "canary-7f3a"
 TOKEN = "token-canary-91c2"
 CANARY_IDS = [1013, 1019, 1021, 1031, 1033, 1039]
-LONG = 24_000
-NUM_TOKENS = 300
+LONG = 12_000
+NUM_TOKENS = 200
 LOG_S = 30.0
 NUM_SERVICES = 6
 """Directory, router and four ranks."""
@@ -53,12 +53,12 @@ def test_logs(must_show: MustShow, tmp_path: Path) -> None:
         figures.append(f"{sum(map(len, lines.values()))} JSON lines of {len(lines)} processes")
         assert not others.total(), {name: _odd(logs[name]) for name in others if others[name]}
         for name in ("router", "prefill-0-0", "decode-0-0"):
-            attempts = {one["attempt"] for one in lines[name] if one.get("request_id") == failed_over}
-            assert attempts >= {1, 2}, f"{name} tells of attempts {attempts}"
+            attempts = {one["attempt"] for one in lines[name] if _is_of(one, failed_over)}
+            assert len(attempts) >= 2, f"{name} tells of attempts {attempts}"
         given_up = [one["service"] for found in lines.values() for one in found if "given up" in one["event"]]
         assert set(given_up) >= {"prefill-0/0 engine", "prefill-0/1 engine"}
         figures.append(
-            f"a failover's two attempts in router and leaders, a cancel in {len(set(given_up))} engines"
+            f"a failover's attempts in router and leaders, a cancel in {len(set(given_up))} engines"
         )
         _check_silent([output, *metrics, *("\n".join(text) for text in logs.values())], traces)
         figures.append(
@@ -107,6 +107,10 @@ def _fail_over(running: LocalDeployment, client: Client, prompt: list[int]) -> s
         os.kill(engine_pid(running.pids["decode-0/1"]), signal.SIGKILL)
         assert stream.final().usage.output_tokens == NUM_TOKENS
     return request_id
+
+
+def _is_of(line: dict[str, Any], request_id: str) -> bool:
+    return line.get("request_id") == request_id and "attempt" in line
 
 
 def _parsed(lines: list[str]) -> list[dict[str, Any]]:
