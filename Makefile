@@ -51,7 +51,7 @@ proto-check: setup  ## fail when the committed stubs differ from the protos
 	$(PY) scripts/generate_protos.py --check
 	$(PY) scripts/generate_api_docs.py --check
 
-chart: setup  ## regenerate the chart's README and the flags in its schema
+chart: setup  ## regenerate the chart's README, its dashboard, and what its schema takes from the services
 	$(PY) -m scripts.generate_chart
 
 helm: setup  ## lint the chart, render it over a matrix of values and check all that comes out; check the images

@@ -1,4 +1,4 @@
-"""Writes what is generated of helm/sps2: the flags in values.schema.json and README.md.
+"""Writes what is generated of helm/sps2: the flags and buckets in values.schema.json, README.md and the dashboard.
 
     python -m scripts.generate_chart
 
@@ -10,8 +10,11 @@ import json
 import sys
 from pathlib import Path
 
+from scripts.chart.dashboard import dashboard
 from scripts.chart.flags import CONFIGS, flags_schema
+from scripts.chart.panels import ROWS
 from scripts.chart.readme import readme
+from sps2_router.metrics import LONG_BUCKETS, SHORT_BUCKETS
 
 CHART = Path(__file__).resolve().parent.parent / "helm" / "sps2"
 
@@ -22,11 +25,15 @@ def generated(chart: Path) -> dict[Path, str]:
     schema = json.loads(schema_path.read_text(encoding="utf-8"))
     for component, config in CONFIGS.items():
         schema["$defs"][f"{component}Flags"] = flags_schema(config)
+    slo = schema["properties"]["monitoring"]["properties"]["slo"]["properties"]
+    for name, bounds in {"ttftSeconds": LONG_BUCKETS, "itlSeconds": SHORT_BUCKETS}.items():
+        slo[name] = {"description": "A bound of the histogram's buckets.", "enum": list(bounds)}
     head = (chart / "README.head.md").read_text(encoding="utf-8")
     values = (chart / "values.yaml").read_text(encoding="utf-8")
     return {
         schema_path: json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
         chart / "README.md": readme(head, values),
+        chart / "dashboards" / "sps2.json": dashboard(ROWS),
     }
 
 

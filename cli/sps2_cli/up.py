@@ -64,6 +64,14 @@ class Sharing(StrEnum):
     ALL = "all"
 
 
+class PrefixFetch(StrEnum):
+    """What prefill groups fetch of each other's cached KV."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class Transport(StrEnum):
     """How KV travels from prefill to decode ranks."""
 
@@ -173,6 +181,13 @@ def up(
             "each other one is computed by a rank alone."
         ),
     ] = Sharing.AUTO,
+    prefix_fetch: Annotated[
+        PrefixFetch,
+        typer.Option(
+            help="Beginnings of prompts that a prefill group fetches from one that has their KV cached: "
+            "auto: those that come sooner than they are computed."
+        ),
+    ] = PrefixFetch.AUTO,
     prefill_tp: Annotated[
         int,
         typer.Option(
@@ -264,6 +279,7 @@ def up(
             dtype=dtype.value,
             exchange=exchange.value,
             sharing=sharing.value,
+            prefix_fetch=prefix_fetch.value,
             prefill_tp=prefill_tp,
             decode_tp=decode_tp,
             kv_transport=kv_transport.value,

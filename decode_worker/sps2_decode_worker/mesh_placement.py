@@ -1,34 +1,11 @@
-"""Where an attempt's KV lies on a mesh of ranks: tokens by sequence index, heads by tensor index. Pure.
+"""An attempt as the ranks of one tensor index see it. Pure.
 
 The leader's scheduler and what the ranks of one tensor index do among themselves know sequence indices only; the ranks
-of a mesh are numbered where shards are delivered to them.
+of a mesh are numbered where shards are delivered to them (`sps2_engine.kv_transfer.mesh_shards`).
 """
 
-from collections.abc import Iterator, Mapping
-
 from sps2.internal.v1.engine_pb2 import ReserveRow
-from sps2.internal.v1.placement_pb2 import ShardPlacement
-from sps2_engine.mesh import Mesh, TensorShare
-
-
-def mesh_shards(
-    tokens: Mapping[int, tuple[int, int]], mesh: Mesh, num_kv_heads: int
-) -> Iterator[ShardPlacement]:
-    """The shards of a placement: those of all sequence indices by tokens, for one tensor index after the other.
-
-    Args:
-        tokens: [begin, end) by sequence index; together all of the prompt that the group does not hold already.
-        mesh: of the group.
-        num_kv_heads: of the model; where tensor ranks outnumber them, several hold the same.
-    """
-    by_tokens = sorted(tokens.items(), key=lambda item: item[1])
-    for index in range(mesh.tp):
-        heads = TensorShare(index, mesh.tp).kv_heads(num_kv_heads)
-        for position, (begin, end) in by_tokens:
-            shard = ShardPlacement(rank=mesh.ranks_at(position)[index], token_begin=begin, token_end=end)
-            if not heads.is_all:
-                shard.head_begin, shard.head_end = heads.span.begin, heads.span.end
-            yield shard
+from sps2_engine.mesh import TensorShare
 
 
 def own_lane(reserve: ReserveRow, share: TensorShare) -> ReserveRow:

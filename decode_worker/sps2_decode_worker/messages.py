@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from sps2.internal.v1 import decode_service_pb2, engine_pb2, kv_directory_service_pb2, placement_pb2
 from sps2_decode_worker.attempts import LiveAttempt
-from sps2_decode_worker.mesh_placement import mesh_shards
 from sps2_decode_worker.tenants import Row, Tenant
+from sps2_engine.kv_transfer.mesh_shards import mesh_shards
 from sps2_engine.mesh import Mesh
 from sps2_layout.placement import num_held
 

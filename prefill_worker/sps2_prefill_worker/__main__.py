@@ -9,11 +9,13 @@ from sps2.internal.v1 import prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.runtime.options import EngineOptions
 from sps2_prefill_worker.coordinator import PrefillCoordinator
+from sps2_prefill_worker.fetch_costs import FetchChoice, FetchCosts
+from sps2_prefill_worker.holders import GrpcHolders
 from sps2_prefill_worker.metrics import leader_metrics
 from sps2_prefill_worker.planning import Sharing
 from sps2_prefill_worker.prefix_index import PrefixIndex
 from sps2_prefill_worker.servicer import PrefillServicer
-from sps2_service.config import load_config
+from sps2_service.config import load_config, setting
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.ranks.worker import LeaderModel, LeaderService, WorkerConfig, run_worker
 from sps2_service.run import prepare_process
@@ -36,6 +38,11 @@ class PrefillWorkerConfig(WorkerConfig):
     sharing: Sharing = "auto"
     """Prompts that all ranks of a group share: all, or auto: those that gain by it; each other one is one rank's.
     Rank 0 decides."""
+    prefix_fetch: FetchChoice = "auto"
+    """Beginnings of prompts whose KV another prefill group has cached, and that come from there: auto: those that
+    come sooner than they are computed. Rank 0 decides."""
+    prefix_fetch_gbps: float = setting(1.0, minimum=0.001)
+    """Gigabytes per second at which KV is taken to come from another prefill group, all ranks together."""
 
 
 def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> list[str]:
@@ -48,7 +55,14 @@ def _lead(
     assert isinstance(config, PrefillWorkerConfig)
     index = PrefixIndex(directory.prefixes)
     coordinator = PrefillCoordinator(
-        config.exchange, config.threads, config.tp, config.sharing, index, tracing
+        config.exchange,
+        config.threads,
+        config.tp,
+        config.sharing,
+        index,
+        FetchCosts(config.prefix_fetch, config.prefix_fetch_gbps * 1e9),
+        GrpcHolders(config.tls),
+        tracing,
     )
     service = prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"]
     servicer = PrefillServicer(coordinator, model.vocabulary)

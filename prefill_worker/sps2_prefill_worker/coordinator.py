@@ -12,22 +12,24 @@ import structlog
 from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.attention.cost_model import Choice
-from sps2_engine.kv_transfer.relayout import check_covers
-from sps2_layout.attention import Attention
-from sps2_layout.wire import unpack_attention
+from sps2_layout.block_hash import BLOCK_TOKENS
+from sps2_prefill_worker.admission import attention_of, check_placement, check_room
+from sps2_prefill_worker.fetch_costs import BY_COST, FetchCosts
+from sps2_prefill_worker.fetching import PrefixFetcher
+from sps2_prefill_worker.holders import PLAINTEXT_HOLDERS, Holders
+from sps2_prefill_worker.lending import PrefixLender
 from sps2_prefill_worker.planning import PromptPlanner, Sharing
 from sps2_prefill_worker.prefix_cache import Prompt
 from sps2_prefill_worker.prefix_index import NO_INDEX, PrefixIndex, fill_cached
 from sps2_prefill_worker.reuse import PrefixReuse, Wish
 from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler, Start
 from sps2_prefill_worker.spans import take_rank_spans
-from sps2_service.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
+from sps2_service.errors import Aborted, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure, group_draining
 from sps2_service.ranks.group import GroupLeader, GroupState
 from sps2_service.trace_context import Place, current_place
 from sps2_service.tracing import Tracing
 
-BLOCK_TOKENS = 64
 MAX_WAITING = 1024
 
 log = structlog.get_logger(__name__)
@@ -45,6 +47,8 @@ class Attempt:
     wish: Wish
     """How its prompt is computed, by what is cached."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    fetched_bytes: int = 0
+    """Of its beginning, that another group had cached."""
     dispatched: bool = False
     """Whether the ranks know of it."""
     speaker: int = 0
@@ -73,6 +77,8 @@ class PrefillCoordinator:
         tp: tensor ranks; divides the group.
         sharing: which prompts all ranks share.
         index: is told what the group has cached.
+        fetch_costs: what is fetched of that which other groups have cached.
+        holders: the way to them.
         tracing: takes spans of the ranks.
     """
 
@@ -83,10 +89,15 @@ class PrefillCoordinator:
         tp: int = 1,
         sharing: Sharing = "auto",
         index: PrefixIndex = NO_INDEX,
+        fetch_costs: FetchCosts = BY_COST,
+        holders: Holders = PLAINTEXT_HOLDERS,
         tracing: Tracing | None = None,
     ) -> None:
         self._tracing = tracing
         self._reuse = PrefixReuse(index)
+        self._fetch_costs = fetch_costs
+        self._fetcher = PrefixFetcher(self._reuse, fetch_costs, holders)
+        self._lender = PrefixLender(self._reuse)
         self._exchange: Choice = exchange
         self._threads = threads
         self._tp = tp
@@ -95,9 +106,9 @@ class PrefillCoordinator:
         self._scheduler = PrefillScheduler()
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._leader: GroupLeader | None = None
-        self._kv_blocks = 0
         self._slice_flops = 0
         self._short_tokens = 0
+        self._fetched_token_cost = 0.0
         self._num_started = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -112,12 +123,18 @@ class PrefillCoordinator:
         assert self._leader is not None, "attach comes first"
         return self._leader
 
+    @property
+    def _of_group(self) -> PromptPlanner:
+        assert self._planner is not None, "a group that is formed has told its shape"
+        return self._planner
+
     def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
         """Adds what waits and runs."""
         load.num_requests_waiting = len(self._scheduler.waiting)
         load.num_requests_running = len(self._attempts) - len(self._scheduler.waiting)
         load.queued_tokens = self._scheduler.num_tokens
         load.short_prompt_tokens = self._short_tokens
+        load.fetched_token_cost = self._fetched_token_cost
         load.prompt_tokens, load.cached_tokens = self._reuse.num_prompt_tokens, self._reuse.num_cached_tokens
 
     async def prefill(
@@ -130,6 +147,7 @@ class PrefillCoordinator:
         """
         attempt = self._admit(request)
         try:
+            await self._stand_in_line(attempt)
             while True:
                 event = await attempt.events.get()
                 if isinstance(event, ServiceError):
@@ -140,10 +158,24 @@ class PrefillCoordinator:
         finally:
             self._end(attempt)
 
+    async def send_prefix(self, request: prefill_service_pb2.SendPrefixRequest) -> int:
+        """Sends cached KV to another group, also while this one drains; the bytes sent.
+
+        Raises:
+            ServiceError: it was refused, or has failed.
+        """
+        self._check_group()
+        if (request.attempt.request_id, request.attempt.number) in self._attempts:
+            raise Aborted("DUPLICATE_ATTEMPT", "this group is the one that computes the prompt")
+        num_tokens = len(request.block_hashes) * BLOCK_TOKENS
+        check_placement(request.placement, num_tokens, self._of_group)
+        return await self._lender.send(self._group, request)
+
     async def drain(self) -> None:
-        """Takes no more prompts and waits until the last one's KV is delivered."""
+        """Takes no more prompts and waits until the last one's KV is delivered, and what others fetch is sent."""
         self._draining = True
         await self._idle.wait()
+        await self._lender.idle.wait()
 
     def hand_back(self) -> int:
         """Ends every attempt: their routers have them prefilled elsewhere. Returns how many there were."""
@@ -158,8 +190,9 @@ class PrefillCoordinator:
         planner = PromptPlanner.of(ranks, self._exchange, self._threads, self._tp, self._sharing)
         costs = planner.costs
         self._planner, self._num_started = planner, 0
-        self._kv_blocks, self._slice_flops = costs.kv_blocks, costs.slice_flops
+        self._slice_flops = costs.slice_flops
         self._short_tokens = planner.short_tokens
+        self._fetched_token_cost = self._fetch_costs.token_cost(planner)
         self._scheduler = PrefillScheduler(planner.mesh.sp, costs.short_flops, costs.kv_blocks)
         self._reuse.begin_epoch(planner)
 
@@ -167,6 +200,8 @@ class PrefillCoordinator:
         """See `Coordinator.on_broken`."""
         self._scheduler.clear()
         self._reuse.end_epoch()
+        self._fetcher.on_broken(error)
+        self._lender.on_broken(error)
         for attempt in list(self._attempts.values()):
             attempt.events.put_nowait(error)
             self._forget(attempt)
@@ -178,8 +213,12 @@ class PrefillCoordinator:
         elif event.HasField("prefill"):
             key = (event.prefill.attempt.request_id, event.prefill.attempt.number)
             attempt = self._attempts.get(key)
-            if attempt is not None:
+            if attempt is None:
+                self._lender.on_report(self._group, rank, event.prefill)
+            elif attempt.dispatched:
                 self._on_report(rank, attempt, event.prefill)
+            else:
+                self._fetcher.on_report(self._group, rank, event.prefill)
 
     def _admit(self, request: prefill_service_pb2.PrefillRequest) -> Attempt:
         attempt = self._check(request)
@@ -187,9 +226,18 @@ class PrefillCoordinator:
             raise Aborted("DUPLICATE_ATTEMPT", f"attempt {attempt.key} is being prefilled already")
         self._attempts[attempt.key] = attempt
         self._idle.clear()
+        return attempt
+
+    async def _stand_in_line(self, attempt: Attempt) -> None:
+        """With what is cached of it, here or, where that pays, in another group, which sends it before."""
+        request, prompt = attempt.request, attempt.prompt
+        attempt.fetched_bytes = await self._fetcher.fetch(self._group, self._of_group, request, prompt)
+        if self._attempts.get(attempt.key) is not attempt:
+            return  # the epoch has ended meanwhile; its events say so
+        if attempt.fetched_bytes:
+            attempt.wish = self._reuse.plan(prompt)
         self._submit(attempt)
         self._start_waiting()
-        return attempt
 
     def _submit(self, attempt: Attempt) -> None:
         """Puts it in line as what it is, with what is cached of it."""
@@ -203,46 +251,25 @@ class PrefillCoordinator:
         group = self._group
         if self._draining:
             raise group_draining(group.name)
-        if group.state is not GroupState.FORMED:
-            why = f"prefill group {group.name} is not ready ({group.missing})"
-            raise Unavailable("GROUP_NOT_READY", why, retry_after=1.0)
-        group.check_lease()
+        self._check_group()
         if len(self._scheduler.waiting) >= MAX_WAITING:
             raise Unavailable("QUEUE_FULL", f"prefill group {group.name} has a full queue", retry_after=1.0)
         if not request.token_ids:
             raise InvalidArgument.of_field("token_ids", "a prompt has at least one token")
-        assert self._planner is not None, "a group that is formed has told its shape"
-        try:
-            check_covers(request.placement, len(request.token_ids), self._planner.model.num_kv_heads)
-        except ValueError as error:
-            raise InvalidArgument.of_field("placement", str(error)) from None
-        attention, choice = _attention_of(request), request.choice
-        self._check_room(
-            self._planner,
-            attention,
-            len(request.token_ids) - len(choice.generated_token_ids),
-            max(len(choice.generated_token_ids), choice.max_tokens - 1),
-        )
-        keys = tuple(request.block_hashes) if self._planner.can_cache else ()
+        planner = self._of_group
+        check_placement(request.placement, len(request.token_ids), planner)
+        attention = attention_of(request)
+        check_room(request, attention, planner, group.name)
+        keys = tuple(request.block_hashes) if planner.can_cache else ()
         prompt = Prompt(attention, keys, len(request.token_ids))
         return Attempt(request, prompt, self._reuse.plan(prompt))
 
-    def _check_room(
-        self, planner: PromptPlanner, attention: Attention, num_prompt_tokens: int, max_generated: int
-    ) -> None:
-        """Takes only what has room when it comes back with all that it may have generated: then each resumption does.
-
-        Raises:
-            FailedPrecondition: it has not.
-        """
-        slice_tokens = planner.most_kept(attention, num_prompt_tokens + max_generated)
-        if -(-slice_tokens // BLOCK_TOKENS) > self._kv_blocks:
-            raise FailedPrecondition(
-                "PROMPT_TOO_LARGE",
-                f"of {num_prompt_tokens} prompt tokens and up to {max_generated} generated ones, which follow "
-                f"them when a stream is resumed, {slice_tokens} lie on one rank of {self._group.name}, which has KV "
-                f"for {self._kv_blocks * BLOCK_TOKENS}: raise --kv-tokens, use more ranks or lower max_tokens",
-            )
+    def _check_group(self) -> None:
+        group = self._group
+        if group.state is not GroupState.FORMED:
+            why = f"prefill group {group.name} is not ready ({group.missing})"
+            raise Unavailable("GROUP_NOT_READY", why, retry_after=1.0)
+        group.check_lease()
 
     def _start_waiting(self) -> None:
         while (start := self._scheduler.start_next()) is not None:
@@ -329,7 +356,9 @@ class PrefillCoordinator:
 
     def _on_failed(self, failed: engine_pb2.AttemptFailed) -> None:
         attempt = self._attempts.get((failed.attempt.request_id, failed.attempt.number))
-        if attempt is not None:
+        if attempt is None:
+            self._lender.on_failed(self._group, failed)
+        else:
             attempt.events.put_nowait(attempt_failure(failed, self._group.name))
             self._cancel(attempt)
 
@@ -337,7 +366,7 @@ class PrefillCoordinator:
         """The call is over: what is still going on for it is cancelled."""
         if self._attempts.get(attempt.key) is not attempt:
             return
-        if self._scheduler.withdraw(attempt.key):
+        if self._scheduler.withdraw(attempt.key) or not attempt.dispatched:
             self._forget(attempt)
         else:
             self._cancel(attempt)
@@ -362,29 +391,11 @@ class PrefillCoordinator:
         self._start_waiting()
 
 
-def _attention_of(request: prefill_service_pb2.PrefillRequest) -> Attention:
-    try:
-        attention = unpack_attention(request.attention)
-    except ValueError as error:
-        raise InvalidArgument.of_field("attention", str(error)) from None
-    generated = request.choice.generated_token_ids
-    num_prompt_tokens = len(request.token_ids) - len(generated)
-    adopts = attention.layout is not None and attention.num_prefilled < num_prompt_tokens
-    if attention.num_tokens != num_prompt_tokens and not adopts:
-        raise InvalidArgument.of_field("attention", "the mask must be laid over the whole prompt")
-    if attention.num_prefilled > num_prompt_tokens:
-        raise InvalidArgument.of_field("attention", "more tokens have the mask than the prompt has")
-    if len(request.block_hashes) * BLOCK_TOKENS > num_prompt_tokens:
-        raise InvalidArgument.of_field("block_hashes", "there are more than the prompt has full blocks")
-    if request.token_ids[num_prompt_tokens:] != generated:
-        raise InvalidArgument.of_field("token_ids", "the tokens generated before must follow the prompt")
-    return attention
-
-
 def _sum_up(attempt: Attempt) -> prefill_service_pb2.PrefillDelivered:
     parts = [report.delivered for report in attempt.delivered.values()]
     return prefill_service_pb2.PrefillDelivered(
         collective_bytes=sum(part.collective_bytes for part in parts),
         kv_transfer_bytes=sum(part.kv_transfer_bytes for part in parts),
         exposed_s=max(part.exposed_s for part in parts),
+        fetched_bytes=attempt.fetched_bytes,
     )

@@ -35,6 +35,8 @@ class PromptCosts:
     """FLOPs of a slice."""
     kv_blocks: int
     """Blocks of KV that a rank can hold."""
+    kv_token_bytes: int = 0
+    """KV of a token, all layers and heads of the model."""
 
     @classmethod
     def of(cls, ranks: list[engine_pb2.EngineLoaded]) -> Self:
@@ -44,6 +46,7 @@ class PromptCosts:
             linear_flops=max(loaded.linear_flops_per_token for loaded in ranks),
             slice_flops=min(loaded.slice_flops for loaded in ranks),
             kv_blocks=min(loaded.kv_blocks_total for loaded in ranks),
+            kv_token_bytes=_kv_token_bytes(ranks[0]),
         )
 
     @property
@@ -80,6 +83,14 @@ class PromptCosts:
         shared_s = linear_s + self.num_layers * each.step_s
         return alone_s >= WORTH_SHARING * shared.num_ranks * shared_s
 
+    def linear_s(self, num_tokens: int, rates: Rates) -> float:
+        """Seconds of one rank for the matrix products of so many tokens."""
+        return num_tokens * self.linear_flops / rates.flops_per_s
+
+    def attention_s(self, num_pairs: int, num_q_heads: int, head_dim: int, rates: Rates) -> float:
+        """Seconds of one rank for so many (query, key) pairs in all layers."""
+        return self.num_layers * 4 * head_dim * num_q_heads * num_pairs / rates.flops_per_s
+
     def fits(self, num_tokens: int) -> bool:
         """Whether one rank has room for their KV."""
         return -(-num_tokens // BLOCK_TOKENS) <= self.kv_blocks
@@ -102,3 +113,8 @@ class PromptCosts:
     def _flops(self, plan: AttentionPlan) -> int:
         pairs = max(plan.pairs(rank, 0) for rank in range(plan.num_ranks))
         return plan.most_tokens * self.linear_flops + self.num_layers * 4 * plan.head_dim * pairs
+
+
+def _kv_token_bytes(loaded: engine_pb2.EngineLoaded) -> int:
+    element_bytes = 2 if loaded.dtype == "bf16" and loaded.device == "cuda" else 4
+    return 2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * element_bytes

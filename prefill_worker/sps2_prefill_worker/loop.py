@@ -21,6 +21,7 @@ from sps2_engine.attention.plan import AttentionPlan
 from sps2_engine.choice import ChoiceState, Drawn, draw_tokens, num_choices
 from sps2_engine.collectives import Communicator, LeadingRanks, SoloCommunicator
 from sps2_engine.kv_pool import slot_runs
+from sps2_engine.kv_transfer.receiver import KvReceiver
 from sps2_engine.kv_transfer.rows import TensorSource, cut_rows, num_before, tensor_source
 from sps2_engine.kv_transfer.sender import KvSender
 from sps2_engine.layers.rows import BYTE_FLOPS, RowWalk, row_chunks
@@ -36,6 +37,7 @@ from sps2_engine.slices import Slicer
 from sps2_kernels.segment_attention import warm_up_attention
 from sps2_layout.layout import Span, exact_layout
 from sps2_layout.placement import num_held
+from sps2_prefill_worker.arrivals import Arrivals
 from sps2_prefill_worker.interludes import FairShare, ToldRuns, short_work
 from sps2_prefill_worker.planning import follow, num_cached_of, spans_of
 from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt_key, request_fields
@@ -85,6 +87,8 @@ class PrefillRole:
         self._bytes_of_interludes = 0
         self._lease_holds_until = -math.inf
         self._publisher: Publisher | None = None
+        self._arrivals: Arrivals | None = None
+        """Made when the first KV of another group is to come: most engines take none."""
         self.steps_done = 0
         self.exposed_s = 0.0
         self.bytes_posted: Counter[str] = Counter({KIND: 0, SUM_KIND: 0, "control": 0, "kv_transfer": 0})
@@ -120,18 +124,21 @@ class PrefillRole:
 
     def join(self, groups: RankGroups, epoch: int) -> None:
         """See `Role.join`."""
-        self._groups, self._epoch = groups, epoch
         self._told.clear()  # what was told after the last epoch's end
+        if epoch != self._epoch:
+            self._forget_all()  # and what came in since
+        self._groups, self._epoch = groups, epoch
 
     def reset(self) -> None:
         """See `Role.reset`."""
         self._groups = RankGroups.solo()
-        self._loaded_publisher.give_up_all()
+        self._forget_all()
         self._cancelled.clear()
 
     def notice(self, command: engine_pb2.EngineCommand) -> None:
-        """See `Role.notice`: what takes effect at the end of the running prompt's slice."""
+        """See `Role.notice`: what takes effect at once, or at the end of the running prompt's slice."""
         if command.HasField("run_prefill"):
+            self._drop_arrivals(command.run_prefill.evict)
             self._told.add(command.run_prefill)
         elif command.HasField("abort_group") or command.HasField("shutdown"):
             self._told.end()
@@ -139,6 +146,13 @@ class PrefillRole:
             self._cancelled.add(attempt_key(command.cancel_prefill.attempt))
         elif command.HasField("hold_lease"):
             self._lease_holds_until = command.hold_lease.holds_until_s
+        elif command.HasField("evict_prefixes"):
+            self._drop_arrivals(command.evict_prefixes.runs)
+        elif command.HasField("send_cached"):
+            num_layers = self._model.decoder.config.num_layers
+            self._loaded_publisher.send_cached(command.send_cached, num_layers)
+        elif command.HasField("fetch_prefix"):
+            self._open_arrivals().expect(command.fetch_prefix, command.epoch)
 
     def execute(self, command: engine_pb2.EngineCommand) -> None:
         """See `Role.execute`."""
@@ -154,6 +168,30 @@ class PrefillRole:
     def _loaded_publisher(self) -> Publisher:
         assert self._publisher is not None, "commands come after load"
         return self._publisher
+
+    def _open_arrivals(self) -> Arrivals:
+        if self._arrivals is None:
+            model, options = self._model, self._options
+            receiver = KvReceiver(
+                model.arena,
+                model.kv_format(),
+                model.incarnation,
+                options.host,
+                transport=options.kv_transport,
+            )
+            self._arrivals = Arrivals(self._loaded_publisher, receiver, model.incarnation, self._send)
+        return self._arrivals
+
+    def _drop_arrivals(self, runs: Sequence[int]) -> None:
+        """Before the turn of what evicts them: they may have begun since its turn was due."""
+        if self._arrivals is not None:
+            self._arrivals.drop(runs)
+
+    def _forget_all(self) -> None:
+        """What the last epoch held; also what came in after its end."""
+        if self._arrivals is not None:
+            self._arrivals.drop_all()
+        self._loaded_publisher.give_up_all()
 
     def _forget(self, key: AttemptKey) -> None:
         """Frees what a cancelled attempt holds, unless that was done between two slices."""

@@ -154,6 +154,18 @@ class PromptPlanner:
         exchanges = PLANS if self.choice == "auto" else (self.choice,)
         return max(self._planned(one, attention, num_tokens).most_kept for one in exchanges)
 
+    def compute_s(self, attention: Attention, tokens: Span) -> float:
+        """Seconds in which the group computes these tokens of a prompt, without exchanges; at least.
+
+        Under a sparse mask they see few keys, which are not counted.
+        """
+        num_ranks, costs, shape = self.mesh.sp, self.costs, self._share
+        seconds = costs.linear_s(len(tokens), self.rates)
+        if attention.layout is None:
+            num_pairs = (tokens.end * (tokens.end + 1) - tokens.begin * (tokens.begin + 1)) // 2
+            seconds += costs.attention_s(num_pairs, shape.num_q_heads, shape.head_dim, self.rates)
+        return seconds / num_ranks
+
     @property
     def can_cache(self) -> bool:
         """Whether ranks can keep KV for later prompts: not where several hold the same heads and split the tokens."""

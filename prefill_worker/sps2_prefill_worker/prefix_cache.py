@@ -147,6 +147,13 @@ class PrefixCache:
         read = _sum(self._blocks, [run.num_blocks for run, _ in match.parts])
         return max(used + _blocks_of(sum(map(len, own))) for used, own in zip(read, spans, strict=True))
 
+    def has_idle_room(self, match: Match, spans: SpansByRank) -> bool:
+        """Whether an attempt would begin without an eviction that its readers or attempts under way would notice."""
+        path = {run for run, _ in match.parts}
+        idle = (run.num_blocks for run in self._runs.values() if not run.num_readers and run not in path)
+        wanted = [_blocks_of(sum(map(len, own))) for own in spans]
+        return not _lacks(_sum(self._blocks, [self.num_free, *idle]), wanted)
+
     def admit(self, key: Key, prompt: Prompt, match: Match, spans: SpansByRank) -> Admitted:
         """Makes room for an attempt.
 

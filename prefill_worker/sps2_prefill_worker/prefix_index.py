@@ -8,7 +8,7 @@ from sps2.internal.v1 import engine_pb2
 from sps2.internal.v1.placement_pb2 import AttentionLayout
 from sps2_layout.attention import Attention
 from sps2_layout.wire import pack_attention
-from sps2_prefill_worker.prefix_cache import Admitted, Changes
+from sps2_prefill_worker.prefix_cache import Admitted, Changes, Match
 
 
 class HeldPrefixes(Protocol):
@@ -53,12 +53,18 @@ NO_INDEX = PrefixIndex(None)
 def fill_cached(run: engine_pb2.RunPrefill, admitted: Admitted, evicted: Sequence[int]) -> None:
     """Tells a rank what it gives up first, what it reads of what is cached, and what it keeps."""
     run.evict.extend(evicted)
-    for part, span in admitted.match.parts:
-        run.cached.parts.add(run=part.number, token_begin=span.begin, token_end=span.end)
     if admitted.match.parts:
-        run.cached.tokens_by_rank.extend(admitted.match.tokens_by_rank())
+        run.cached.CopyFrom(cached_prefix(admitted.match))
     if admitted.run is not None:
         run.keep.run, run.keep.token_end = admitted.run.number, admitted.run.end
+
+
+def cached_prefix(match: Match) -> engine_pb2.CachedPrefix:
+    """What is found of a text, run by run."""
+    cached = engine_pb2.CachedPrefix(tokens_by_rank=match.tokens_by_rank())
+    for part, span in match.parts:
+        cached.parts.add(run=part.number, token_begin=span.begin, token_end=span.end)
+    return cached
 
 
 def _by_attention(

@@ -71,7 +71,7 @@ class Delivery:
 class Publisher:
     """Owns the blocks of all undelivered KV, and what is kept of it.
 
-    Called by the compute thread; told of ends by the sender's thread.
+    Called by the compute thread, and by the link's for what other groups send and get; told of ends by the sender's.
     """
 
     def __init__(
@@ -133,6 +133,36 @@ class Publisher:
         if transfer is not None:
             transfer.done.add_done_callback(lambda _done: self._on_transfer_done(key, transfer))
         return delivery
+
+    def send_cached(self, send: engine_pb2.SendCached, num_layers: int) -> None:
+        """Sends KV that is cached here to another group: as of an attempt that computes nothing."""
+        run = engine_pb2.RunPrefill(attempt=send.attempt, placement=send.placement, cached=send.cached)
+        try:
+            delivery = self.begin(run, [])
+        except ValueError as error:
+            self._report_failure(send.attempt, "PREFIX_NOT_CACHED", str(error))
+            return
+        for layer in range(num_layers):
+            self.layer_ready(delivery, layer)
+        self.computed(delivery, 0, 0.0)
+
+    def take(self, spans: Sequence[Span]) -> Rows:
+        """Blocks for tokens that another group sends; never waits.
+
+        Raises:
+            OutOfBlocksError: there is no room now.
+        """
+        with self._changed:
+            return Rows(spans, self._pool.allocate(-(-sum(map(len, spans)) // BLOCK_TOKENS)))
+
+    def keep(self, number: int, rows: Rows) -> None:
+        """Caches what another group has sent as a run."""
+        with self._changed:
+            self._kept.keep(number, rows, rows.spans[-1].end if rows.spans else 0)
+
+    def give_back(self, rows: Rows) -> None:
+        """Frees what was taken in vain."""
+        self._free([rows])
 
     def layer_ready(self, delivery: Delivery, layer: int) -> None:
         """The slice's keys and values of `layer` lie in the arena; returns at once."""
@@ -203,10 +233,11 @@ class Publisher:
         with self._changed:
             delivery = self._deliveries.get(key)
         if delivery is not None:  # else it was given up here, and the error says no more than that
-            failed = engine_pb2.AttemptFailed(
-                attempt=delivery.attempt, reason=error.reason, message=f"{self._name}: {error}"
-            )
-            self._report(engine_pb2.EngineEvent(attempt_failed=failed))
+            self._report_failure(delivery.attempt, error.reason, str(error))
+
+    def _report_failure(self, attempt: placement_pb2.Attempt, reason: str, message: str) -> None:
+        failed = engine_pb2.AttemptFailed(attempt=attempt, reason=reason, message=f"{self._name}: {message}")
+        self._report(engine_pb2.EngineEvent(attempt_failed=failed))
 
     def _finish_if_over(self, delivery: Delivery) -> None:
         if delivery.bytes_sent is None or delivery.collective_bytes is None:

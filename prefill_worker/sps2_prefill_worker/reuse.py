@@ -5,6 +5,7 @@ Between the leader's coordinator, which knows attempts and ranks, and the book, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from sps2_engine.kv_pool import BLOCK_TOKENS
 from sps2_layout.layout import Span
@@ -33,6 +34,20 @@ class Taken:
     admitted: Admitted
     evicted: Sequence[int]
     """Runs that ranks give up before it begins, those included that they were told of and may not know yet."""
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """A part of a prompt's beginning that another group has cached, as it is to lie here."""
+
+    run: int
+    """What it will be."""
+    tokens: Span
+    """All of it, behind what is cached here."""
+    spans: Sequence[Span]
+    """Of each sequence rank; maybe none."""
+    evicted: Sequence[int]
+    """Runs that ranks give up before, those included that they were told of and may not know yet."""
 
 
 class PrefixReuse:
@@ -99,6 +114,44 @@ class PrefixReuse:
         self.num_cached_tokens += wish.match.num_tokens
         return Taken(wish, admitted, evicted)
 
+    def num_cached(self, prompt: Prompt) -> int:
+        """Tokens of a prompt's beginning that are cached here."""
+        return self._cache.find(prompt).num_tokens
+
+    def begin_fetch(self, key: AttemptKey, prompt: Prompt, num_tokens: int) -> Fetch | None:
+        """Makes room for what comes of a prompt's beginning, and keeps what is cached of it.
+
+        To the book a fetch is an attempt that computes the beginning: `delivered` when it is complete, `abandon` and
+        `forget` when it is not.
+
+        Args:
+            key: of the attempt that it is for.
+            prompt: its text.
+            num_tokens: of the beginning, whole blocks.
+
+        Returns:
+            None where it is cached here already, or others would have to wait for its room.
+        """
+        beginning = replace(prompt, keys=prompt.keys[: num_tokens // BLOCK_TOKENS], num_tokens=num_tokens + 1)
+        match = self._cache.find(beginning)
+        tokens = Span(match.num_tokens, num_tokens)
+        spans = _shared_by_blocks(tokens, self._of_group.mesh.sp)
+        by_rank = [[span] for span in spans]
+        if not tokens or not self._cache.has_idle_room(match, by_rank):
+            return None
+        admitted = self._cache.admit(key, beginning, match, by_rank)
+        self._gone(admitted.evicted)
+        assert admitted.run is not None, "it ends behind what is cached"
+        return Fetch(admitted.run.number, tokens, spans, list(self._evicted))
+
+    def lend(self, key: AttemptKey, prompt: Prompt) -> Match | None:
+        """Holds a whole beginning for another group to copy, until `forget`; None where it is not cached."""
+        match = self._cache.find(prompt)
+        if match.num_tokens < len(prompt.keys) * BLOCK_TOKENS:
+            return None
+        self._cache.admit(key, prompt, match, [[] for _ in range(self._of_group.mesh.sp)])
+        return match
+
     def delivered(self, key: AttemptKey) -> Sequence[int]:
         """See `PrefixCache.delivered`."""
         return self._gone(self._cache.delivered(key))
@@ -127,3 +180,10 @@ class PrefixReuse:
 
     def _tell(self) -> None:
         self._index.tell(self._cache.take_changes())
+
+
+def _shared_by_blocks(tokens: Span, num_ranks: int) -> list[Span]:
+    """Whole blocks of these tokens, about as many for each rank."""
+    num_blocks = len(tokens) // BLOCK_TOKENS
+    ends = [tokens.begin + num_blocks * rank // num_ranks * BLOCK_TOKENS for rank in range(num_ranks + 1)]
+    return [Span(begin, end) for begin, end in pairwise(ends)]

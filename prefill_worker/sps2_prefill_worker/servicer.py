@@ -8,7 +8,7 @@ import grpc
 
 from sps2.internal.v1 import prefill_service_pb2
 from sps2_prefill_worker.coordinator import PrefillCoordinator
-from sps2_prefill_worker.validation import check_prefill
+from sps2_prefill_worker.validation import check_prefill, check_send_prefix
 from sps2_service.request_fields import Vocabulary
 from sps2_service.telemetry import bind_request
 
@@ -31,3 +31,13 @@ class PrefillServicer:
         async with aclosing(self._coordinator.prefill(request)) as events:
             async for event in events:
                 yield event
+
+    async def SendPrefix(  # noqa: N802 - named by the proto
+        self,
+        request: prefill_service_pb2.SendPrefixRequest,
+        _context: "grpc.aio.ServicerContext[Any, Any]",
+    ) -> prefill_service_pb2.SendPrefixResponse:
+        """See prefill_service.proto."""
+        check_send_prefix(request)
+        bytes_sent = await self._coordinator.send_prefix(request)
+        return prefill_service_pb2.SendPrefixResponse(bytes_sent=bytes_sent)

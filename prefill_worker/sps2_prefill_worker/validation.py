@@ -12,6 +12,12 @@ from sps2_service.request_fields import Vocabulary
 MAX_RANKS = 4096
 """Of any group."""
 MAX_ADDRESS_CHARS = 128
+"""Of where an engine takes KV, by number."""
+MAX_NAME_CHARS = 260
+"""Of a leader's address, maybe by a full domain name."""
+BLOCK_TOKENS = 64
+MAX_BLOCKS = 1 << 14
+"""Of a prompt: a million tokens."""
 
 
 def check_prefill(request: prefill_service_pb2.PrefillRequest, vocabulary: Vocabulary) -> None:
@@ -24,12 +30,39 @@ def check_prefill(request: prefill_service_pb2.PrefillRequest, vocabulary: Vocab
     vocabulary.check("token_ids", request.token_ids)
     check_token_choice("choice", request.choice, vocabulary)
     num_tokens = len(request.token_ids)
-    for index, held in enumerate(request.placement.held):
+    _check_placement(request.placement, request.attempt, num_tokens)
+    for index, source in enumerate(request.prefix_sources):
+        field = f"prefix_sources[{index}]"
+        if source.num_tokens < 0 or source.num_tokens % BLOCK_TOKENS:
+            raise InvalidArgument.of_field(
+                f"{field}.num_tokens", f"is {source.num_tokens}; send whole blocks"
+            )
+        _check_address(f"{field}.leader_address", source.leader_address, MAX_NAME_CHARS)
+
+
+def check_send_prefix(request: prefill_service_pb2.SendPrefixRequest) -> None:
+    """The same for what another group's leader asks.
+
+    Raises:
+        InvalidArgument: names the field.
+    """
+    check_attempt("attempt", request.attempt)
+    if not 0 < len(request.block_hashes) <= MAX_BLOCKS:
+        raise InvalidArgument.of_field(
+            "block_hashes", f"has {len(request.block_hashes)}; send 1 to {MAX_BLOCKS}"
+        )
+    _check_placement(request.placement, request.attempt, len(request.block_hashes) * BLOCK_TOKENS)
+
+
+def _check_placement(
+    placement: placement_pb2.Placement, attempt: placement_pb2.Attempt, num_tokens: int
+) -> None:
+    for index, held in enumerate(placement.held):
         _check_part(f"placement.held[{index}]", held, num_tokens)
-    for index, shard in enumerate(request.placement.shards):
+    for index, shard in enumerate(placement.shards):
         field = f"placement.shards[{index}]"
         _check_part(field, shard, num_tokens)
-        if shard.fence.attempt != request.attempt:
+        if shard.fence.attempt != attempt:
             raise InvalidArgument.of_field(f"{field}.fence.attempt", "is another attempt than this one")
         _check_address(f"{field}.transfer_address", shard.transfer_address)
 
@@ -46,6 +79,6 @@ def _check_part(
         )
 
 
-def _check_address(field: str, address: str) -> None:
-    if not (0 < len(address) <= MAX_ADDRESS_CHARS and address.isascii() and address.isprintable()):
-        raise InvalidArgument.of_field(field, f"must be host:port, 1 to {MAX_ADDRESS_CHARS} ASCII characters")
+def _check_address(field: str, address: str, max_chars: int = MAX_ADDRESS_CHARS) -> None:
+    if not (0 < len(address) <= max_chars and address.isascii() and address.isprintable()):
+        raise InvalidArgument.of_field(field, f"must be host:port, 1 to {max_chars} ASCII characters")

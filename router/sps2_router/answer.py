@@ -77,7 +77,7 @@ class Answer:
         """Adds the bytes that an attempt has moved, once it is over."""
         delivered = attempt.handshake.delivered
         self._bytes.collective += delivered.collective_bytes
-        self._bytes.kv_transfer += delivered.kv_transfer_bytes
+        self._bytes.kv_transfer += delivered.kv_transfer_bytes + delivered.fetched_bytes
 
     @property
     def finish_reasons(self) -> list[generation_pb2.FinishReason.ValueType]:

@@ -186,7 +186,9 @@ class Attempt:
         stub: Any = prefill_service_pb2_grpc.PrefillServiceStub(self._prefill_channel)
         assert self.handshake.placement is not None
         call: Any = stub.Prefill(
-            wire.pack_prefill(self._request, self._attempt, self.handshake.placement),
+            wire.pack_prefill(
+                self._request, self._attempt, self.handshake.placement, self._pair.prefill.name
+            ),
             timeout=self._scope.remaining,
             metadata=self._trace.metadata(span_names.PREFILL),
         )

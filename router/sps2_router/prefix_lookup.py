@@ -69,4 +69,5 @@ def _held(holder: Holder, num_tokens: int, view: WorkersView) -> HeldPrefix | No
         return None
     message = AttentionLayout.FromString(packed)
     attention = Attention(1, 1) if message.HasField("exact") else unpack_attention(message)
-    return HeldPrefix(worker.group, num_tokens, attention, worker.capabilities.kv_blocks_total * BLOCK_TOKENS)
+    room = worker.capabilities.kv_blocks_total * BLOCK_TOKENS
+    return HeldPrefix(worker.group, num_tokens, attention, room, worker.grpc_address)

@@ -23,6 +23,8 @@ class HeldPrefix:
     """Under which its KV was made."""
     room: int
     """Tokens whose KV one of its ranks can hold."""
+    leader_address: str = ""
+    """host:port, at which it is asked to send what it holds."""
 
 
 def with_reuse(request: Request, held: Iterable[HeldPrefix], keys_per_token: int) -> Request:
@@ -52,7 +54,8 @@ def with_reuse(request: Request, held: Iterable[HeldPrefix], keys_per_token: int
         for one in sorted(usable, key=lambda one: one.num_tokens)
         if (tokens := request.attention.num_usable(one.attention, one.num_tokens))
     }
-    return replace(request, cached=cached)
+    leaders = {one.group: one.leader_address for one in usable if one.group in cached}
+    return replace(request, cached=cached, holders=leaders)
 
 
 def cost(num_tokens: int, num_cached: int, num_seen: int, keys_per_token: int) -> float:

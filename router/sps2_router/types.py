@@ -107,6 +107,8 @@ class Request:
     """Which cached KV it may begin with."""
     cached: Mapping[str, int] = field(default_factory=dict)
     """By prefill group: leading tokens of which it is said to hold KV that this request can use."""
+    holders: Mapping[str, str] = field(default_factory=dict)
+    """The addresses of their leaders."""
 
     def __post_init__(self) -> None:
         """A request without a prompt cannot be served."""
@@ -173,6 +175,11 @@ class Group:
     def short_prompt_tokens(self) -> int:
         """Tokens of the longest prompt that it computes while it computes longer ones; 0: none."""
         return self.leader.load.short_prompt_tokens if self.leader is not None else 0
+
+    @property
+    def fetched_token_cost(self) -> float:
+        """What a token costs it that another prefill group has cached, in tokens that it computes; 1: no less."""
+        return (self.leader.load.fetched_token_cost if self.leader is not None else 0.0) or 1.0
 
     @property
     def num_ready(self) -> int:

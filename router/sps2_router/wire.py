@@ -2,8 +2,12 @@
 
 from sps2.internal.v1 import decode_service_pb2, placement_pb2, prefill_service_pb2
 from sps2.v1 import generation_pb2
+from sps2_layout.block_hash import BLOCK_TOKENS
 from sps2_layout.wire import pack_attention
 from sps2_router.types import GroupPair, Request, Reuse
+
+MAX_PREFIX_SOURCES = 4
+"""A prefill group asks one or two of them."""
 
 
 def pack_choice(request: Request) -> prefill_service_pb2.TokenChoice:
@@ -69,9 +73,9 @@ def pack_stop(choice_index: int) -> decode_service_pb2.DecodeRequest:
 
 
 def pack_prefill(
-    request: Request, attempt: placement_pb2.Attempt, placement: placement_pb2.Placement
+    request: Request, attempt: placement_pb2.Attempt, placement: placement_pb2.Placement, group: str
 ) -> prefill_service_pb2.PrefillRequest:
-    """The request of a prefill call."""
+    """The request of a prefill call to that group."""
     return prefill_service_pb2.PrefillRequest(
         attempt=attempt,
         token_ids=request.token_ids,
@@ -79,4 +83,18 @@ def pack_prefill(
         choice=pack_choice(request),
         attention=pack_attention(request.attention),
         block_hashes=() if request.reuse is Reuse.OFF else request.block_hashes,
+        prefix_sources=_prefix_sources(request, group),
     )
+
+
+def _prefix_sources(request: Request, group: str) -> list[prefill_service_pb2.PrefixSource]:
+    """Who holds more of the prompt's beginning than that group, the longest first."""
+    own = request.cached.get(group, 0)
+    longer = sorted(((tokens, name) for name, tokens in request.cached.items() if tokens > own), reverse=True)
+    return [
+        prefill_service_pb2.PrefixSource(
+            group=name, leader_address=request.holders[name], num_tokens=tokens // BLOCK_TOKENS * BLOCK_TOKENS
+        )
+        for tokens, name in longer[:MAX_PREFIX_SOURCES]
+        if request.holders.get(name)
+    ]

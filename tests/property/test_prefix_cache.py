@@ -73,6 +73,8 @@ class Book(RuleBasedStateMachine):
         in_use = [sum(len(one.blocks[rank]) for one in self.under_way.values()) for rank in range(NUM_RANKS)]
         readers = {run for one in self.under_way.values() for run, _ in one.admitted.match.parts}
         self.number += 1
+        is_idle = self.cache.has_idle_room(match, spans)
+        to_be_kept = sum(one.admitted.run is not None for one in self.under_way.values())
         admitted = self.cache.admit(self.number, prompt, match, spans)
         path = {run.number for run, _ in match.parts}
         assert not path & set(admitted.evicted), "nothing goes that the prompt itself reads"
@@ -86,6 +88,10 @@ class Book(RuleBasedStateMachine):
             assert any(h + u + t > BLOCKS for h, u, t in zip(held, in_use, taken, strict=True)), (
                 "what is read goes only where nothing else would do"
             )
+        if is_idle:
+            assert not read_before & set(admitted.evicted), "nobody notices"
+            assert to_be_kept == sum(one.admitted.run is not None for one in self.under_way.values())
+            assert min(self.cache.num_free) >= 0
         self._evict(admitted.evicted)
         parts = [
             engine_pb2.CachedPart(run=run.number, token_begin=span.begin, token_end=span.end)

@@ -19,6 +19,7 @@ from support.bad_calls import DECODE, TIMEOUT_S, BadCall, Code, check_calls
 from support.streams import epochs
 
 PREFILL = "/sps2.internal.v1.PrefillService/Prefill"
+SEND_PREFIX = "/sps2.internal.v1.PrefillService/SendPrefix"
 RESIZE = "/sps2.internal.v1.DecodeService/ResizeAttempt"
 JOIN = "/sps2.internal.v1.GroupService/JoinGroup"
 OPEN_RING = "/sps2.internal.v1.KvTransferService/OpenRing"
@@ -138,8 +139,29 @@ def prefill_calls(model: Model) -> list[BadCall]:
         ),
         ("logprobs", "choice.num_logprobs", lambda r: setattr(r.choice, "num_logprobs", MOST)),
     ]
+    wrong += [
+        ("half a block", "prefix_sources[0].num_tokens", _source(num_tokens=32)),
+        ("a holder of nowhere", "prefix_sources[0].leader_address", _source(leader_address="")),
+    ]
     calls = [_refused(name, PREFILL, field, _prefill(edit)) for name, field, edit in wrong]
-    return [*calls, _malformed("a prompt of noise", PREFILL)]
+    prefixes: list[tuple[str, str, Edit]] = [
+        ("a prefix of no attempt", "attempt.request_id", lambda r: r.ClearField("attempt")),
+        ("a prefix of no blocks", "block_hashes", lambda r: r.ClearField("block_hashes")),
+        ("a prefix to rank -1", f"{shard}.rank", _shard(rank=-1)),
+        ("a prefix to nowhere", f"{shard}.transfer_address", _shard(transfer_address="")),
+        ("more than the prefix", f"{shard}.token_begin", _shard(token_end=MOST)),
+        ("heads of none", "placement", _shard(head_begin=MOST, head_end=MOST)),
+        ("a part of the prefix", "placement", _shard(token_end=NUM_TOKENS)),
+        ("a prefix of no mask", "attention", lambda r: r.ClearField("attention")),
+    ]
+    calls += [_refused(name, SEND_PREFIX, field, _send_prefix(edit)) for name, field, edit in prefixes]
+    unknown = _send_prefix(lambda _: None)
+    return [
+        *calls,
+        BadCall("a prefix of nobody", SEND_PREFIX, unknown, Code.NOT_FOUND, reason="PREFIX_NOT_CACHED"),
+        _malformed("a prompt of noise", PREFILL),
+        _malformed("a prefix of noise", SEND_PREFIX),
+    ]
 
 
 def transfer_calls(model: Model, folder: Path) -> list[BadCall]:
@@ -247,6 +269,24 @@ def _prefill(edit: Edit) -> bytes:
     request.placement.shards.add(token_end=NUM_TOKENS, transfer_address="127.0.0.1:1", fence=fence)
     edit(request)
     return request.SerializeToString()
+
+
+def _send_prefix(edit: Edit) -> bytes:
+    attention = placement_pb2.AttentionLayout(
+        num_tokens=64, num_prefilled=64, exact=placement_pb2.ExactMask()
+    )
+    request = prefill_service_pb2.SendPrefixRequest(
+        attempt=ATTEMPT, attention=attention, block_hashes=[b"x" * 32]
+    )
+    fence = placement_pb2.Fence(process_incarnation="x", epoch=1, attempt=ATTEMPT)
+    request.placement.shards.add(token_end=64, transfer_address="127.0.0.1:1", fence=fence)
+    edit(request)
+    return request.SerializeToString()
+
+
+def _source(**fields: object) -> Edit:
+    source = {"group": "prefill-1", "leader_address": "127.0.0.1:1", "num_tokens": 64} | fields
+    return lambda request: request.prefix_sources.add(**source)
 
 
 def _billion_shards(request: Prefill) -> None:

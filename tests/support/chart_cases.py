@@ -18,6 +18,13 @@ TRIGGER = {
     "metadata": {"serverAddress": "http://prometheus:9090", "query": "sum(up)", "threshold": "8"},
 }
 KEDA = {"kind": "keda", "min": 2, "max": 9, "triggers": [TRIGGER]}
+PODS_METRIC = {
+    "type": "Pods",
+    "pods": {
+        "metric": {"name": "sps2_kv_cache_usage_ratio"},
+        "target": {"type": "AverageValue", "averageValue": "800m"},
+    },
+}
 HPA = {"kind": "hpa", "min": 1, "max": 5, "targetCPU": 60}
 GPU = {"enabled": True}
 INGRESS = {"enabled": True, "className": "nginx", "host": "llm.example.com", "tlsSecret": "llm-tls"}
@@ -36,6 +43,16 @@ def pools(**pool: Any) -> dict[str, Any]:
 
 CASES: dict[str, Values] = {
     "defaults": {},
+    "no metrics": {"metrics": {"enabled": False}},
+    "named scrapers": {
+        "networkPolicy": {"scrapers": [{"podSelector": {"matchLabels": {"app": "prometheus"}}}]}
+    },
+    "tenants": {
+        "router": {
+            "authTokens": {"secret": {"name": "tokens"}, "testToken": {"name": "test-token", "key": "t"}},
+            "tenants": {"name": "limits", "key": "limits.txt"},
+        }
+    },
     "trial-cpu": example("trial-cpu"),
     "one-node-8-gpu": example("one-node-8-gpu"),
     "multi-node-rdma": example("multi-node-rdma"),
@@ -57,6 +74,12 @@ CASES: dict[str, Values] = {
     "hpa of pods": {**pools(autoscaling=HPA), "router": {"autoscaling": HPA}},
     "hpa of lws": pools(ranks=2, placement="lws", autoscaling=HPA),
     "keda of pods": {**pools(ranks=2, autoscaling=KEDA), "router": {"autoscaling": KEDA}},
+    "keda by signals": {
+        **pools(ranks=2, autoscaling={"kind": "keda"}),
+        "router": {"autoscaling": {"kind": "keda"}},
+        "monitoring": {"prometheus": "https://prometheus.example.com/tenant"},
+    },
+    "hpa by metrics": pools(autoscaling={"kind": "hpa", "metrics": [PODS_METRIC]}),
     "keda of lws": pools(ranks=4, placement="lws", gpu=GPU, autoscaling=KEDA),
     "rdma": pools(
         ranks=2, placement="lws", gpu=GPU, rdma={"enabled": True, "resource": "rdma/ib", "count": 2}
@@ -84,6 +107,12 @@ CASES: dict[str, Values] = {
         "networkPolicy": {"clients": [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}]}
     },
     "monitoring": {"monitoring": MONITORING},
+    "monitoring of pods": {"monitoring": MONITORING, **pools(ranks=3)},
+    "monitoring of sets": {
+        "monitoring": MONITORING,
+        "prefill": {"ranks": 2, "placement": "lws"},
+        "decode": {"groups": 2, "ranks": 3, "placement": "statefulset"},
+    },
     "tracing": {"tracing": {"otlpEndpoint": "http://collector.telemetry:14317", "sampleRatio": 0.125}},
     "no budgets": {
         part: {"pdb": {"enabled": False}} for part in ("router", "directory", "prefill", "decode")
@@ -161,6 +190,7 @@ def product_of_values() -> Iterator[tuple[str, Values]]:
             "model": models[source],
             "redis": OUTER_REDIS if redis == "outer" else {},
             "networkPolicy": {"enabled": policies},
+            "monitoring": MONITORING if policies else {},
             **pools(**pool),
         }
         yield name, values

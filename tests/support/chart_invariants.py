@@ -14,6 +14,7 @@ from support.rank_commands import Process, module_exists, processes
 STOPPING_S = 15
 """What a stop takes beside preStop, drain and grace: resisting tasks, the engine, leaving the group."""
 PORTS = {"router": 50051, "directory": 50060, "prefill": 50070, "decode": 50080, "redis": 6379}
+METRICS_PORT = 9090
 FREE_PORT = 43210
 """Stands for the ports that collectives and transfers take."""
 SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|API_KEY|CREDENTIAL")
@@ -60,8 +61,6 @@ def selectors_find_their_pods(rendered: Rendered) -> None:
         _of_one_component(rendered, one["spec"]["selector"], one)
     for one in rendered.of("NetworkPolicy"):
         _of_one_component(rendered, one["spec"]["podSelector"], one)
-    for one in rendered.of("PodMonitor"):
-        assert any(matches(one["spec"]["selector"], workload.labels) for workload in rendered.workloads)
 
 
 def services_lead_to_ports_that_are_listened_on(rendered: Rendered) -> None:
@@ -84,7 +83,7 @@ def flags_are_those_of_the_services(rendered: Rendered) -> None:
             assert module_exists(process.container["command"][2])
             host, _, _ = process.config.listen.rpartition(":")
             assert host in {"0.0.0.0", process.ip}
-            listened_on = dict.fromkeys((process.port, process.probe_port))
+            listened_on = dict.fromkeys((process.port, process.probe_port, *process.metrics_ports))
             assert [port["containerPort"] for port in process.container["ports"]] == [*listened_on]
     for component, port in PORTS.items():
         for workload in rendered.part(component):
@@ -178,6 +177,12 @@ def policies_open_nothing_else(rendered: Rendered) -> None:
     for target, port in closed:
         assert not allowed(policies, None, labels[target], port), target
         assert not allowed(policies, labels["test"], labels[target], port), target
+    scraper = {"app": "prometheus"}
+    named = rendered.values["networkPolicy"]["scrapers"] != [{"namespaceSelector": {}}]
+    for target in ("router", "directory", "prefill", "decode"):
+        assert not allowed(policies, None, labels[target], METRICS_PORT), target
+        may_read = named and rendered.values["metrics"]["enabled"]
+        assert allowed(policies, scraper, labels[target], METRICS_PORT) == may_read, target
     assert not allowed(policies, labels["router"], labels["decode"], FREE_PORT)
     assert not allowed(policies, labels["router"], None, 6379)
     if "redis" in labels:
@@ -268,6 +273,7 @@ def secrets_come_by_reference(rendered: Rendered) -> None:
     given = {
         rendered.values["redis"]["passwordSecret"]["name"],
         rendered.values["model"]["download"]["tokenSecret"]["name"],
+        rendered.values["router"]["authTokens"]["testToken"]["name"],
     }
     for workload in rendered.workloads:
         for container in [*workload.spec.get("initContainers", []), *workload.containers]:
@@ -289,7 +295,7 @@ def references_lead_somewhere(rendered: Rendered) -> None:
         account = workload.spec["serviceAccountName"]
         assert not rendered.values["serviceAccount"]["create"] or rendered.named("ServiceAccount", account)
         for volume in workload.spec["volumes"]:
-            if "configMap" in volume:
+            if "configMap" in volume and volume["name"] != "tenants":  # which is the operator's own
                 assert rendered.named("ConfigMap", volume["configMap"]["name"])
         if workload.object["kind"] == "StatefulSet":
             assert rendered.named("Service", workload.object["spec"]["serviceName"])
@@ -301,6 +307,29 @@ def references_lead_somewhere(rendered: Rendered) -> None:
         backend = one["spec"]["rules"][0]["backendRefs"][0]
         ports = rendered.named("Service", backend["name"])["spec"]["ports"]
         assert backend["port"] in {port["port"] for port in ports}
+
+
+def tokens_and_tenants_are_mounted(rendered: Rendered) -> None:
+    given = rendered.values["router"]
+    wanted = [
+        ("auth_tokens", given["authTokens"]["secret"], "secret", "secretName"),
+        ("tenants", given["tenants"], "configMap", "name"),
+    ]
+    for workload in rendered.part("router"):
+        volumes = {volume["name"]: volume for volume in workload.spec["volumes"]}
+        for process in _processes(workload):
+            mounts = {one["mountPath"]: one for one in process.container["volumeMounts"]}
+            assert not any("subPath" in one for one in mounts.values()), "such a file never changes"
+            for field, reference, kind, name in wanted:
+                path = getattr(process.config, field)
+                assert (path is not None) == bool(reference["name"]), field
+                if path is not None:
+                    source = volumes[mounts[str(path.parent)]["name"]][kind]
+                    assert (source[name], path.name) == (reference["name"], reference["key"])
+    for workload in rendered.part("test"):
+        (container,) = workload.containers
+        names = {entry["name"] for entry in container["env"]}
+        assert ("SPS2_TOKEN" in names) == bool(given["authTokens"]["testToken"]["name"])
 
 
 def each_rank_has_its_devices(rendered: Rendered) -> None:
@@ -346,6 +375,7 @@ INVARIANTS: tuple[Callable[[Rendered], None], ...] = (
     autoscalers_rule_alone,
     secrets_come_by_reference,
     references_lead_somewhere,
+    tokens_and_tenants_are_mounted,
     each_rank_has_its_devices,
     budgets_let_one_group_go,
 )

@@ -12,12 +12,12 @@ from sps2.internal.v1 import engine_pb2
 from sps2.internal.v1.prefill_service_pb2 import TokenChoice
 from sps2.v1.generation_pb2 import SamplingSpec
 from sps2_decode_worker.loop import DecodeRole
-from sps2_decode_worker.mesh_placement import mesh_shards
 from sps2_decode_worker.move_messages import move_message
 from sps2_decode_worker.placing import Asked
 from sps2_decode_worker.scheduler import DecodeScheduler
 from sps2_decode_worker.tenants import Row
 from sps2_engine.kv_pool import BLOCK_TOKENS, slot_runs
+from sps2_engine.kv_transfer.mesh_shards import mesh_shards
 from sps2_engine.mesh import Mesh, TensorShare
 from sps2_engine.models import read_model_config
 from sps2_engine.models.tensor_bytes import tensor_bytes

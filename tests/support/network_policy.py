@@ -44,8 +44,15 @@ def _side(
 def _rule(rule: Object, direction: str, there: Labels | None, port: int, protocol: str) -> bool:
     peers: Any = rule.get("from" if direction == "Ingress" else "to")
     ports = rule.get("ports")
-    fits = not ports or any(one["port"] == port and one.get("protocol", "TCP") == protocol for one in ports)
+    fits = not ports or any(_fits(one, port, protocol) for one in ports)
     if not fits or not peers:
         return fits
     inside = [peer for peer in peers if "namespaceSelector" not in peer and "ipBlock" not in peer]
     return there is not None and any(matches(peer.get("podSelector", {}), there) for peer in inside)
+
+
+def _fits(one: Object, port: int, protocol: str) -> bool:
+    return (
+        bool(one["port"] <= port <= one.get("endPort", one["port"]))
+        and one.get("protocol", "TCP") == protocol
+    )

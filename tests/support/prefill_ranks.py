@@ -1,8 +1,9 @@
-"""Prefill engines of one group as threads: real weights, collectives and KV blocks; KV goes nowhere.
+"""Prefill engines of one group as threads: real weights, collectives and KV blocks; KV goes nowhere unless asked.
 
 What the leader would send is told by the test, also from inside what a rank reports.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -71,11 +72,13 @@ class PrefillRanks:
     Args:
         model: a checkpoint.
         mesh: the group.
+        sends: whether KV leaves.
     """
 
     model: Path
     mesh: Mesh
     hook: Hook = lambda _ranks, _rank, _event: None
+    sends: bool = False
     roles: list[PrefillRole] = field(default_factory=list)
     events: list[list[engine_pb2.EngineEvent]] = field(default_factory=list)
     """By rank."""
@@ -108,9 +111,13 @@ class PrefillRanks:
             link = cast("SupervisorLink", RankLink(lambda event, rank=rank: self._on_event(rank, event)))  # type: ignore[misc]
             role = PrefillRole(options, torch.device("cpu"), torch.float32, link)
             self.loaded = role.load(lambda _fraction: None)
+            self.roles.append(role)
+            if self.sends:
+                hold = engine_pb2.HoldLease(holds_until_s=math.inf)
+                self.notice(rank, engine_pb2.EngineCommand(hold_lease=hold))
+                continue
             sender = cast("KvSender", NoSender())
             role._publisher = Publisher(role._model.pool, sender, role.bytes_posted, options.name, role._send)
-            self.roles.append(role)
 
     def run_of(
         self,

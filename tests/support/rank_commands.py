@@ -50,6 +50,11 @@ class Process:
         """Where health answers in plaintext."""
         return int(self.config.health_port) if self.config.tls else self.port
 
+    @property
+    def metrics_ports(self) -> list[int]:
+        """Where metrics are served: one port, or none."""
+        return [int(self.config.metrics_port.rpartition(":")[2])] if self.config.metrics_port else []
+
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
     """`$(NAME)` as the kubelet replaces it; it leaves unknown names as they are, which is never meant here."""

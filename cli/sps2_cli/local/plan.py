@@ -106,6 +106,8 @@ class UpOptions:
     """What prefill ranks exchange: "auto", "heads" or "kv"."""
     sharing: str = "auto"
     """Prompts that all ranks of a prefill group share: "auto" or "all"."""
+    prefix_fetch: str = "auto"
+    """What prefill groups fetch of each other's cached KV: "auto", "always" or "never"."""
     prefill_tp: int = 1
     """Prefill ranks that split every layer between them; the rest of a group's ranks split the prompt."""
     decode_tp: int = 1
@@ -343,6 +345,7 @@ def _worker_spec(
     if role == "prefill":
         flags["--exchange"] = options.exchange
         flags["--sharing"] = options.sharing
+        flags["--prefix-fetch"] = options.prefix_fetch
     if leader is not None:
         flags["--leader"] = leader
     arguments = [str(part) for pair in flags.items() for part in pair]

@@ -23,13 +23,19 @@
 {{- if and $v.router.grpcRoute.enabled (not $v.router.grpcRoute.parentRefs) }}
 {{- fail "router.grpcRoute.parentRefs is required with router.grpcRoute.enabled: the Gateway to attach to" }}
 {{- end }}
+{{- if and $v.router.authTokens.testToken.name (not $v.router.authTokens.secret.name) }}
+{{- fail "router.authTokens.testToken needs router.authTokens.secret: without that every caller is let in" }}
+{{- end }}
+{{- if and $v.monitoring.podMonitor.enabled (not $v.metrics.enabled) }}
+{{- fail "monitoring.podMonitor.enabled needs metrics.enabled: there is nothing to scrape" }}
+{{- end }}
 {{- range $name := list "router" "prefill" "decode" }}
 {{- $scaling := (get $v $name).autoscaling }}
 {{- if and (ne $scaling.kind "none") (gt (int $scaling.min) (int $scaling.max)) }}
 {{- fail (printf "%s.autoscaling.min (%d) is more than max (%d)" $name (int $scaling.min) (int $scaling.max)) }}
 {{- end }}
-{{- if and (eq $scaling.kind "keda") (not $scaling.triggers) }}
-{{- fail (printf "%s.autoscaling.triggers is required with kind=keda" $name) }}
+{{- if and (eq $scaling.kind "keda") (not $scaling.triggers) (not (compact (values $scaling.signals))) }}
+{{- fail (printf "%s.autoscaling.signals are all 0, and there are no triggers: kind=keda needs one of them" $name) }}
 {{- end }}
 {{- end }}
 {{- range $name := list "prefill" "decode" }}

@@ -56,7 +56,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 
 {{/* Ports, the same in every release: a component has its own address. */}}
 {{- define "sps2.port" -}}
-{{- get (dict "router" "50051" "directory" "50060" "prefill" "50070" "decode" "50080" "redis" "6379") . -}}
+{{- get (dict "router" "50051" "directory" "50060" "prefill" "50070" "decode" "50080" "redis" "6379" "metrics" "9090") . -}}
 {{- end }}
 
 {{- define "sps2.directoryAddress" -}}

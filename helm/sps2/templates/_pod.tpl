@@ -100,6 +100,28 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
+{{/* Metrics of the `index`-th container of a pod of `root`: flag and port. */}}
+{{- define "sps2.metricsFlag" -}}
+{{- if .root.Values.metrics.enabled }}
+- --metrics-port=0.0.0.0:{{ add (int (include "sps2.port" "metrics")) .index }}
+{{- end }}
+{{- end }}
+
+{{- define "sps2.metricsPort" -}}
+{{- if .root.Values.metrics.enabled }}
+- {name: {{ include "sps2.metricsPortName" .index }}, containerPort: {{ add (int (include "sps2.port" "metrics")) .index }}}
+{{- end }}
+{{- end }}
+
+{{- define "sps2.metricsPortName" -}}
+{{- ternary "metrics" (printf "metrics-%d" (int .)) (eq (int .) 0) -}}
+{{- end }}
+
+{{/* How many containers of ours a pod of the component with these values has. */}}
+{{- define "sps2.containersOfPod" -}}
+{{- ternary (int .ranks) 1 (and (hasKey . "ranks") (eq (default "" .placement) "pod")) -}}
+{{- end }}
+
 {{/* Where probes ask: Kubernetes' gRPC probes speak no TLS. */}}
 {{- define "sps2.probePort" -}}
 {{- ternary (add (int .port) 1000) (int .port) (not (empty .root.Values.tls.secret)) -}}

@@ -3,7 +3,7 @@
 {{- define "sps2.rank" -}}
 {{- $full := include "sps2.fullname" .root -}}
 {{- $port := add (int (include "sps2.port" .component)) .index -}}
-{{- $listening := dict "root" .root "port" $port "name" (ternary "health" (printf "health-%d" .index) (eq .index 0)) -}}
+{{- $listening := dict "root" .root "port" $port "name" (ternary "health" (printf "health-%d" .index) (eq .index 0)) "index" .index -}}
 - name: {{ .container }}
   image: {{ include "sps2.image" . }}
   imagePullPolicy: {{ .root.Values.images.pullPolicy }}
@@ -26,6 +26,7 @@
     - --drain-s={{ include "sps2.scalar" .c.drainSeconds }}
     - --grace-s={{ include "sps2.scalar" .c.graceSeconds }}
     {{- include "sps2.tlsFlags" $listening | nindent 4 }}
+    {{- include "sps2.metricsFlag" $listening | nindent 4 }}
     {{- include "sps2.flags" .c.flags | nindent 4 }}
   env:
     - name: POD_IP
@@ -41,6 +42,7 @@
   ports:
     - {name: {{ ternary "grpc" (printf "grpc-%d" .index) (eq .index 0) }}, containerPort: {{ $port }}}
     {{- include "sps2.healthPort" $listening | nindent 4 }}
+    {{- include "sps2.metricsPort" $listening | nindent 4 }}
   {{- include "sps2.lifecycle" (dict "c" .c "port" (include "sps2.probePort" $listening)) | nindent 2 }}
   {{- $limits := deepCopy (default dict .c.resources.limits) }}
   {{- if .c.gpu.enabled }}{{ $_ := set $limits .c.gpu.resource 1 }}{{ end }}

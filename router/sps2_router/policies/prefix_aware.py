@@ -11,9 +11,10 @@ class PrefixAware(Policy):
     """Of the groups for which a prompt costs least, the pair that `LeastLoaded` would take.
 
     A prompt costs a group the tokens that wait or run there, by this router's count or the leader's last report,
-    whichever is more, and those of its own that are not cached there. So the holder of its beginning is preferred
-    unless its queue is longer than what computing the beginning elsewhere would add. Where nothing is cached for a
-    prompt, it is `LeastLoaded`.
+    whichever is more, and those of its own that are not cached there; what another group has cached counts as much as
+    it costs to fetch, by the leader's word. So the holder of its beginning is preferred unless its queue is longer than
+    what fetching or computing the beginning elsewhere would add. Where nothing is cached for a prompt, it is
+    `LeastLoaded`.
     """
 
     def __init__(self) -> None:
@@ -33,8 +34,10 @@ class PrefixAware(Policy):
         return self._among_equals.pick(ask, prefill, decode, loads)
 
 
-def _cost(group: Group, ask: Ask, loads: Mapping[str, GroupLoad]) -> int:
-    """Tokens that the group computes until it has computed this prompt."""
+def _cost(group: Group, ask: Ask, loads: Mapping[str, GroupLoad]) -> float:
+    """Tokens that the group computes until it has computed this prompt; those that it fetches count as less."""
     reported = group.leader.load.queued_tokens if group.leader is not None else 0
     queued = max(loads.get(group.name, NO_LOAD).num_prompt_tokens, reported)
-    return queued + ask.num_tokens - ask.cached.get(group.name, 0)
+    own = ask.cached.get(group.name, 0)
+    fetched = max(ask.cached.values()) - own
+    return queued + ask.num_tokens - own - fetched * (1 - group.fetched_token_cost)

@@ -11,6 +11,7 @@ import pytest
 from support.chart import CHART_DIR, render
 from support.chart_cases import CASES, product_of_values
 from support.chart_invariants import INVARIANTS
+from support.chart_monitoring import MONITORING_INVARIANTS
 from support.must_show import MustShow
 
 pytestmark = pytest.mark.acceptance
@@ -19,17 +20,18 @@ pytestmark = pytest.mark.acceptance
 def test_matrix(must_show: MustShow) -> None:
     with must_show("1 chart: rendered, valid for Kubernetes, invariants") as figures:
         kinds: Counter[str] = Counter()
+        invariants = (*INVARIANTS, *MONITORING_INVARIANTS)
         sets = [*CASES.items(), *product_of_values()]
         for name, values in sets:
             rendered = render(values)
             kinds.update(one["kind"] for one in rendered.objects)
-            for invariant in INVARIANTS:
+            for invariant in invariants:
                 try:
                     invariant(rendered)
                 except AssertionError as error:
                     raise AssertionError(f"{name}: {invariant.__name__}: {error}") from error
         figures.append(f"{len(sets)} sets of values, {kinds.total()} objects of {len(kinds)} kinds")
-        figures.append(f"{len(INVARIANTS)} invariants each")
+        figures.append(f"{len(invariants)} invariants each")
 
 
 def test_lint(must_show: MustShow) -> None:

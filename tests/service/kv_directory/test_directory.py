@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from sps2.internal.v1.kv_directory_service_pb2 import (
     GetClusterStateResponse,
@@ -198,6 +199,41 @@ async def test_prefixes_are_found_through_another_replica(
             other.kill()
             assert await second.find_prefix(chain) == []  # a prompt goes on without reuse
             assert await first.find_prefix(chain)
+
+
+async def test_two_holders_of_a_prefix_tell_it_again_after_the_data_is_lost(
+    directory: DirectoryProcess, redis_server: RedisServer
+) -> None:
+    """Each what it holds by then, no more; a prompt that asks meanwhile goes on without."""
+    chain, exact = [b"%032d" % index for index in range(150)], AttentionLayout(exact=ExactMask())
+    options = DirectoryOptions(find_timeout_s=2, renew_interval_s=0.2)
+
+    async def found(client: DirectoryClient, keys: list[bytes]) -> dict[str, int]:
+        return {match.holder.worker_id: match.num_keys for match in await client.find_prefix(keys)}
+
+    async def until_found(client: DirectoryClient, keys: list[bytes], expected: dict[str, int]) -> None:
+        async with asyncio.timeout(20):
+            while await found(client, keys) != expected:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.05)
+
+    async with (
+        DirectoryClient(directory.address, options) as one,
+        DirectoryClient(directory.address, options) as other,
+    ):
+        workers = [make_worker("prefill-0/0"), make_worker("prefill-1/0")]
+        both = registered(one, workers[0]), registered(other, workers[1])
+        async with running(both[0].run()), running(both[1].run()):
+            await until(lambda: all(each.standing is Standing.REGISTERED for each in both))
+            one.prefixes.hold(exact, chain)
+            other.prefixes.hold(exact, chain[:40])
+            await until_found(one, chain[:64], {"prefill-0/0": 64, "prefill-1/0": 40})
+            await until_found(one, chain[128:], {"prefill-0/0": 22})
+            with Redis.from_url(redis_server.url) as store:
+                store.flushall()
+            one.prefixes.drop(exact, chain[140:])
+            other.prefixes.drop(exact, chain[20:40])
+            await until_found(one, chain[:64], {"prefill-0/0": 64, "prefill-1/0": 20})
+            await until_found(other, chain[128:], {"prefill-0/0": 12})
 
 
 async def test_bad_input_names_its_field(directory: DirectoryProcess) -> None:

@@ -4,7 +4,8 @@ import pytest
 
 from sps2.internal.v1.engine_pb2 import ReserveRow
 from sps2.internal.v1.placement_pb2 import Placement
-from sps2_decode_worker.mesh_placement import mesh_shards, own_lane
+from sps2_decode_worker.mesh_placement import own_lane
+from sps2_engine.kv_transfer.mesh_shards import mesh_shards
 from sps2_engine.kv_transfer.relayout import check_covers, lanes
 from sps2_engine.mesh import Mesh, TensorShare
 from sps2_layout.layout import Span

@@ -10,7 +10,7 @@ import helm_python
 import pytest
 
 from support.chart import CHART_DIR, Rendered, example, render
-from support.chart_cases import CASES, HPA, PVC, pools, rendered_case
+from support.chart_cases import CASES, HPA, MONITORING, PVC, pools, rendered_case
 from support.chart_invariants import INVARIANTS
 from support.kube_schemas import NEWEST, errors
 
@@ -42,7 +42,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"router": {"ingress": {"enabled": True, "host": "h"}}}, "router.ingress.tlsSecret"),
     ({"router": {"grpcRoute": {"enabled": True}}}, "router.grpcRoute.parentRefs"),
     ({"router": {"autoscaling": {"kind": "hpa", "min": 9, "max": 3}}}, "router.autoscaling.min"),
-    ({"decode": {"autoscaling": {"kind": "keda"}}}, "decode.autoscaling.triggers"),
+    ({"router": {"autoscaling": {"kind": "keda", "signals": {"requests": 0}}}}, "router.autoscaling.signals"),
+    ({"decode": {"autoscaling": {"signals": {"queuedTokens": 1}}}}, "queuedTokens"),
+    ({"decode": {"autoscaling": {"targetGPU": 1}}}, "targetGPU"),
+    ({"decode": {"autoscaling": {"signals": {"kvUsage": 80}}}}, "/decode/autoscaling/signals/kvUsage"),
+    ({"router": {"flags": {"metrics-port": ":9"}}}, "'metrics-port' not allowed"),
+    ({"router": {"flags": {"tenants": "/x"}}}, "'tenants' not allowed"),
+    ({"router": {"authTokens": {"testToken": {"name": "t"}}}}, "router.authTokens.testToken"),
+    ({"router": {"authTokens": {"secret": {"name": "t", "key": "../k"}}}}, "/router/authTokens/secret/key"),
+    ({"networkPolicy": {"scrapers": []}}, "/networkPolicy/scrapers"),
+    ({"metrics": {"enabled": False}, "monitoring": MONITORING}, "monitoring.podMonitor.enabled"),
+    ({"monitoring": {"prometheus": "prometheus:9090"}}, "/monitoring/prometheus"),
+    ({"monitoring": {"thresholds": {"kvUsage": 95}}}, "/monitoring/thresholds/kvUsage"),
+    ({"monitoring": {"thresholds": {"latency": 1}}}, "latency"),
+    ({"monitoring": {"slo": {"ttftSeconds": 3}}}, "/monitoring/slo/ttftSeconds"),
+    ({"monitoring": {"slo": {"ttftObjective": 1}}}, "/monitoring/slo/ttftObjective"),
     (pools(placement="statefulset", autoscaling=HPA), "prefill.autoscaling.kind"),
     ({"decode": {"exclusiveTopologyKey": "rack"}}, "decode.exclusiveTopologyKey"),
     ({"prefill": {"ranks": 32}}, "prefill.ranks=32"),

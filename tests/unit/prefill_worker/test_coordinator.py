@@ -10,9 +10,10 @@ from sps2.internal.v1 import engine_pb2, prefill_service_pb2
 from sps2.v1 import cluster_pb2
 from sps2_engine.attention.cost_model import Choice
 from sps2_layout.attention import Attention
+from sps2_layout.block_hash import BLOCK_TOKENS
 from sps2_layout.profiles import EXACT, Ladder, Profile
 from sps2_layout.wire import pack_attention
-from sps2_prefill_worker.coordinator import BLOCK_TOKENS, PrefillCoordinator
+from sps2_prefill_worker.coordinator import PrefillCoordinator
 from sps2_service.errors import FailedPrecondition, InvalidArgument, Unavailable
 from sps2_service.ranks.group import GroupState
 

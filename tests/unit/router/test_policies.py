@@ -114,6 +114,18 @@ def test_the_holder_of_a_beginning_is_preferred_unless_its_queue_costs_more() ->
     assert picked.prefill.name == "prefill-0", "this router's own count holds before the leader has reported"
 
 
+def test_what_can_be_fetched_counts_as_what_it_costs() -> None:
+    """At a tenth of computing 900 tokens, a queue of more than 90 is worth going elsewhere."""
+    for queued, expected in ((89, "prefill-1"), (91, "prefill-0")):
+        groups = [
+            busy("prefill-0", fetched_token_cost=0.1),
+            busy("prefill-1", fetched_token_cost=0.1, queued_tokens=queued),
+        ]
+        picked = PrefixAware().pick(holder({"prefill-1": 900}), groups, DECODE, {})
+        assert picked is not None
+        assert picked.prefill.name == expected
+
+
 def test_of_two_holders_the_one_with_more_and_without_any_the_least_loaded() -> None:
     picked = PrefixAware().pick(holder({"prefill-0": 64, "prefill-1": 128}), PREFILL, DECODE, {})
     assert picked is not None

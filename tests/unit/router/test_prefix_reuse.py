@@ -87,8 +87,29 @@ def test_off_takes_nothing_and_leaves_nothing() -> None:
     asked = request(6200, EXACT, Reuse.OFF)
     assert with_reuse(asked, [held(5952, Attention(1, 1))], KEYS_PER_TOKEN) is asked
     attempt, placement = placement_pb2.Attempt(), placement_pb2.Placement()
-    assert not pack_prefill(asked, attempt, placement).block_hashes
-    assert len(pack_prefill(replace(asked, reuse=Reuse.EXACT), attempt, placement).block_hashes) == 96
+    assert not pack_prefill(asked, attempt, placement, "prefill-0").block_hashes
+    exact = replace(asked, reuse=Reuse.EXACT)
+    assert len(pack_prefill(exact, attempt, placement, "prefill-0").block_hashes) == 96
+
+
+def test_the_group_is_told_who_holds_more_than_it_does() -> None:
+    asked = request(6200, EXACT)
+    amounts = {"prefill-0": 640, "prefill-1": 640, "prefill-2": 5952, "prefill-3": 1024}
+    found = [
+        replace(held(tokens, Attention(1, 1), group), leader_address=f"{group}:1")
+        for group, tokens in amounts.items()
+    ]
+    made = with_reuse(asked, [*found, held(6016, Attention(1, 1), "without-address")], KEYS_PER_TOKEN)
+    attempt, placement = placement_pb2.Attempt(), placement_pb2.Placement()
+
+    def sources(group: str) -> list[tuple[str, str, int]]:
+        packed = pack_prefill(made, attempt, placement, group).prefix_sources
+        return [(one.group, one.leader_address, one.num_tokens) for one in packed]
+
+    longest, next_one = ("prefill-2", "prefill-2:1", 5952), ("prefill-3", "prefill-3:1", 1024)
+    assert sources("prefill-0") == [longest, next_one]
+    assert sources("prefill-2") == []
+    assert sources("prefill-9")[:2] == [longest, next_one]
 
 
 class Directory:

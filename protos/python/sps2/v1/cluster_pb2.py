@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sps2/v1/cluster.proto\x12\x07sps2.v1\"\xca\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12!\n\x04role\x18\x02 \x01(\x0e\x32\x13.sps2.v1.WorkerRole\x12\r\n\x05group\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\x12\n\ngroup_size\x18\x05 \x01(\x05\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x1b\n\x13process_incarnation\x18\x07 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x08 \x01(\t\x12\x18\n\x10transfer_address\x18\t \x01(\t\x12#\n\x05state\x18\n \x01(\x0e\x32\x14.sps2.v1.WorkerState\x12\x31\n\x0c\x63\x61pabilities\x18\x0b \x01(\x0b\x32\x1b.sps2.v1.WorkerCapabilities\x12!\n\x04load\x18\x0c \x01(\x0b\x32\x13.sps2.v1.WorkerLoad\"\x8a\x01\n\x12WorkerCapabilities\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x12\n\nmodel_hash\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x17\n\x0fkv_blocks_total\x18\x05 \x01(\x03\x12\x14\n\x0ctensor_ranks\x18\x06 \x01(\x05\"\xbd\x03\n\nWorkerLoad\x12\x1c\n\x14num_requests_running\x18\x01 \x01(\x05\x12\x1c\n\x14num_requests_waiting\x18\x02 \x01(\x05\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x03\x12\x12\n\nsteps_done\x18\x04 \x01(\x04\x12\x15\n\rload_fraction\x18\x05 \x01(\x02\x12\x15\n\rqueued_tokens\x18\x06 \x01(\x03\x12:\n\x0c\x62ytes_posted\x18\x07 \x03(\x0b\x32$.sps2.v1.WorkerLoad.BytesPostedEntry\x12\x15\n\rcontrol_share\x18\x08 \x01(\x01\x12\x13\n\x0bnum_resizes\x18\t \x01(\x04\x12\x18\n\x10num_blocks_moved\x18\n \x01(\x04\x12\x18\n\x10kv_blocks_cached\x18\x0b \x01(\x03\x12\x15\n\rcached_tokens\x18\x0c \x01(\x04\x12\x15\n\rprompt_tokens\x18\r \x01(\x04\x12\x1b\n\x13short_prompt_tokens\x18\x10 \x01(\x05\x1a\x32\n\x10\x42ytesPostedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02*y\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sps2/v1/cluster.proto\x12\x07sps2.v1\"\xca\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12!\n\x04role\x18\x02 \x01(\x0e\x32\x13.sps2.v1.WorkerRole\x12\r\n\x05group\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\x12\n\ngroup_size\x18\x05 \x01(\x05\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x1b\n\x13process_incarnation\x18\x07 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x08 \x01(\t\x12\x18\n\x10transfer_address\x18\t \x01(\t\x12#\n\x05state\x18\n \x01(\x0e\x32\x14.sps2.v1.WorkerState\x12\x31\n\x0c\x63\x61pabilities\x18\x0b \x01(\x0b\x32\x1b.sps2.v1.WorkerCapabilities\x12!\n\x04load\x18\x0c \x01(\x0b\x32\x13.sps2.v1.WorkerLoad\"\x8a\x01\n\x12WorkerCapabilities\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x12\n\nmodel_hash\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x17\n\x0fkv_blocks_total\x18\x05 \x01(\x03\x12\x14\n\x0ctensor_ranks\x18\x06 \x01(\x05\"\xd9\x03\n\nWorkerLoad\x12\x1c\n\x14num_requests_running\x18\x01 \x01(\x05\x12\x1c\n\x14num_requests_waiting\x18\x02 \x01(\x05\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x03\x12\x12\n\nsteps_done\x18\x04 \x01(\x04\x12\x15\n\rload_fraction\x18\x05 \x01(\x02\x12\x15\n\rqueued_tokens\x18\x06 \x01(\x03\x12:\n\x0c\x62ytes_posted\x18\x07 \x03(\x0b\x32$.sps2.v1.WorkerLoad.BytesPostedEntry\x12\x15\n\rcontrol_share\x18\x08 \x01(\x01\x12\x13\n\x0bnum_resizes\x18\t \x01(\x04\x12\x18\n\x10num_blocks_moved\x18\n \x01(\x04\x12\x18\n\x10kv_blocks_cached\x18\x0b \x01(\x03\x12\x15\n\rcached_tokens\x18\x0c \x01(\x04\x12\x15\n\rprompt_tokens\x18\r \x01(\x04\x12\x1b\n\x13short_prompt_tokens\x18\x10 \x01(\x05\x12\x1a\n\x12\x66\x65tched_token_cost\x18\x11 \x01(\x02\x1a\x32\n\x10\x42ytesPostedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02*y\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,16 +33,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERLOAD_BYTESPOSTEDENTRY']._loaded_options = None
   _globals['_WORKERLOAD_BYTESPOSTEDENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERROLE']._serialized_start=956
-  _globals['_WORKERROLE']._serialized_end=1046
-  _globals['_WORKERSTATE']._serialized_start=1048
-  _globals['_WORKERSTATE']._serialized_end=1169
+  _globals['_WORKERROLE']._serialized_start=984
+  _globals['_WORKERROLE']._serialized_end=1074
+  _globals['_WORKERSTATE']._serialized_start=1076
+  _globals['_WORKERSTATE']._serialized_end=1197
   _globals['_WORKERINFO']._serialized_start=35
   _globals['_WORKERINFO']._serialized_end=365
   _globals['_WORKERCAPABILITIES']._serialized_start=368
   _globals['_WORKERCAPABILITIES']._serialized_end=506
   _globals['_WORKERLOAD']._serialized_start=509
-  _globals['_WORKERLOAD']._serialized_end=954
-  _globals['_WORKERLOAD_BYTESPOSTEDENTRY']._serialized_start=904
-  _globals['_WORKERLOAD_BYTESPOSTEDENTRY']._serialized_end=954
+  _globals['_WORKERLOAD']._serialized_end=982
+  _globals['_WORKERLOAD_BYTESPOSTEDENTRY']._serialized_start=932
+  _globals['_WORKERLOAD_BYTESPOSTEDENTRY']._serialized_end=982
 # @@protoc_insertion_point(module_scope)

@@ -223,6 +223,7 @@ class WorkerLoad(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SHORT_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    FETCHED_TOKEN_COST_FIELD_NUMBER: _builtins.int
     num_requests_running: _builtins.int
     """Requests being computed."""
     num_requests_waiting: _builtins.int
@@ -251,6 +252,10 @@ class WorkerLoad(_message.Message):
     """Prompt tokens of the prompts that were begun, in this life (leaders of prefill groups); of them, `cached_tokens`."""
     short_prompt_tokens: _builtins.int
     """Tokens of the longest prompt that runs between the slices of longer ones (leaders of prefill groups); 0: none does."""
+    fetched_token_cost: _builtins.float
+    """What a prompt token costs whose KV another prefill group has cached and sends, in tokens that are computed (leaders
+    of prefill groups); 0: none is fetched.
+    """
     @_builtins.property
     def bytes_posted(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Bytes that the rank has really posted since it started, by kind:
@@ -274,10 +279,11 @@ class WorkerLoad(_message.Message):
         cached_tokens: _builtins.int = ...,
         prompt_tokens: _builtins.int = ...,
         short_prompt_tokens: _builtins.int = ...,
+        fetched_token_cost: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_posted", b"bytes_posted", "cached_tokens", b"cached_tokens", "control_share", b"control_share", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_used", b"kv_blocks_used", "load_fraction", b"load_fraction", "num_blocks_moved", b"num_blocks_moved", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_resizes", b"num_resizes", "prompt_tokens", b"prompt_tokens", "queued_tokens", b"queued_tokens", "short_prompt_tokens", b"short_prompt_tokens", "steps_done", b"steps_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_posted", b"bytes_posted", "cached_tokens", b"cached_tokens", "control_share", b"control_share", "fetched_token_cost", b"fetched_token_cost", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_used", b"kv_blocks_used", "load_fraction", b"load_fraction", "num_blocks_moved", b"num_blocks_moved", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_resizes", b"num_resizes", "prompt_tokens", b"prompt_tokens", "queued_tokens", b"queued_tokens", "short_prompt_tokens", b"short_prompt_tokens", "steps_done", b"steps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -637,7 +637,7 @@ class BytesMoved(_message.Message):
     q_exchange: _builtins.int
     """Decode Q exchanges and the partial outputs that return."""
     kv_transfer: _builtins.int
-    """KV written from prefill to decode ranks."""
+    """KV written from prefill to decode ranks, and cached KV that the prefill group fetched from another one."""
     def __init__(
         self,
         *,

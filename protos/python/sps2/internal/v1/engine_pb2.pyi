@@ -68,6 +68,8 @@ class EngineCommand(_message.Message):
     SHUTDOWN_FIELD_NUMBER: _builtins.int
     HOLD_LEASE_FIELD_NUMBER: _builtins.int
     EVICT_PREFIXES_FIELD_NUMBER: _builtins.int
+    SEND_CACHED_FIELD_NUMBER: _builtins.int
+    FETCH_PREFIX_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Epoch it belongs to; an engine in another epoch drops it."""
     @_builtins.property
@@ -102,6 +104,14 @@ class EngineCommand(_message.Message):
     def evict_prefixes(self) -> Global___EvictPrefixes:
         """Forget cached KV (prefill)."""
 
+    @_builtins.property
+    def send_cached(self) -> Global___SendCached:
+        """Send cached KV to another prefill group; begins at once, whatever is computed. CancelPrefill gives it up."""
+
+    @_builtins.property
+    def fetch_prefix(self) -> Global___FetchPrefix:
+        """Take KV that another prefill group has cached; room is taken at once. EvictPrefixes of its run gives it up."""
+
     def __init__(
         self,
         *,
@@ -114,12 +124,14 @@ class EngineCommand(_message.Message):
         shutdown: Global___Shutdown | None = ...,
         hold_lease: Global___HoldLease | None = ...,
         evict_prefixes: Global___EvictPrefixes | None = ...,
+        send_cached: Global___SendCached | None = ...,
+        fetch_prefix: Global___FetchPrefix | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "evict_prefixes", b"evict_prefixes", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "evict_prefixes", b"evict_prefixes", "fetch_prefix", b"fetch_prefix", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "send_cached", b"send_cached", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "epoch", b"epoch", "evict_prefixes", b"evict_prefixes", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_group", b"abort_group", "cancel_prefill", b"cancel_prefill", "command", b"command", "epoch", b"epoch", "evict_prefixes", b"evict_prefixes", "fetch_prefix", b"fetch_prefix", "form_group", b"form_group", "hold_lease", b"hold_lease", "run_prefill", b"run_prefill", "send_cached", b"send_cached", "shutdown", b"shutdown", "step_plan", b"step_plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["form_group", "abort_group", "run_prefill", "cancel_prefill", "step_plan", "shutdown", "hold_lease", "evict_prefixes"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["form_group", "abort_group", "run_prefill", "cancel_prefill", "step_plan", "shutdown", "hold_lease", "evict_prefixes", "send_cached", "fetch_prefix"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -318,6 +330,84 @@ class RunPrefill(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__alone_on) -> _WhichOneofReturnType__alone_on | None: ...
 
 Global___RunPrefill: _TypeAlias = RunPrefill  # noqa: Y015
+
+@_typing.final
+class SendCached(_message.Message):
+    """SendCached has a rank send what it holds of some runs to another prefill group. It reports as if the attempt were one
+    of its own: delivered, cancelled or failed.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attempt(self) -> _placement_pb2.Attempt:
+        """The attempt of the other group."""
+
+    @_builtins.property
+    def placement(self) -> _placement_pb2.Placement:
+        """The ranks of the other group."""
+
+    @_builtins.property
+    def cached(self) -> Global___CachedPrefix:
+        """What is sent, but for the tokens that the placement says are held."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _placement_pb2.Attempt | None = ...,
+        placement: _placement_pb2.Placement | None = ...,
+        cached: Global___CachedPrefix | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached", b"cached", "placement", b"placement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached", b"cached", "placement", b"placement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendCached: _TypeAlias = SendCached  # noqa: Y015
+
+@_typing.final
+class FetchPrefix(_message.Message):
+    """FetchPrefix has a rank take blocks for a part of a prompt's beginning whose KV another group sends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    SPAN_FIELD_NUMBER: _builtins.int
+    EVICT_FIELD_NUMBER: _builtins.int
+    run: _builtins.int
+    """The run that it will be, kept once it is complete; no slab is taken after the run is evicted."""
+    @_builtins.property
+    def attempt(self) -> _placement_pb2.Attempt:
+        """The attempt that it is for."""
+
+    @_builtins.property
+    def span(self) -> Global___TokenSpan:
+        """This rank's tokens; may be none."""
+
+    @_builtins.property
+    def evict(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Runs that are given up before."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _placement_pb2.Attempt | None = ...,
+        run: _builtins.int = ...,
+        span: Global___TokenSpan | None = ...,
+        evict: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "span", b"span"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "evict", b"evict", "run", b"run", "span", b"span"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchPrefix: _TypeAlias = FetchPrefix  # noqa: Y015
 
 @_typing.final
 class CachedPrefix(_message.Message):
@@ -1065,6 +1155,9 @@ class PrefillReport(_message.Message):
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     DELIVERED_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
+    PREFIX_EXPECTED_FIELD_NUMBER: _builtins.int
+    PREFIX_REFUSED_FIELD_NUMBER: _builtins.int
+    PREFIX_FETCHED_FIELD_NUMBER: _builtins.int
     TIMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
@@ -1091,6 +1184,18 @@ class PrefillReport(_message.Message):
         """It was given up and is forgotten here."""
 
     @_builtins.property
+    def prefix_expected(self) -> Global___PrefixExpected:
+        """There is room here for KV of another group, and slabs are taken from now on."""
+
+    @_builtins.property
+    def prefix_refused(self) -> Global___PrefixRefused:
+        """There is none."""
+
+    @_builtins.property
+    def prefix_fetched(self) -> Global___PrefixFetched:
+        """All of it has come, and is kept."""
+
+    @_builtins.property
     def times(self) -> Global___ComputeTimes:
         """When it was computed here; set with `delivered`."""
 
@@ -1103,13 +1208,16 @@ class PrefillReport(_message.Message):
         first_token: _prefill_service_pb2.FirstToken | None = ...,
         delivered: _prefill_service_pb2.PrefillDelivered | None = ...,
         cancelled: Global___PrefillCancelled | None = ...,
+        prefix_expected: Global___PrefixExpected | None = ...,
+        prefix_refused: Global___PrefixRefused | None = ...,
+        prefix_fetched: Global___PrefixFetched | None = ...,
         times: Global___ComputeTimes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "delivered", b"delivered", "first_token", b"first_token", "progress", b"progress", "report", b"report", "started", b"started", "times", b"times"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "delivered", b"delivered", "first_token", b"first_token", "prefix_expected", b"prefix_expected", "prefix_fetched", b"prefix_fetched", "prefix_refused", b"prefix_refused", "progress", b"progress", "report", b"report", "started", b"started", "times", b"times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "delivered", b"delivered", "first_token", b"first_token", "progress", b"progress", "report", b"report", "started", b"started", "times", b"times"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "delivered", b"delivered", "first_token", b"first_token", "prefix_expected", b"prefix_expected", "prefix_fetched", b"prefix_fetched", "prefix_refused", b"prefix_refused", "progress", b"progress", "report", b"report", "started", b"started", "times", b"times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["started", "progress", "first_token", "delivered", "cancelled"]  # noqa: Y015
+    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["started", "progress", "first_token", "delivered", "cancelled", "prefix_expected", "prefix_refused", "prefix_fetched"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
 
@@ -1144,6 +1252,84 @@ class ComputeTimes(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ComputeTimes: _TypeAlias = ComputeTimes  # noqa: Y015
+
+@_typing.final
+class PrefixExpected(_message.Message):
+    """PrefixExpected says where slabs are taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    TRANSFER_ADDRESS_FIELD_NUMBER: _builtins.int
+    PROCESS_INCARNATION_FIELD_NUMBER: _builtins.int
+    run: _builtins.int
+    """The run that it will be."""
+    transfer_address: _builtins.str
+    """host:port at which the engine takes KV."""
+    process_incarnation: _builtins.str
+    """Life of the engine process, for the fence."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.int = ...,
+        transfer_address: _builtins.str = ...,
+        process_incarnation: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["process_incarnation", b"process_incarnation", "run", b"run", "transfer_address", b"transfer_address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixExpected: _TypeAlias = PrefixExpected  # noqa: Y015
+
+@_typing.final
+class PrefixRefused(_message.Message):
+    """PrefixRefused says why nothing is taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    run: _builtins.int
+    """The run that it would have been."""
+    reason: _builtins.str
+    """For the log."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixRefused: _TypeAlias = PrefixRefused  # noqa: Y015
+
+@_typing.final
+class PrefixFetched(_message.Message):
+    """PrefixFetched says that a rank's part is complete and verified."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.int
+    """The run that it is now."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixFetched: _TypeAlias = PrefixFetched  # noqa: Y015
 
 @_typing.final
 class PrefillCancelled(_message.Message):

@@ -26,7 +26,7 @@ from sps2.internal.v1 import placement_pb2 as sps2_dot_internal_dot_v1_dot_place
 from sps2.v1 import generation_pb2 as sps2_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&sps2/internal/v1/prefill_service.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a\x18sps2/v1/generation.proto\"\xfa\x01\n\x0bTokenChoice\x12\'\n\x08sampling\x18\x01 \x01(\x0b\x32\x15.sps2.v1.SamplingSpec\x12\x1a\n\x0estop_token_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x12\n\nmax_tokens\x18\x03 \x01(\x05\x12\x12\n\nmin_tokens\x18\x04 \x01(\x05\x12\x19\n\x0cnum_logprobs\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0bnum_choices\x18\x06 \x01(\x05\x12\x1c\n\x10prompt_token_ids\x18\x07 \x03(\x05\x42\x02\x10\x01\x12\x1f\n\x13generated_token_ids\x18\x08 \x03(\x05\x42\x02\x10\x01\x42\x0f\n\r_num_logprobs\"\xfe\x01\n\x0ePrefillRequest\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12.\n\tplacement\x18\x03 \x01(\x0b\x32\x1b.sps2.internal.v1.Placement\x12-\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x1d.sps2.internal.v1.TokenChoice\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\x12\x14\n\x0c\x62lock_hashes\x18\x06 \x03(\x0c\"\xf4\x01\n\x0fPrefillResponse\x12\x33\n\x07started\x18\x01 \x01(\x0b\x32 .sps2.internal.v1.PrefillStartedH\x00\x12\x35\n\x08progress\x18\x02 \x01(\x0b\x32!.sps2.internal.v1.PrefillProgressH\x00\x12\x33\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1c.sps2.internal.v1.FirstTokenH\x00\x12\x37\n\tdelivered\x18\x04 \x01(\x0b\x32\".sps2.internal.v1.PrefillDeliveredH\x00\x42\x07\n\x05\x65vent\"\x10\n\x0ePrefillStarted\"#\n\x0fPrefillProgress\x12\x10\n\x08\x66raction\x18\x01 \x01(\x02\"\xd2\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12,\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x15.sps2.v1.FinishReason\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12&\n\x07logprob\x18\x04 \x01(\x0b\x32\x15.sps2.v1.TokenLogprob\x12\x32\n\x0cmore_choices\x18\x05 \x03(\x0b\x32\x1c.sps2.internal.v1.FirstToken\x12\x15\n\rcached_tokens\x18\x06 \x01(\x05\"Z\n\x10PrefillDelivered\x12\x18\n\x10\x63ollective_bytes\x18\x01 \x01(\x04\x12\x19\n\x11kv_transfer_bytes\x18\x02 \x01(\x04\x12\x11\n\texposed_s\x18\x03 \x01(\x01\x32\x62\n\x0ePrefillService\x12P\n\x07Prefill\x12 .sps2.internal.v1.PrefillRequest\x1a!.sps2.internal.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&sps2/internal/v1/prefill_service.proto\x12\x10sps2.internal.v1\x1a sps2/internal/v1/placement.proto\x1a\x18sps2/v1/generation.proto\"\xfa\x01\n\x0bTokenChoice\x12\'\n\x08sampling\x18\x01 \x01(\x0b\x32\x15.sps2.v1.SamplingSpec\x12\x1a\n\x0estop_token_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x12\n\nmax_tokens\x18\x03 \x01(\x05\x12\x12\n\nmin_tokens\x18\x04 \x01(\x05\x12\x19\n\x0cnum_logprobs\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0bnum_choices\x18\x06 \x01(\x05\x12\x1c\n\x10prompt_token_ids\x18\x07 \x03(\x05\x42\x02\x10\x01\x12\x1f\n\x13generated_token_ids\x18\x08 \x03(\x05\x42\x02\x10\x01\x42\x0f\n\r_num_logprobs\"\xb6\x02\n\x0ePrefillRequest\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12.\n\tplacement\x18\x03 \x01(\x0b\x32\x1b.sps2.internal.v1.Placement\x12-\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x1d.sps2.internal.v1.TokenChoice\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\x12\x14\n\x0c\x62lock_hashes\x18\x06 \x03(\x0c\x12\x36\n\x0eprefix_sources\x18\x07 \x03(\x0b\x32\x1e.sps2.internal.v1.PrefixSource\"I\n\x0cPrefixSource\x12\r\n\x05group\x18\x01 \x01(\t\x12\x16\n\x0eleader_address\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\"\xbb\x01\n\x11SendPrefixRequest\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.sps2.internal.v1.Attempt\x12\x34\n\tattention\x18\x02 \x01(\x0b\x32!.sps2.internal.v1.AttentionLayout\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x03(\x0c\x12.\n\tplacement\x18\x04 \x01(\x0b\x32\x1b.sps2.internal.v1.Placement\"(\n\x12SendPrefixResponse\x12\x12\n\nbytes_sent\x18\x01 \x01(\x04\"\xf4\x01\n\x0fPrefillResponse\x12\x33\n\x07started\x18\x01 \x01(\x0b\x32 .sps2.internal.v1.PrefillStartedH\x00\x12\x35\n\x08progress\x18\x02 \x01(\x0b\x32!.sps2.internal.v1.PrefillProgressH\x00\x12\x33\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1c.sps2.internal.v1.FirstTokenH\x00\x12\x37\n\tdelivered\x18\x04 \x01(\x0b\x32\".sps2.internal.v1.PrefillDeliveredH\x00\x42\x07\n\x05\x65vent\"\x10\n\x0ePrefillStarted\"#\n\x0fPrefillProgress\x12\x10\n\x08\x66raction\x18\x01 \x01(\x02\"\xd2\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12,\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x15.sps2.v1.FinishReason\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12&\n\x07logprob\x18\x04 \x01(\x0b\x32\x15.sps2.v1.TokenLogprob\x12\x32\n\x0cmore_choices\x18\x05 \x03(\x0b\x32\x1c.sps2.internal.v1.FirstToken\x12\x15\n\rcached_tokens\x18\x06 \x01(\x05\"q\n\x10PrefillDelivered\x12\x18\n\x10\x63ollective_bytes\x18\x01 \x01(\x04\x12\x19\n\x11kv_transfer_bytes\x18\x02 \x01(\x04\x12\x11\n\texposed_s\x18\x03 \x01(\x01\x12\x15\n\rfetched_bytes\x18\x04 \x01(\x04\x32\xbb\x01\n\x0ePrefillService\x12P\n\x07Prefill\x12 .sps2.internal.v1.PrefillRequest\x1a!.sps2.internal.v1.PrefillResponse0\x01\x12W\n\nSendPrefix\x12#.sps2.internal.v1.SendPrefixRequest\x1a$.sps2.internal.v1.SendPrefixResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,17 +44,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENCHOICE']._serialized_start=121
   _globals['_TOKENCHOICE']._serialized_end=371
   _globals['_PREFILLREQUEST']._serialized_start=374
-  _globals['_PREFILLREQUEST']._serialized_end=628
-  _globals['_PREFILLRESPONSE']._serialized_start=631
-  _globals['_PREFILLRESPONSE']._serialized_end=875
-  _globals['_PREFILLSTARTED']._serialized_start=877
-  _globals['_PREFILLSTARTED']._serialized_end=893
-  _globals['_PREFILLPROGRESS']._serialized_start=895
-  _globals['_PREFILLPROGRESS']._serialized_end=930
-  _globals['_FIRSTTOKEN']._serialized_start=933
-  _globals['_FIRSTTOKEN']._serialized_end=1143
-  _globals['_PREFILLDELIVERED']._serialized_start=1145
-  _globals['_PREFILLDELIVERED']._serialized_end=1235
-  _globals['_PREFILLSERVICE']._serialized_start=1237
-  _globals['_PREFILLSERVICE']._serialized_end=1335
+  _globals['_PREFILLREQUEST']._serialized_end=684
+  _globals['_PREFIXSOURCE']._serialized_start=686
+  _globals['_PREFIXSOURCE']._serialized_end=759
+  _globals['_SENDPREFIXREQUEST']._serialized_start=762
+  _globals['_SENDPREFIXREQUEST']._serialized_end=949
+  _globals['_SENDPREFIXRESPONSE']._serialized_start=951
+  _globals['_SENDPREFIXRESPONSE']._serialized_end=991
+  _globals['_PREFILLRESPONSE']._serialized_start=994
+  _globals['_PREFILLRESPONSE']._serialized_end=1238
+  _globals['_PREFILLSTARTED']._serialized_start=1240
+  _globals['_PREFILLSTARTED']._serialized_end=1256
+  _globals['_PREFILLPROGRESS']._serialized_start=1258
+  _globals['_PREFILLPROGRESS']._serialized_end=1293
+  _globals['_FIRSTTOKEN']._serialized_start=1296
+  _globals['_FIRSTTOKEN']._serialized_end=1506
+  _globals['_PREFILLDELIVERED']._serialized_start=1508
+  _globals['_PREFILLDELIVERED']._serialized_end=1621
+  _globals['_PREFILLSERVICE']._serialized_start=1624
+  _globals['_PREFILLSERVICE']._serialized_end=1811
 # @@protoc_insertion_point(module_scope)

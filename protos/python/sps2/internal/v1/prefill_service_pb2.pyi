@@ -94,6 +94,7 @@ class PrefillRequest(_message.Message):
     CHOICE_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    PREFIX_SOURCES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -122,6 +123,12 @@ class PrefillRequest(_message.Message):
         None: nothing is reused, nothing kept.
         """
 
+    @_builtins.property
+    def prefix_sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefixSource]:
+        """Other prefill groups that are said to hold more of the prompt's beginning than this one, the longest first. A hint:
+        the group fetches KV from one of them where that is cheaper than computing it.
+        """
+
     def __init__(
         self,
         *,
@@ -131,14 +138,109 @@ class PrefillRequest(_message.Message):
         choice: Global___TokenChoice | None = ...,
         attention: _placement_pb2.AttentionLayout | None = ...,
         block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
+        prefix_sources: _abc.Iterable[Global___PrefixSource] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "choice", b"choice", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "block_hashes", b"block_hashes", "choice", b"choice", "placement", b"placement", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "block_hashes", b"block_hashes", "choice", b"choice", "placement", b"placement", "prefix_sources", b"prefix_sources", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
+
+@_typing.final
+class PrefixSource(_message.Message):
+    """PrefixSource is a prefill group that holds the beginning of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    LEADER_ADDRESS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """Its name."""
+    leader_address: _builtins.str
+    """host:port of its leader."""
+    num_tokens: _builtins.int
+    """Tokens that it is said to hold, a multiple of 64."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        leader_address: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "leader_address", b"leader_address", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixSource: _TypeAlias = PrefixSource  # noqa: Y015
+
+@_typing.final
+class SendPrefixRequest(_message.Message):
+    """SendPrefixRequest asks for the cached beginning of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attempt(self) -> _placement_pb2.Attempt:
+        """The attempt that it is for; at the targets its KV comes under this name."""
+
+    @_builtins.property
+    def attention(self) -> _placement_pb2.AttentionLayout:
+        """The mask of that prompt: only KV that was made as it would make it is sent."""
+
+    @_builtins.property
+    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Chain hashes of the prompt's blocks, up to the last one that is asked for."""
+
+    @_builtins.property
+    def placement(self) -> _placement_pb2.Placement:
+        """Where KV goes: the asking group and its ranks; `held` is what those have already. Covers all blocks named above."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _placement_pb2.Attempt | None = ...,
+        attention: _placement_pb2.AttentionLayout | None = ...,
+        block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
+        placement: _placement_pb2.Placement | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "placement", b"placement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attention", b"attention", "block_hashes", b"block_hashes", "placement", b"placement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendPrefixRequest: _TypeAlias = SendPrefixRequest  # noqa: Y015
+
+@_typing.final
+class SendPrefixResponse(_message.Message):
+    """SendPrefixResponse says that everything is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_SENT_FIELD_NUMBER: _builtins.int
+    bytes_sent: _builtins.int
+    """Bytes written to the ranks of the asking group."""
+    def __init__(
+        self,
+        *,
+        bytes_sent: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_sent", b"bytes_sent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendPrefixResponse: _TypeAlias = SendPrefixResponse  # noqa: Y015
 
 @_typing.final
 class PrefillResponse(_message.Message):
@@ -278,22 +380,26 @@ class PrefillDelivered(_message.Message):
     COLLECTIVE_BYTES_FIELD_NUMBER: _builtins.int
     KV_TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     EXPOSED_S_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
     collective_bytes: _builtins.int
     """Bytes posted in exchanges and in sums of tensor ranks, all ranks and layers."""
     kv_transfer_bytes: _builtins.int
     """Bytes written to decode ranks."""
     exposed_s: _builtins.float
     """Seconds that ranks waited for exchanges with nothing to compute, the largest over ranks."""
+    fetched_bytes: _builtins.int
+    """Bytes of cached KV that another prefill group has written to this one for the attempt."""
     def __init__(
         self,
         *,
         collective_bytes: _builtins.int = ...,
         kv_transfer_bytes: _builtins.int = ...,
         exposed_s: _builtins.float = ...,
+        fetched_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collective_bytes", b"collective_bytes", "exposed_s", b"exposed_s", "kv_transfer_bytes", b"kv_transfer_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collective_bytes", b"collective_bytes", "exposed_s", b"exposed_s", "fetched_bytes", b"fetched_bytes", "kv_transfer_bytes", b"kv_transfer_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,6 +41,11 @@ class PrefillServiceStub:
                 request_serializer=sps2_dot_internal_dot_v1_dot_prefill__service__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=sps2_dot_internal_dot_v1_dot_prefill__service__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.SendPrefix = channel.unary_unary(
+                '/sps2.internal.v1.PrefillService/SendPrefix',
+                request_serializer=sps2_dot_internal_dot_v1_dot_prefill__service__pb2.SendPrefixRequest.SerializeToString,
+                response_deserializer=sps2_dot_internal_dot_v1_dot_prefill__service__pb2.SendPrefixResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServiceServicer:
@@ -56,6 +61,15 @@ class PrefillServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SendPrefix(self, request, context):
+        """SendPrefix has this group's ranks send cached KV to those of another prefill group, and answers when every slab is
+        accepted. What is sent stays cached while it is; ending the call gives it up. NOT_FOUND, PREFIX_NOT_CACHED: this
+        group does not hold all that is asked for (any more).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -63,6 +77,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=sps2_dot_internal_dot_v1_dot_prefill__service__pb2.PrefillRequest.FromString,
                     response_serializer=sps2_dot_internal_dot_v1_dot_prefill__service__pb2.PrefillResponse.SerializeToString,
+            ),
+            'SendPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendPrefix,
+                    request_deserializer=sps2_dot_internal_dot_v1_dot_prefill__service__pb2.SendPrefixRequest.FromString,
+                    response_serializer=sps2_dot_internal_dot_v1_dot_prefill__service__pb2.SendPrefixResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -94,6 +113,33 @@ class PrefillService:
             '/sps2.internal.v1.PrefillService/Prefill',
             sps2_dot_internal_dot_v1_dot_prefill__service__pb2.PrefillRequest.SerializeToString,
             sps2_dot_internal_dot_v1_dot_prefill__service__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sps2.internal.v1.PrefillService/SendPrefix',
+            sps2_dot_internal_dot_v1_dot_prefill__service__pb2.SendPrefixRequest.SerializeToString,
+            sps2_dot_internal_dot_v1_dot_prefill__service__pb2.SendPrefixResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,11 @@ class PrefillServiceStub:
     """Prefill computes the prompt, sends its KV to the placement and samples the first token.
     The stream ends OK after `delivered`.
     """
+    SendPrefix: _grpc.UnaryUnaryMultiCallable[_prefill_service_pb2.SendPrefixRequest, _prefill_service_pb2.SendPrefixResponse]
+    """SendPrefix has this group's ranks send cached KV to those of another prefill group, and answers when every slab is
+    accepted. What is sent stays cached while it is; ending the call gives it up. NOT_FOUND, PREFIX_NOT_CACHED: this
+    group does not hold all that is asked for (any more).
+    """
 
 @_typing.type_check_only
 class PrefillServiceAsyncStub(PrefillServiceStub):
@@ -50,6 +55,11 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     Prefill: _aio.UnaryStreamMultiCallable[_prefill_service_pb2.PrefillRequest, _prefill_service_pb2.PrefillResponse]  # type: ignore[assignment]
     """Prefill computes the prompt, sends its KV to the placement and samples the first token.
     The stream ends OK after `delivered`.
+    """
+    SendPrefix: _aio.UnaryUnaryMultiCallable[_prefill_service_pb2.SendPrefixRequest, _prefill_service_pb2.SendPrefixResponse]  # type: ignore[assignment]
+    """SendPrefix has this group's ranks send cached KV to those of another prefill group, and answers when every slab is
+    accepted. What is sent stays cached while it is; ending the call gives it up. NOT_FOUND, PREFIX_NOT_CACHED: this
+    group does not hold all that is asked for (any more).
     """
 
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -65,6 +75,17 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_prefill_service_pb2.PrefillResponse], _abc.AsyncIterator[_prefill_service_pb2.PrefillResponse]]:
         """Prefill computes the prompt, sends its KV to the placement and samples the first token.
         The stream ends OK after `delivered`.
+        """
+
+    @_abc_1.abstractmethod
+    def SendPrefix(
+        self,
+        request: _prefill_service_pb2.SendPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_prefill_service_pb2.SendPrefixResponse, _abc.Awaitable[_prefill_service_pb2.SendPrefixResponse]]:
+        """SendPrefix has this group's ranks send cached KV to those of another prefill group, and answers when every slab is
+        accepted. What is sent stays cached while it is; ending the call gives it up. NOT_FOUND, PREFIX_NOT_CACHED: this
+        group does not hold all that is asked for (any more).
         """
 
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
