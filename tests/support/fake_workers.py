@@ -183,6 +183,10 @@ class FakePrefill(FakeLeader):
         async for event in self._watched(self._events(context)):
             yield event
 
+    async def SendPrefix(self, _: Any, context: Context) -> None:  # noqa: N802
+        """It has nothing cached."""
+        await context.abort(grpc.StatusCode.NOT_FOUND, "nothing is cached here")
+
     def _first_token(self, choice: prefill_pb.TokenChoice) -> prefill_pb.FirstToken:
         num_generated = len(choice.generated_token_ids)
         script = self.tokens_by_choice.get(choice.sampling.first_choice, self.tokens)
