@@ -8,6 +8,7 @@ from itertools import pairwise
 from sps2.internal.v1 import decode_service_pb2, engine_pb2
 from sps2_decode_worker.tenants import Row
 from sps2_service.errors import ServiceError
+from sps2_service.trace_context import Place, current_place
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Pace:
         if sequence != self.sequence:
             self.sequence = sequence
             self._times.append(now)
+
+    @property
+    def last_at(self) -> float:
+        """When the newest came; minus infinity before the first."""
+        return self._times[-1] if self._times else float("-inf")
 
     def gaps(self, begin: float, end: float) -> list[float]:
         """Seconds between two tokens, the later of which came in (begin, end]."""
@@ -63,6 +69,8 @@ class LiveAttempt:
     error: ServiceError | None = None
     """Set with `failed`."""
     pace: Pace = field(default_factory=Pace)
+    place: Place | None = field(default_factory=current_place.get)
+    """The router's span, for those of the ranks."""
     resized_at: float = 0.0
     """End of its last resize, by the event loop's clock."""
     moved_with: int = 0

@@ -20,6 +20,7 @@ from sps2_decode_worker.move_messages import blocks_per_step, move_message
 from sps2_decode_worker.placing import Asked, max_new_tokens
 from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan
 from sps2_decode_worker.sharing import NO_PREFIX, Prefix
+from sps2_decode_worker.spans import DecodeSpans
 from sps2_decode_worker.tenants import Row, RowState
 from sps2_engine.mesh import Mesh
 from sps2_layout.placement import num_held
@@ -35,6 +36,7 @@ from sps2_service.errors import (
 )
 from sps2_service.ranks.failures import attempt_failure, group_draining
 from sps2_service.ranks.group import GroupLeader, GroupState
+from sps2_service.tracing import Tracing
 from sps2_service.turns import turn_us
 
 RESERVE_TIMEOUT_S = 30.0
@@ -65,10 +67,12 @@ class DecodeCoordinator:
         tp: int = 1,
         debug_invariants: bool = False,
         metrics: LeaderMetrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """Leads ranks of which `tp` together stand where the scheduler has one rank: its ranks are sequence indices.
 
-        With `debug_invariants` every plan tells the ranks how many blocks they must have in use after it.
+        With `debug_invariants` every plan tells the ranks how many blocks they must have in use after it. `tracing`
+        takes spans of the ranks.
         """
         self._directory = directory
         self._model_hash = model_hash
@@ -77,6 +81,7 @@ class DecodeCoordinator:
         self._debug_invariants = debug_invariants
         self._metrics = metrics or LeaderMetrics()
         self._control = ControlTime(time.thread_time)
+        self._spans = DecodeSpans(tracing)
         self._line_leases: dict[str, asyncio.TimerHandle] = {}
         """End the places in line of requests that do not come back."""
         self._leader: GroupLeader | None = None
@@ -159,6 +164,8 @@ class DecodeCoordinator:
         for row, token_id in zip(live.rows, first_tokens, strict=True):
             live.first_token_ids[row.row_id] = token_id
             self._scheduler.admit(row.row_id)
+        self._spans.begin(live)
+        log.info("decode starts", **request_fields(live.request), home=live.row.home)
         self._pump()
         # Only now: a row that leaves must not take the end of the prompt with it before the others have copied it.
         for index in start.finished_choices:
@@ -195,6 +202,7 @@ class DecodeCoordinator:
         if live not in self._attempts:
             return
         self._attempts.remove(live)
+        self._spans.end(live, self._mesh)
         for row in live.rows:
             self._rows.pop(row.row_id, None)
             self._scheduler.release(row.row_id)
@@ -250,6 +258,7 @@ class DecodeCoordinator:
     def on_event(self, rank: int, event: engine_pb2.EngineEvent) -> None:
         """See `Coordinator.on_event`."""
         if event.HasField("step_result"):
+            self._spans.step(rank, event.step_result.step_s)
             with self._control.spent():
                 is_done = self._on_step(event.step_result)
             if is_done:
@@ -316,7 +325,7 @@ class DecodeCoordinator:
         """Their callers learn it; tokens of theirs that are still computed are dropped."""
         attempts = {row_id: live for row_id in plan.preempted if (live := self._rows.pop(row_id, None))}
         for live in dict.fromkeys(attempts.values()):
-            log.info("preempted", request_id=live.request.attempt.request_id)
+            log.info("preempted", **request_fields(live.request))
             self._metrics.preempted()
             self._fail(live, preempted(self._group.name))
 
@@ -360,7 +369,7 @@ class DecodeCoordinator:
         rows = self._give_room(asked, request)
         live = LiveAttempt(rows, reserve_message(self._formed, request, rows), request)
         if num_shared := num_held(live.reserve.placement):
-            log.info("shares", request_id=request.attempt.request_id, num_tokens=num_shared)
+            log.info("shares", **request_fields(request), num_tokens=num_shared)
         self._attempts.add(live)
         self._rows.update(dict.fromkeys(live.choices, live))
         self._idle.clear()
@@ -475,6 +484,11 @@ def preempted(group: str) -> Unavailable:
         retry_after=PREEMPTED_RETRY_S,
         metadata={"component": group},
     )
+
+
+def request_fields(request: decode_service_pb2.ReserveKv) -> dict[str, object]:
+    """What a log line about an attempt carries, where no call's own task says it."""
+    return {"request_id": request.attempt.request_id, "attempt": request.attempt.number}
 
 
 def _name_in_line(request: decode_service_pb2.ReserveKv) -> str:

@@ -126,7 +126,7 @@ class DecodeRole:
             together = drawn.clone()
             ranks.sum(together)
             if not torch.equal(together, drawn * ranks.size):
-                raise AssertionError(f"tensor ranks have drawn other tokens than {last}")
+                raise AssertionError(f"tensor ranks have not drawn the same tokens for {len(last)} rows")
 
     def _reserve(self, reserve: engine_pb2.ReserveRow, held: Sequence[int]) -> None:
         epoch = self._epoch

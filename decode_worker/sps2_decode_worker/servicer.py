@@ -13,6 +13,7 @@ from sps2_decode_worker.coordinator import DecodeCoordinator
 from sps2_decode_worker.validation import check_reserve, check_start
 from sps2_service.errors import InvalidArgument
 from sps2_service.request_fields import Vocabulary
+from sps2_service.telemetry import bind_request
 
 
 class DecodeServicer:
@@ -30,6 +31,7 @@ class DecodeServicer:
         """See decode_service.proto. The call is the attempt's lifetime: its end frees everything."""
         reserve = await _next_step(requests, "reserve")
         check_reserve(reserve.reserve, self._vocabulary)
+        bind_request(reserve.reserve.attempt.request_id, reserve.reserve.attempt.number)
         live = await self._coordinator.reserve(reserve.reserve)
         try:
             yield decode_service_pb2.DecodeResponse(placement=live.reserve.placement)

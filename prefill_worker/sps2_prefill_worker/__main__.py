@@ -19,6 +19,7 @@ from sps2_service.config import load_config, setting
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.ranks.worker import LeaderModel, LeaderService, WorkerConfig, run_worker
 from sps2_service.run import prepare_process
+from sps2_service.tracing import Tracing
 
 _MODEL = "--model models/demo --directory 127.0.0.1:50060"
 EXAMPLES = [
@@ -48,7 +49,9 @@ def _engine_arguments(config: WorkerConfig, socket_fd: int, model_hash: str) -> 
     return EngineOptions(**config.engine_settings(model_hash)).arguments(socket_fd)
 
 
-def _lead(config: WorkerConfig, directory: DirectoryClient, model: LeaderModel) -> LeaderService:
+def _lead(
+    config: WorkerConfig, directory: DirectoryClient, model: LeaderModel, tracing: Tracing | None
+) -> LeaderService:
     assert isinstance(config, PrefillWorkerConfig)
     index = PrefixIndex(directory.prefixes)
     coordinator = PrefillCoordinator(
@@ -59,6 +62,7 @@ def _lead(config: WorkerConfig, directory: DirectoryClient, model: LeaderModel) 
         index,
         FetchCosts(config.prefix_fetch, config.prefix_fetch_gbps * 1e9),
         GrpcHolders(config.tls),
+        tracing,
     )
     service = prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"]
     servicer = PrefillServicer(coordinator, model.vocabulary)

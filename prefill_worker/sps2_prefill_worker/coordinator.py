@@ -23,9 +23,12 @@ from sps2_prefill_worker.prefix_cache import Prompt
 from sps2_prefill_worker.prefix_index import NO_INDEX, PrefixIndex, fill_cached
 from sps2_prefill_worker.reuse import PrefixReuse, Wish
 from sps2_prefill_worker.scheduler import AttemptKey, Job, PrefillScheduler, Start
+from sps2_prefill_worker.spans import take_rank_spans
 from sps2_service.errors import Aborted, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure, group_draining
 from sps2_service.ranks.group import GroupLeader, GroupState
+from sps2_service.trace_context import Place, current_place
+from sps2_service.tracing import Tracing
 
 MAX_WAITING = 1024
 
@@ -51,8 +54,13 @@ class Attempt:
     speaker: int = 0
     """Rank whose word on its beginning and progress counts."""
     cancelling: bool = False
-    delivered: dict[int, prefill_service_pb2.PrefillDelivered] = field(default_factory=dict)
+    num_tokens_on: list[int] = field(default_factory=list)
+    """By rank, once dispatched."""
+    delivered: dict[int, engine_pb2.PrefillReport] = field(default_factory=dict)
+    """By rank, what it said when all of its KV was there."""
     cancelled: set[int] = field(default_factory=set)
+    place: Place | None = field(default_factory=current_place.get)
+    """The router's span, for those of the ranks."""
 
     @property
     def key(self) -> AttemptKey:
@@ -71,6 +79,7 @@ class PrefillCoordinator:
         index: is told what the group has cached.
         fetch_costs: what is fetched of that which other groups have cached.
         holders: the way to them.
+        tracing: takes spans of the ranks.
     """
 
     def __init__(
@@ -82,7 +91,9 @@ class PrefillCoordinator:
         index: PrefixIndex = NO_INDEX,
         fetch_costs: FetchCosts = BY_COST,
         holders: Holders = PLAINTEXT_HOLDERS,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._reuse = PrefixReuse(index)
         self._fetch_costs = fetch_costs
         self._fetcher = PrefixFetcher(self._reuse, fetch_costs, holders)
@@ -280,6 +291,7 @@ class PrefillCoordinator:
         log.info(
             "prefill starts",
             request_id=request.attempt.request_id,
+            attempt=request.attempt.number,
             num_tokens=job.num_tokens,
             num_cached=planned.num_cached,
             exchange=planned.exchange,
@@ -299,6 +311,7 @@ class PrefillCoordinator:
                 number=self._num_started,
             )
             planned.assign(rank, run, request.token_ids, start.alone_on)
+            attempt.num_tokens_on.append(len(run.token_ids))
             fill_cached(run, taken.admitted, taken.evicted)
             self._group.send(rank, engine_pb2.EngineCommand(run_prefill=run))
 
@@ -319,8 +332,9 @@ class PrefillCoordinator:
             attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(first_token=report.first_token))
             self._computed(attempt)
         elif kind == "delivered":
-            attempt.delivered[rank] = report.delivered
+            attempt.delivered[rank] = report
             if len(attempt.delivered) == self._group.size:
+                self._trace(attempt)
                 attempt.events.put_nowait(prefill_service_pb2.PrefillResponse(delivered=_sum_up(attempt)))
                 self._evict(self._reuse.delivered(attempt.key))
                 self._forget(attempt)
@@ -328,6 +342,17 @@ class PrefillCoordinator:
             attempt.cancelled.add(rank)
             if len(attempt.cancelled) == self._group.size:
                 self._forget(attempt)
+
+    def _trace(self, attempt: Attempt) -> None:
+        if self._tracing is not None and attempt.place is not None:
+            take_rank_spans(
+                self._tracing,
+                attempt.place,
+                self._group.name,
+                attempt.request.attempt,
+                attempt.num_tokens_on,
+                attempt.delivered,
+            )
 
     def _on_failed(self, failed: engine_pb2.AttemptFailed) -> None:
         attempt = self._attempts.get((failed.attempt.request_id, failed.attempt.number))
@@ -367,7 +392,7 @@ class PrefillCoordinator:
 
 
 def _sum_up(attempt: Attempt) -> prefill_service_pb2.PrefillDelivered:
-    parts = attempt.delivered.values()
+    parts = [report.delivered for report in attempt.delivered.values()]
     return prefill_service_pb2.PrefillDelivered(
         collective_bytes=sum(part.collective_bytes for part in parts),
         kv_transfer_bytes=sum(part.kv_transfer_bytes for part in parts),

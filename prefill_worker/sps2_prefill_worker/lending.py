@@ -69,7 +69,13 @@ class PrefixLender:
             raise NotFound("PREFIX_NOT_CACHED", f"{group.name} does not hold that prefix (any more)")
         send = self._sends[key] = _Send(asyncio.get_running_loop().create_future())
         self.idle.clear()
-        log.info("prefix is sent", request_id=key[0], num_tokens=match.num_tokens, to=request.placement.group)
+        log.info(
+            "prefix is sent",
+            request_id=key[0],
+            attempt=key[1],
+            num_tokens=match.num_tokens,
+            to=request.placement.group,
+        )
         command = engine_pb2.SendCached(
             attempt=request.attempt, placement=request.placement, cached=cached_prefix(match)
         )

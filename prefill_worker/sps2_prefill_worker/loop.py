@@ -40,7 +40,7 @@ from sps2_layout.placement import num_held
 from sps2_prefill_worker.arrivals import Arrivals
 from sps2_prefill_worker.interludes import FairShare, ToldRuns, short_work
 from sps2_prefill_worker.planning import follow, num_cached_of, spans_of
-from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt_key
+from sps2_prefill_worker.publish import AttemptKey, Delivery, Publisher, attempt_key, request_fields
 
 _log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ class PrefillRole:
             self._compute(run, delivery, stored)
         except AttemptCancelledError:
             # CancelPrefill follows in order and frees what the attempt holds.
-            _log.info("prefill of %s given up", run.attempt.request_id)
+            _log.info("prefill given up", extra=request_fields(run.attempt))
 
     def _stored_rows(self, run: engine_pb2.RunPrefill, spans: Sequence[Span]) -> Span:
         """Rows whose KV goes to the arena: all, as later prompts may want it, but for those that another rank sends."""

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
 from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, OutOfBlocksError
@@ -36,6 +36,15 @@ def attempt_key(attempt: placement_pb2.Attempt) -> AttemptKey:
     return attempt.request_id, attempt.number
 
 
+def request_fields(attempt: placement_pb2.Attempt) -> dict[str, object]:
+    """What a log line about an attempt carries."""
+    return {"request_id": attempt.request_id, "attempt": attempt.number}
+
+
+def _unix_us() -> int:
+    return time.time_ns() // 1000
+
+
 @dataclass
 class Delivery:
     """KV of one attempt's slice; over when it is both computed and sent, or given up."""
@@ -54,6 +63,9 @@ class Delivery:
     collective_bytes: int | None = None
     """Known once the prompt is computed."""
     exposed_s: float = 0.0
+    times: engine_pb2.ComputeTimes = field(
+        default_factory=lambda: engine_pb2.ComputeTimes(begun_at_us=_unix_us())
+    )
 
 
 class Publisher:
@@ -161,6 +173,7 @@ class Publisher:
         """The prompt is computed: what is left is to deliver it."""
         with self._changed:
             delivery.collective_bytes, delivery.exposed_s = collective_bytes, exposed_s
+            delivery.times.computed_at_us = _unix_us()
             self._finish_if_over(delivery)
 
     def evict(self, numbers: Iterable[int]) -> None:
@@ -240,12 +253,13 @@ class Publisher:
             kv_transfer_bytes=delivery.bytes_sent,
             exposed_s=delivery.exposed_s,
         )
-        report = engine_pb2.PrefillReport(attempt=delivery.attempt, delivered=delivered)
+        delivery.times.delivered_at_us = _unix_us()
+        report = engine_pb2.PrefillReport(attempt=delivery.attempt, delivered=delivered, times=delivery.times)
         self._report(engine_pb2.EngineEvent(prefill=report))
 
     def _free_given_up(self, delivery: Delivery) -> None:
         self._free([delivery.rows, *(one.rows for one in delivery.cached)])
-        _log.info("%s given up: %d KV blocks in use", delivery.attempt.request_id, self.blocks_used)
+        _log.info("given up: %d KV blocks in use", self.blocks_used, extra=request_fields(delivery.attempt))
 
     def _free(self, rows: Iterable[Rows]) -> None:
         with self._changed:

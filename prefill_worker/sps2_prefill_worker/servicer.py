@@ -10,6 +10,7 @@ from sps2.internal.v1 import prefill_service_pb2
 from sps2_prefill_worker.coordinator import PrefillCoordinator
 from sps2_prefill_worker.validation import check_prefill, check_send_prefix
 from sps2_service.request_fields import Vocabulary
+from sps2_service.telemetry import bind_request
 
 
 class PrefillServicer:
@@ -26,6 +27,7 @@ class PrefillServicer:
     ) -> AsyncIterator[prefill_service_pb2.PrefillResponse]:
         """See prefill_service.proto."""
         check_prefill(request, self._vocabulary)
+        bind_request(request.attempt.request_id, request.attempt.number)
         async with aclosing(self._coordinator.prefill(request)) as events:
             async for event in events:
                 yield event

@@ -14,6 +14,7 @@ from sps2_service.directory_client import DirectoryClient
 from sps2_service.followed_file import LinesError
 from sps2_service.model_folder import ModelFolder, ModelFolderError
 from sps2_service.run import prepare_process, run_service
+from sps2_service.tracing import open_tracing
 
 EXAMPLES = (
     "--listen 0.0.0.0:50051 --directory 127.0.0.1:50060 --model models/demo",
@@ -25,8 +26,13 @@ async def serve(config: RouterConfig) -> int:
     """Runs until SIGTERM; the exit code."""
     model = served_model(ModelFolder(config.model), config.model_name)
     tokenizer = ModelTokenizer.from_folder(config.model, config.tokenizer_threads)
-    async with DirectoryClient(config.directory, tls=config.tls) as directory:
-        router = Router(config, model, tokenizer, directory.membership(), directory)
+    async with (
+        open_tracing(
+            "sps2-router", config.advertise, config.trace_endpoint, config.trace_sample_ratio
+        ) as tracing,
+        DirectoryClient(config.directory, tls=config.tls) as directory,
+    ):
+        router = Router(config, model, tokenizer, directory.membership(), directory, tracing)
         try:
             return await run_service(
                 router.server,

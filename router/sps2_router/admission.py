@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from sps2_router.progress import Progress
 from sps2_router.prompt_queue import over_quota
+from sps2_router.request_trace import RequestTrace
 from sps2_router.scope import CallScope
 from sps2_router.tenants import Tenants
 from sps2_service.errors import Aborted, AlreadyExists, Unavailable
@@ -33,6 +34,8 @@ class LiveRequest:
     """Of the call, among those of all routers."""
     progress: Progress = field(default_factory=Progress)
     """How far it has come."""
+    trace: RequestTrace = field(default_factory=RequestTrace)
+    """Its spans."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the call is over."""
     last_attempt: int = 0

@@ -79,8 +79,13 @@ class Answer:
         self._bytes.collective += delivered.collective_bytes
         self._bytes.kv_transfer += delivered.kv_transfer_bytes + delivered.fetched_bytes
 
-    async def end(self) -> generation_pb2.FinishReason.ValueType:
-        """Sends the last event; after every choice has ended. Returns why the first one has."""
+    @property
+    def finish_reasons(self) -> list[generation_pb2.FinishReason.ValueType]:
+        """Why each choice ended."""
+        return [choice.finish_reason for choice in self._choices]
+
+    async def end(self) -> generation_pb2.Usage:
+        """Sends the last event, and gives what is in it; after every choice has ended."""
         counts = [choice.num_tokens for choice in self._choices]
         assert self._first is not None, "what has ended was relayed"
         usage = generation_pb2.Usage(
@@ -94,7 +99,7 @@ class Answer:
         await self._send(self._events.usage(usage))
         milestones = self._milestones
         self._metrics.answered(usage.timings, milestones.last_sent_at - milestones.first_sent_at)
-        return self._choices[0].finish_reason
+        return usage
 
     async def tokens(
         self,

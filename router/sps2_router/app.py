@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
+import grpc
 import structlog
 
 from sps2.v1 import (
@@ -42,9 +43,13 @@ from sps2_service.errors import Unavailable
 from sps2_service.metrics import service_registry
 from sps2_service.model_folder import ModelFolder
 from sps2_service.server import ServerOptions, ServiceServer
+from sps2_service.trace_context import TraceInterceptor
+from sps2_service.tracing import Tracing
 
 # How often health is looked at besides every change of the view: it also depends on time alone.
 HEALTH_INTERVAL_S = 0.5
+
+Interceptor: TypeAlias = "grpc.aio.ServerInterceptor[Any, Any]"
 
 OPERATORS_ONLY = ("/sps2.v1.ClusterService/",)
 
@@ -61,9 +66,7 @@ class RouterServer(ServiceServer):
             peers=config.tls_peers,
             with_reflection=config.reflection,
             options=ServerOptions(max_connection_age_s=config.max_connection_age_s),
-            interceptors=[BearerInterceptor(Tokens(config.auth_tokens), OPERATORS_ONLY)]
-            if config.auth_tokens
-            else [],
+            interceptors=_interceptors(config),
         )
         self._ready = ready
         self._wanted = False
@@ -82,6 +85,13 @@ class RouterServer(ServiceServer):
             await super().set_serving(now)
 
 
+def _interceptors(config: RouterConfig) -> list[Interceptor]:
+    traced: list[Interceptor] = [TraceInterceptor()] if config.trace_endpoint else []
+    if config.auth_tokens is None:
+        return traced
+    return [BearerInterceptor(Tokens(config.auth_tokens), OPERATORS_ONLY), *traced]
+
+
 class RouterDirectory(RequestDirectory, PrefixDirectory, Protocol):
     """What a router asks the directory beside its workers; `DirectoryClient` is one."""
 
@@ -96,6 +106,7 @@ class Router:
         tokenizer: ModelTokenizer,
         view: Membership,
         directory: RouterDirectory,
+        tracing: Tracing | None = None,
     ) -> None:
         self._view = view
         self._address = config.advertise
@@ -128,6 +139,7 @@ class Router:
             peers,
             partial(find_held, directory, view),
             metrics,
+            tracing,
         )
         self.server = RouterServer(config, self._ready)
         for servicer, file, name in (

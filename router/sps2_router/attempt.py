@@ -22,9 +22,11 @@ from sps2.internal.v1 import (
 )
 from sps2_router import wire
 from sps2_router.handshake import Handshake, Step
+from sps2_router.request_trace import AttemptTrace
 from sps2_router.scope import CallScope
 from sps2_router.types import GroupPair, Request
 from sps2_router.worker_errors import ended_early, worker_error
+from sps2_service import span_names
 from sps2_service.errors import ServiceError
 
 # What the summary of prefill (bytes moved) may lag behind the last token before usage goes without it.
@@ -49,6 +51,7 @@ class Attempt:
         prefill_channel: grpc.aio.Channel,
         decode_channel: grpc.aio.Channel,
         scope: CallScope,
+        trace: AttemptTrace,
         asked_at_us: int,
         on_prefill_started: Callable[[], None],
         on_prefill_computed: Callable[[], None],
@@ -66,13 +69,14 @@ class Attempt:
         self._attempt = placement_pb2.Attempt(request_id=request.request_id, number=number)
         self._prefill_channel = prefill_channel
         self._scope = scope
+        self._trace = trace
         self._on_prefill_started = on_prefill_started
         self._on_prefill_computed = on_prefill_computed
         self._now = asyncio.get_running_loop().time
         self._answerable = asyncio.Event()
         # Any: the stubs are typed for synchronous channels.
         stub: Any = decode_service_pb2_grpc.DecodeServiceStub(decode_channel)
-        self._decode: Any = stub.Decode(timeout=scope.remaining)
+        self._decode: Any = stub.Decode(timeout=scope.remaining, metadata=trace.metadata(span_names.DECODE))
         self._write_failed = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -186,6 +190,7 @@ class Attempt:
                 self._request, self._attempt, self.handshake.placement, self._pair.prefill.name
             ),
             timeout=self._scope.remaining,
+            metadata=self._trace.metadata(span_names.PREFILL),
         )
         leader = self._pair.prefill_leader
         try:

@@ -22,11 +22,13 @@ from sps2_router.handshake import Phase
 from sps2_router.metrics import RouterMetrics
 from sps2_router.policies.base import Ask
 from sps2_router.prompt_queue import PromptQueue, Queued
+from sps2_router.request_trace import AttemptTrace
 from sps2_router.retries import Retries, RetryLimits
 from sps2_router.retry_budget import RetryBudget
 from sps2_router.scheduler import Scheduler, Seat
 from sps2_router.types import GroupPair, Request
 from sps2_service.errors import ServiceError, Unavailable
+from sps2_service.telemetry import bound_request
 from sps2_service.turns import now_us, turn_us
 
 log = structlog.get_logger(__name__)
@@ -75,7 +77,8 @@ class Dispatcher:
         ):
             self._budget.request()
             await self._attempts(request, live, answer, Retries(self._limits, self._budget), queued)
-        return await answer.end()
+        live.trace.answered(await answer.end(), answer.finish_reasons)
+        return answer.finish_reasons[0]
 
     async def _attempts(
         self,
@@ -133,6 +136,7 @@ class Dispatcher:
             ServiceError: there is no group to try.
         """
         async with AsyncExitStack() as stack:
+            trace = stack.enter_context(live.trace.attempt(retries.failed_at))
             try:
                 with live.scope.waiting():
                     taken = await stack.enter_async_context(self._seat(request, live, retries))
@@ -141,13 +145,15 @@ class Dispatcher:
             stack.enter_context(queued.placed())
             retries.asked_at_us = retries.asked_at_us or now_us()
             attempt = await stack.enter_async_context(
-                self._attempt(request, live, taken, retries.asked_at_us, queued)
+                self._attempt(request, live, taken, retries.asked_at_us, queued, trace)
             )
+            trace.begun(attempt.number, taken.pair, attempt.handshake)
             live.progress.begun(attempt.handshake, attempt.number)
             try:
                 await attempt.commit()
                 await answer.relay(attempt, request)
             except ServiceError as error:
+                trace.failed(error)
                 return _Failure(error, attempt.handshake.phase, taken.pair)
             finally:
                 answer.count(attempt)
@@ -183,31 +189,28 @@ class Dispatcher:
         seat: Seat,
         asked_at_us: int,
         queued: Queued,
+        trace: AttemptTrace,
     ) -> AsyncIterator[Attempt]:
         pair, number = seat.pair, live.next_attempt()
-        log.info(
-            "attempt begins",
-            request_id=request.request_id,
-            attempt=number,
-            prefill=pair.prefill.name,
-            decode=pair.decode.name,
-        )
-        async with (
-            self._channels.use(pair.prefill_leader.grpc_address) as prefill_channel,
-            self._channels.use(pair.decode_leader.grpc_address) as decode_channel,
-            Attempt(
-                request,
-                number,
-                pair,
-                prefill_channel=prefill_channel,
-                decode_channel=decode_channel,
-                scope=live.scope,
-                asked_at_us=asked_at_us,
-                on_prefill_started=queued.leave,
-                on_prefill_computed=lambda: self._scheduler.leave_prefill(seat),
-            ) as attempt,
-        ):
-            yield attempt
+        with bound_request(request.request_id, number):
+            log.info("attempt begins", prefill=pair.prefill.name, decode=pair.decode.name)
+            async with (
+                self._channels.use(pair.prefill_leader.grpc_address) as prefill_channel,
+                self._channels.use(pair.decode_leader.grpc_address) as decode_channel,
+                Attempt(
+                    request,
+                    number,
+                    pair,
+                    prefill_channel=prefill_channel,
+                    decode_channel=decode_channel,
+                    scope=live.scope,
+                    trace=trace,
+                    asked_at_us=asked_at_us,
+                    on_prefill_started=queued.leave,
+                    on_prefill_computed=lambda: self._scheduler.leave_prefill(seat),
+                ) as attempt,
+            ):
+                yield attempt
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,14 @@ from sps2_router.peers import Peers
 from sps2_router.prefix_reuse import HeldPrefix, with_reuse
 from sps2_router.prompt_ids import ids_of_chat, ids_of_text, least_tokens
 from sps2_router.relay import Event
+from sps2_router.request_trace import RequestTrace
 from sps2_router.scope import CallScope
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.types import Reuse, ServedModel
 from sps2_router.validation import check_fields, resolve
-from sps2_service.telemetry import bound_request
+from sps2_service.telemetry import bind_request
+from sps2_service.trace_context import current_place
+from sps2_service.tracing import Tracing
 from sps2_service.turns import now_us, turn_us
 
 
@@ -62,6 +65,7 @@ class FrontDoor:
         peers: Peers,
         find_held: FindHeld,
         metrics: RouterMetrics,
+        tracing: Tracing | None = None,
     ) -> None:
         """`ladder` is the attention profile of requests that name none."""
         self._model = model
@@ -74,6 +78,7 @@ class FrontDoor:
         self._peers = peers
         self._find_held = find_held
         self._metrics = metrics
+        self._tracing = tracing
 
     async def generate(self, spec: generation_pb2.GenerationSpec, call: Call, send: Send) -> str:
         """Serves one call and returns the request's id.
@@ -86,34 +91,43 @@ class FrontDoor:
         Raises:
             ServiceError: what the client gets instead, or after the events so far.
         """
-        with self._metrics.call() as outcome:
-            request_id, outcome.finish_reason = await self._generate(spec, call, send)
+        arrived_at = asyncio.get_running_loop().time()
+        with (
+            RequestTrace(self._tracing, current_place.get(), arrived_at) as trace,
+            self._metrics.call() as outcome,
+        ):
+            check_fields(spec, self._model)
+            request_id = spec.request_id or uuid.uuid4().hex
+            bind_request(request_id)
+            trace.asked(spec, request_id, self._model.name)
+            outcome.finish_reason = await self._admit(spec, request_id, call, send, trace)
         return request_id
 
-    async def _generate(
-        self, spec: generation_pb2.GenerationSpec, call: Call, send: Send
-    ) -> tuple[str, generation_pb2.FinishReason.ValueType]:
-        arrived_at = asyncio.get_running_loop().time()
-        check_fields(spec, self._model)
-        request_id = spec.request_id or uuid.uuid4().hex
+    async def _admit(
+        self,
+        spec: generation_pb2.GenerationSpec,
+        request_id: str,
+        call: Call,
+        send: Send,
+        trace: RequestTrace,
+    ) -> generation_pb2.FinishReason.ValueType:
         tenant, limit = call.caller.tenant, self._limits.total_s
         total_s = limit if call.time_left is None else min(call.time_left, limit)
         num_tokens = least_tokens(spec, self._tokenizer.longest_token)
         # Before anything is spent on it: however short its prompt may be, there may be no room, or the wait too long.
         self._dispatcher.check_room(num_tokens, tenant, turn_us(now_us(), spec.priority), total_s)
         with (
-            bound_request(request_id),
             CallScope(total_s=total_s, silence_s=self._limits.silence_s) as scope,
             self._admission.register(request_id, spec.nonce, scope, tenant) as live,
         ):
+            live.trace = trace
             async with self._claims.hold(
                 live, lambda earlier: self._peers.supersede(earlier, call.authorization)
             ) as settled:
-                finish_reason = await self._serve(spec, live, arrived_at, _after(settled, send))
-        return request_id, finish_reason
+                return await self._serve(spec, live, _after(settled, send))
 
     async def _serve(
-        self, spec: generation_pb2.GenerationSpec, live: LiveRequest, arrived_at: float, send: Send
+        self, spec: generation_pb2.GenerationSpec, live: LiveRequest, send: Send
     ) -> generation_pb2.FinishReason.ValueType:
         prompt_ids = await self._prompt_ids(spec)
         seed = secrets.randbits(64)
@@ -124,7 +138,8 @@ class FrontDoor:
         request = replace(request, block_hashes=hashes, tenant=live.tenant)
         if hashes and request.reuse is not Reuse.OFF:
             request = with_reuse(request, await self._find_held(hashes), self._model.keys_per_token)
-        return await self._dispatcher.serve(request, live, arrived_at, send)
+        live.trace.resolved(request)
+        return await self._dispatcher.serve(request, live, live.trace.arrived_at, send)
 
     async def _prompt_ids(self, spec: generation_pb2.GenerationSpec) -> Sequence[int]:
         if spec.HasField("text"):

@@ -63,9 +63,12 @@ class ChoiceRelay:
         self.token_ids: list[int] = []
         """What was given so far, the stop tokens included."""
         self.finish_reason: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_UNSPECIFIED
-        """Why it has ended, once it has."""
-        self.finished = False
-        """Whether `finish` was called; tokens that come later are the overrun."""
+        """Why it has ended, once it has. Tokens that come later are the overrun."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether `finish` was called."""
+        return self.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED
 
     @property
     def num_tokens(self) -> int:
@@ -121,7 +124,7 @@ class ChoiceRelay:
             events.append(self._events.delta(self.index, delta))
         if self.stopped:
             reason = generation_pb2.FINISH_REASON_STOP
-        self.finished, self.finish_reason = True, reason
+        self.finish_reason = reason
         finish = generation_pb2.Finish(
             reason=reason, token_count=self.num_tokens, digest=self._digest.digest()
         )

@@ -48,6 +48,8 @@ class Retries:
         self._has_begun = False
         """Whether the client may have seen tokens, of this attempt or an earlier one."""
         self.num_failures = 0
+        self.failed_at: float | None = None
+        """When the last attempt that had room failed, by the clock of `after`."""
         self.asked_at_us: int | None = None
         """When an attempt first had a place and asked for room; None before that."""
         self.had_room = False
@@ -74,6 +76,8 @@ class Retries:
         Raises:
             ServiceError: there will be no other attempt; this goes to the client.
         """
+        if phase is not Phase.RESERVING:
+            self.failed_at = now
         if error.reason == GROUP_DRAINING:
             return self._move_on(_to_blame(error, pair))
         if isinstance(error, Unavailable) and self._is_no_failure(error, phase):

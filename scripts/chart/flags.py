@@ -25,6 +25,7 @@ OWNED = frozenset(
         "advertise",
         "listen", "announce-fd", "parent-pid", "drain-s", "grace-s", "model", "model-name", "directory", "profile",
         "tls-cert", "tls-key", "tls-ca", "tls-server-name", "health-port", "metrics-port", "auth-tokens", "tenants",
+        "otlp-endpoint", "trace-sample-ratio",
         "redis", "redis-password-file", "namespace", "group", "rank", "group-size", "leader", "device",
     }
 )  # fmt: skip

@@ -90,6 +90,11 @@ class ServiceConfig:
     """Least severe lines that are logged."""
     log_format: Literal["auto", "json", "text"] = "auto"
     """Log lines on stderr; auto is text on a terminal and JSON elsewhere."""
+    otlp_endpoint: str = ""
+    """http://HOST:PORT or https://HOST:PORT of the OpenTelemetry collector (OTLP over gRPC) that gets traces; empty:
+    OTEL_EXPORTER_OTLP_ENDPOINT, and without that there are none."""
+    trace_sample_ratio: float = setting(1.0, minimum=0, maximum=1)
+    """Share of the requests that are traced, of those whose callers say nothing about it."""
 
     def __post_init__(self) -> None:
         files = {"--tls-cert": self.tls_cert, "--tls-key": self.tls_key, "--tls-ca": self.tls_ca}
@@ -100,8 +105,20 @@ class ServiceConfig:
                 raise ValueError(f"{flag} {path}: no such file")
         if self.tls_peers and not (self.tls_cert and self.tls_client_certs):
             raise ValueError("--tls-peers needs TLS with client certificates")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"--otlp-endpoint {self.otlp_endpoint} must begin with http:// or https://")
         if self.metrics_port and not _HOST_PORT.fullmatch(self.metrics_port):
             raise ValueError(f"--metrics-port {self.metrics_port!r} is not HOST:PORT")
+
+    @property
+    def log_json(self) -> bool | None:
+        """Whether log lines are JSON; None: unless stderr is a terminal."""
+        return {"auto": None, "json": True, "text": False}[self.log_format]
+
+    @property
+    def trace_endpoint(self) -> str:
+        """Where traces go, by the flag or by OpenTelemetry's own variable; empty: nowhere."""
+        return self.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
 
     @property
     def tls(self) -> Tls | None:

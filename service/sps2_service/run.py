@@ -35,8 +35,7 @@ def prepare_process(service: str, config: ServiceConfig) -> None:
     Raises:
         SystemExit: the parent has ended already.
     """
-    as_json = {"auto": None, "json": True, "text": False}[config.log_format]
-    configure_logging(service, level=config.log_level, json=as_json)
+    configure_logging(service, level=config.log_level, json=config.log_json)
     if config.parent_pid is not None:
         try:
             die_with_parent(signal.SIGTERM, config.parent_pid)

@@ -17,6 +17,7 @@ from sps2_service.channel import MAX_MESSAGE_BYTES
 from sps2_service.config import ServiceConfig
 from sps2_service.interceptors import StatusInterceptor
 from sps2_service.tls import PeerNamesInterceptor, Tls
+from sps2_service.trace_context import TraceInterceptor
 
 MAX_METADATA_BYTES = 8 * 1024
 LIVENESS = "liveness"
@@ -225,5 +226,5 @@ def server_for(
         with_reflection=config.reflection,
         health_port=config.health_port,
         options=options,
-        interceptors=interceptors,
+        interceptors=[*interceptors, *([TraceInterceptor()] if config.trace_endpoint else [])],
     )

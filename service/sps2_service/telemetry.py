@@ -24,6 +24,9 @@ FORBIDDEN_FIELDS = frozenset(
     }
 )  # fmt: skip
 
+REQUEST_FIELDS = ("request_id", "attempt")
+"""What a line carries where a request is at work."""
+
 
 def configure_logging(
     service: str, *, level: str = "info", json: bool | None = None, stream: TextIO | None = None
@@ -63,7 +66,8 @@ def configure_logging(
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            # What is logged through `logging` says whose request it is by `extra`.
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder(allow=REQUEST_FIELDS), *shared],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(as_json)],
         )
     )
@@ -100,11 +104,17 @@ def redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
+def bind_request(request_id: str, attempt: int | None = None) -> None:
+    """Binds request_id and attempt to every line of this task from now on; called once, in a call's own task."""
+    structlog.contextvars.bind_contextvars(**_request_fields(request_id, attempt))
+
+
 @contextmanager
 def bound_request(request_id: str, attempt: int | None = None) -> Iterator[None]:
     """Binds request_id and attempt to every line of this task, and of tasks made within the block."""
-    fields: dict[str, object] = {"request_id": request_id}
-    if attempt is not None:
-        fields["attempt"] = attempt
-    with structlog.contextvars.bound_contextvars(**fields):
+    with structlog.contextvars.bound_contextvars(**_request_fields(request_id, attempt)):
         yield
+
+
+def _request_fields(request_id: str, attempt: int | None) -> dict[str, object]:
+    return {"request_id": request_id} | ({} if attempt is None else {"attempt": attempt})

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from support.checkpoints import make_tiny_checkpoint
+from support.collector import Collector, collector
 from support.deployment import LocalDeployment, deployment
 from support.ports import free_port_range
 
@@ -14,10 +15,17 @@ NUM_SERVICES = 6
 
 
 @pytest.fixture(scope="session")
-def demo() -> Iterator[LocalDeployment]:
-    """The demo model on two prefill and two decode ranks, which check their KV at every step and serve metrics."""
+def traces() -> Iterator[Collector]:
+    """Takes the traces of `demo`."""
+    with collector() as taker:
+        yield taker
+
+
+@pytest.fixture(scope="session")
+def demo(traces: Collector) -> Iterator[LocalDeployment]:
+    """The demo model on two prefill and two decode ranks, which check their KV at every step and tell all they can."""
     arguments = ["--debug-invariants", "--metrics-port-base", str(free_port_range(NUM_SERVICES))]
-    with deployment(prefill="1x2", decode="1x2", arguments=arguments) as running:
+    with deployment(prefill="1x2", decode="1x2", arguments=arguments, env=traces.environment) as running:
         yield running
 
 

@@ -113,6 +113,7 @@ CASES: dict[str, Values] = {
         "prefill": {"ranks": 2, "placement": "lws"},
         "decode": {"groups": 2, "ranks": 3, "placement": "statefulset"},
     },
+    "tracing": {"tracing": {"otlpEndpoint": "http://collector.telemetry:14317", "sampleRatio": 0.125}},
     "no budgets": {
         part: {"pdb": {"enabled": False}} for part in ("router", "directory", "prefill", "decode")
     },

@@ -154,6 +154,18 @@ def policies_cover_every_port(rendered: Rendered) -> None:
             assert allowed(policies, workload.labels, None, 443), f"{workload.name} cannot download"
 
 
+def traces_reach_their_collector(rendered: Rendered) -> None:
+    tracing, policies = rendered.values["tracing"], rendered.of("NetworkPolicy")
+    endpoint = tracing["otlpEndpoint"]
+    port = int(endpoint.rstrip("/").rpartition(":")[2]) if endpoint else 4317
+    for workload in rendered.workloads:
+        for process in _processes(workload):
+            assert process.config.otlp_endpoint == endpoint
+            assert process.config.trace_sample_ratio == (tracing["sampleRatio"] if endpoint else 1)
+        if endpoint and policies and workload.component in {"router", "prefill", "decode"}:
+            assert allowed(policies, workload.labels, None, port), f"{workload.name} cannot export"
+
+
 def policies_open_nothing_else(rendered: Rendered) -> None:
     policies = rendered.of("NetworkPolicy")
     if not policies:
@@ -355,6 +367,7 @@ INVARIANTS: tuple[Callable[[Rendered], None], ...] = (
     ranks_find_each_other,
     everyone_finds_the_directory_and_redis,
     policies_cover_every_port,
+    traces_reach_their_collector,
     policies_open_nothing_else,
     containers_are_confined,
     probes_ask_where_it_listens,

@@ -42,6 +42,7 @@ def run_engine() -> None:
     from sps2_decode_worker.loop import DecodeRole
     from sps2_engine.kv_pool import BLOCK_TOKENS
     from sps2_engine.runtime import main
+    from sps2_service.telemetry import configure_logging
 
     class ForgetfulRole(DecodeRole):
         def execute(self, command: engine_pb2.EngineCommand) -> None:
@@ -52,7 +53,7 @@ def run_engine() -> None:
                     self._model.arena.v[:, lost] = 0
             super().execute(command)
 
-    main.run_engine(ForgetfulRole)
+    main.run_engine(ForgetfulRole, configure_logging)
 
 
 if __name__ == "__main__":

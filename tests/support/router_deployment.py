@@ -2,7 +2,7 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -18,6 +18,7 @@ from sps2_router.config import RouterConfig
 from sps2_router.tokenizer import ModelTokenizer
 from sps2_router.types import ServedModel
 from sps2_service.channel import open_channel
+from sps2_service.tracing import Tracing
 from support.fake_workers import FakeDecode, FakePrefill, FakeRequestDirectory, FakeView
 from support.tiny_model import CONTEXT_LENGTH, EOS, VOCABULARY_SIZE, tiny_tokenizer
 
@@ -39,6 +40,7 @@ class Deployment:
         tokenizer: ModelTokenizer | None = None,
         requests: FakeRequestDirectory | None = None,
         leader_credentials: grpc.ServerCredentials | None = None,
+        tracing: Tracing | None = None,
         **config: Any,
     ) -> None:
         self.view = FakeView()
@@ -52,6 +54,7 @@ class Deployment:
             tokenizer or ModelTokenizer(tiny_tokenizer()),
             self.view,  # type: ignore[arg-type]
             self.requests,
+            tracing,
         )
 
     @property
@@ -68,7 +71,7 @@ class Deployment:
             await leader.start(self._leader_credentials)
             await self.view.put(leader.info())
 
-    async def __aenter__(self) -> "Deployment":
+    async def __aenter__(self) -> Self:
         self.address = await self.router.server.start("127.0.0.1:0")
         await self.router.started(self.address)
         self._follow = asyncio.create_task(self.router.follow())

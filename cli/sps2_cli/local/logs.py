@@ -47,7 +47,7 @@ class LineLog:
         if self._file is not None:
             self._file.emit(logging.makeLogRecord({"msg": line}))
         elif self._show is not None:
-            self._show(f"{self._name} | {readable(line)}")
+            self._show(f"{_speaker(line, self._name)} | {readable(line)}")
 
     def close(self) -> None:
         """Closes the file."""
@@ -69,6 +69,12 @@ def readable(line: str) -> str:
     level, event = str(record.get("level", "info")), str(record["event"])
     text = f"{level:<7} {event} {facts}".rstrip()
     return f"{text}\n{record['exception']}" if "exception" in record else text
+
+
+def _speaker(line: str, process: str) -> str:
+    """Who says it: a rank's engine writes where its supervisor does."""
+    service = (_record(line) or {}).get("service")
+    return service if isinstance(service, str) and service.startswith(f"{process} ") else process
 
 
 def cause(lines: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 
@@ -26,12 +27,19 @@ _log = logging.getLogger(__name__)
 MakeRole = Callable[[EngineOptions, torch.device, torch.dtype, SupervisorLink], Role]
 
 
-def run_engine(make_role: MakeRole) -> None:
+class ConfigureLogging(Protocol):
+    """Sets up logging as the supervisor has it; the engine itself does not know how."""
+
+    def __call__(self, service: str, *, level: str, json: bool | None) -> None:
+        """`service` is bound to every line; `json` None: text on a terminal."""
+
+
+def run_engine(make_role: MakeRole, configure_logging: ConfigureLogging) -> None:
     """Entry point of `python -m sps2_prefill_worker.engine` and of the decode worker's."""
     options, socket_fd = parse_engine_arguments(sys.argv[1:])
     # The supervisor decides when an engine ends; Ctrl-C in a terminal reaches every process of the group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format=f"{options.name} engine: %(message)s", stream=sys.stderr)
+    configure_logging(f"{options.name} engine", level=options.log_level, json=options.log_json)
     link = SupervisorLink(socket.socket(fileno=socket_fd))
     try:
         device = resolve_device(options.device, options.rank)

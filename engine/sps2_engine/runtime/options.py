@@ -37,6 +37,10 @@ class EngineOptions:
     """Longest wait for a peer inside a collective."""
     tp: int
     """Tensor ranks: parts that every layer is split into; divides the group."""
+    log_level: str = "info"
+    """Least severe lines that are logged."""
+    log_json: bool | None = None
+    """JSON lines on stderr, or text; None: JSON unless that is a terminal."""
 
     @property
     def share(self) -> TensorShare:

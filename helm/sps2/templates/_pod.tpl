@@ -161,6 +161,10 @@ readinessProbe:
 {{- define "sps2.env" -}}
 - {name: HOME, value: /tmp}
 - {name: XDG_CACHE_HOME, value: /tmp/cache}
+{{- with .root.Values.tracing.otlpEndpoint }}
+- {name: SPS2_OTLP_ENDPOINT, value: {{ . | quote }}}
+- {name: SPS2_TRACE_SAMPLE_RATIO, value: {{ $.root.Values.tracing.sampleRatio | quote }}}
+{{- end }}
 {{- range $name, $value := .c.env }}
 - {name: {{ $name }}, value: {{ include "sps2.scalar" $value | quote }}}
 {{- end }}

@@ -30,6 +30,7 @@ from sps2_service.ranks.metrics import RankState, rank_families
 from sps2_service.request_fields import Vocabulary
 from sps2_service.run import ExpectedEndError, run_service
 from sps2_service.server import server_for
+from sps2_service.tracing import Tracing, open_tracing
 
 DRAIN_MARGIN_S = 5.0
 """What leaving takes beside the drain budget, at most: routers are to learn of it, two leases are given back."""
@@ -110,6 +111,8 @@ class WorkerConfig(ServiceConfig):
             "kv_transport": self.kv_transport,
             "collective_timeout_s": self.collective_timeout_s,
             "tp": self.tp,
+            "log_level": self.log_level,
+            "log_json": self.log_json,
         }
 
     @property
@@ -149,7 +152,7 @@ class LeaderModel:
     vocabulary: Vocabulary
 
 
-MakeLeaderService = Callable[[WorkerConfig, DirectoryClient, LeaderModel], LeaderService]
+MakeLeaderService = Callable[[WorkerConfig, DirectoryClient, LeaderModel, Tracing | None], LeaderService]
 EngineArguments = Callable[[WorkerConfig, int, str], list[str]]
 """From the configuration, a socket's descriptor and the model hash."""
 
@@ -164,8 +167,9 @@ class RankSupervisor:
         engine_module: str,
         engine_arguments: EngineArguments,
         make_leader_service: MakeLeaderService,
+        tracing: Tracing | None = None,
     ) -> None:
-        """Made inside a running event loop.
+        """Made inside a running event loop. `tracing` is for a leader.
 
         Raises:
             ModelFolderError: in one line, what is wrong with the model folder.
@@ -203,7 +207,7 @@ class RankSupervisor:
         self._member: Member | None = None
         self._follower: Follower | None = None
         if config.rank == 0:
-            self._lead(make_leader_service)
+            self._lead(make_leader_service, tracing)
         else:
             self._follow()
 
@@ -266,9 +270,9 @@ class RankSupervisor:
         )
         return rank_families(state)
 
-    def _lead(self, make_leader_service: MakeLeaderService) -> None:
+    def _lead(self, make_leader_service: MakeLeaderService, tracing: Tracing | None) -> None:
         config = self._config
-        service = make_leader_service(config, self._directory, self._leader_model)
+        service = make_leader_service(config, self._directory, self._leader_model, tracing)
         leader = GroupLeader(
             config.group,
             config.group_size,
@@ -433,9 +437,14 @@ async def run_worker(
     make_leader_service: MakeLeaderService,
 ) -> int:
     """Runs a rank's supervisor until it is told to stop; the exit code."""
-    try:
-        supervisor = RankSupervisor(config, role, engine_module, engine_arguments, make_leader_service)
-    except ModelFolderError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return await supervisor.run()
+    service = f"sps2-{cluster_pb2.WorkerRole.Name(role).removeprefix('WORKER_ROLE_').lower()}"
+    endpoint = config.trace_endpoint if config.rank == 0 else ""  # the leader takes its ranks' spans
+    async with open_tracing(service, config.worker_id, endpoint, config.trace_sample_ratio) as tracing:
+        try:
+            supervisor = RankSupervisor(
+                config, role, engine_module, engine_arguments, make_leader_service, tracing
+            )
+        except ModelFolderError as error:
+            sys.stderr.write(f"{error}\n")
+            return 1
+        return await supervisor.run()

@@ -41,7 +41,7 @@ def freed_after(
         started = time.monotonic()
         stream.close()
     for rank in range(num_ranks):
-        free = rf"prefill-0/{rank} engine: \S+ given up: 0 KV blocks in use"
+        free = rf"prefill-0/{rank} engine \| .*given up: 0 KV blocks in use"
         running.process.wait_for_line(free, REPORT_TIMEOUT_S, after=seen)
     return time.monotonic() - started
 

@@ -129,7 +129,7 @@ def test_faults_in_a_row(one: Target, must_show: MustShow) -> None:
             one.send(victim)
             one.wait_for_engines()
             if stage:
-                one.deployment.process.wait_for_line(f"{victim.name} engine: {stage}", 30.0, after=seen)
+                one.deployment.process.wait_for_line(rf"{victim.name} engine \| .*{stage}", 30.0, after=seen)
         for name in one.ranks:
             one.send(Victim(name, "both"))
         figures.append(f"serving again {one.recover(time.monotonic(), 2 * RECOVERED_S):.1f} s after the last")

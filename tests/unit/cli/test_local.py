@@ -187,6 +187,8 @@ def test_logs_are_bounded_and_shown_with_their_name(tmp_path: Path) -> None:
     log.add("x" * 10_000)
     assert (len(log.tail), log.tail[-1]) == (KEEP_LINES, "x" * 2000)
     assert shown[0] == "prefill-0/1 | line 0"
+    log.add('{"event": "epoch 1", "service": "prefill-0/1 engine"}')
+    assert shown[-1] == "prefill-0/1 engine | info    epoch 1"
     filed = LineLog("prefill-0/1", shown.append, tmp_path)
     filed.add("to the file")
     filed.close()

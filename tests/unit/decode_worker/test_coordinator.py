@@ -5,6 +5,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 
 from sps2.internal.v1 import decode_service_pb2, engine_pb2
@@ -23,6 +25,8 @@ from sps2_service.errors import (
     Unavailable,
 )
 from sps2_service.ranks.group import GroupState
+from sps2_service.trace_context import current_place
+from sps2_service.tracing import Tracing
 
 NUM_RANKS = 2
 STEP_S = 0.02
@@ -99,10 +103,17 @@ class InstantRanks:
 
 
 def make(
-    *kv_blocks: int, tp: int = 1, num_kv_heads: int = 1, debug: bool = False
+    *kv_blocks: int, tp: int = 1, num_kv_heads: int = 1, debug: bool = False, tracing: Tracing | None = None
 ) -> tuple[DecodeCoordinator, InstantRanks]:
     """A leader of ranks with so many blocks each, or of two of one number."""
-    coordinator = DecodeCoordinator(NoDirectory(), "hash", 128, tp=tp, debug_invariants=debug)  # type: ignore[arg-type]
+    coordinator = DecodeCoordinator(
+        NoDirectory(),  # type: ignore[arg-type]
+        "hash",
+        128,
+        tp=tp,
+        debug_invariants=debug,
+        tracing=tracing,
+    )
     each = kv_blocks if len(kv_blocks) > 1 else kv_blocks * NUM_RANKS
     ranks = InstantRanks(coordinator, len(each), tp)
     coordinator.attach(ranks)  # type: ignore[arg-type]
@@ -352,3 +363,30 @@ async def test_what_is_handed_back_ends_behind_its_tokens_and_frees_all() -> Non
     assert waiting.failed.is_set()
     await asyncio.sleep(0)
     assert list(ranks.plans[-1].blocks_used) == [0, 0]
+
+
+async def test_a_span_for_each_rank_beneath_the_routers() -> None:
+    exporter = InMemorySpanExporter()
+    tracing = Tracing("sps2-decode", "decode-0/0", SimpleSpanProcessor(exporter))
+    coordinator, _ = make(20, tracing=tracing)
+    place = tracing.request(None)
+    assert place is not None
+    current_place.set(place)
+    live = await start(coordinator, reserve("r", 1, 256, 10))
+    async with asyncio.timeout(20):
+        assert len([one async for one in coordinator.tokens(live)]) == 9
+    coordinator.release(live)
+    coordinator.release(live)
+    spans = exporter.get_finished_spans()
+    assert [span.name for span in spans] == ["decode rank 0", "decode rank 1"]
+    for rank, span in enumerate(spans):
+        facts = dict(span.attributes or {})
+        assert span.parent is not None
+        assert span.parent.span_id == place.span_id
+        assert (facts["sps2.rank"], facts["sps2.request_id"], facts["sps2.attempt"]) == (rank, "r", 0)
+        assert facts["sps2.is_home"] == (rank == live.row.home)
+        assert facts["sps2.num_steps"] == 9
+        assert facts["sps2.step_seconds"] == pytest.approx(9 * STEP_S)
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert 0 < span.end_time - span.start_time < 20e9

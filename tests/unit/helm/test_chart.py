@@ -30,6 +30,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prefill": {"resources": {"limits": {"memory": "lots"}}}}, "/prefill/resources/limits/memory"),
     ({"redis": {"url": "redis://:hunter2@redis:6379"}}, "/redis/url"),
     ({"images": {"control": {"repository": "r", "tag": "latest"}}}, "/images/control/tag"),
+    ({"tracing": {"otlpEndpoint": "collector:4317"}}, "/tracing/otlpEndpoint"),
+    ({"tracing": {"sampleRatio": 1.5}}, "/tracing/sampleRatio"),
     ({"attention": {"profile": "sparse"}}, "/attention/profile"),
     ({"model": {"source": "pvc"}}, "model.pvc.claim"),
     ({"model": {"source": "pvc", "pvc": {"claim": "models"}}}, "model.name"),

@@ -7,10 +7,15 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import pytest
 import structlog
 
-from sps2_service.telemetry import FORBIDDEN_FIELDS, bound_request, configure_logging
+from sps2_service.channel import open_channel
+from sps2_service.errors import Unavailable
+from sps2_service.server import ServiceServer
+from sps2_service.telemetry import FORBIDDEN_FIELDS, bind_request, bound_request, configure_logging
+from support.echo_service import SERVICE, Echo, EchoServicer, EchoStub
 
 CANARY = "canary-5d1c"
 
@@ -76,6 +81,35 @@ async def test_bound_fields_follow_tasks(stream: io.StringIO) -> None:
 
     await asyncio.gather(*(serve(f"req-{n}") for n in range(5)))
     assert all(line["request_id"] == line["expected"] for line in lines(stream))
+
+
+def test_what_logs_through_logging_says_whose_request_it_is(stream: io.StringIO) -> None:
+    configure_logging("prefill-0/0 engine", stream=stream)
+    fields = {"request_id": "req-1", "attempt": 2}
+    logging.getLogger("sps2_engine").info("given up", extra={**fields, "other": CANARY})
+    (line,) = lines(stream)
+    assert {"event": "given up", "service": "prefill-0/0 engine", **fields}.items() <= line.items()
+    assert "other" not in line
+
+
+async def test_a_refusal_says_which_request_was_refused(stream: io.StringIO) -> None:
+    configure_logging("router", stream=stream)
+
+    def refuse(request_id: str) -> None:
+        bind_request(request_id, 3)
+        raise Unavailable("NO_ROOM", "later")
+
+    server = ServiceServer()
+    server.add(EchoServicer(refuse), SERVICE)
+    address = await server.start("127.0.0.1:0")
+    async with open_channel(address) as channel:
+        stub = EchoStub(channel)
+        for request_id in ("req-1", "req-2"):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.unary(Echo(text=request_id), timeout=5)
+    await server.stop(0)
+    refused = [line for line in lines(stream) if line["event"] == "refused"]
+    assert [(one["request_id"], one["attempt"]) for one in refused] == [("req-1", 3), ("req-2", 3)]
 
 
 @pytest.mark.parametrize("json_lines", [True, False])

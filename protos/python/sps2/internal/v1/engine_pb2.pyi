@@ -1158,6 +1158,7 @@ class PrefillReport(_message.Message):
     PREFIX_EXPECTED_FIELD_NUMBER: _builtins.int
     PREFIX_REFUSED_FIELD_NUMBER: _builtins.int
     PREFIX_FETCHED_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attempt(self) -> _placement_pb2.Attempt:
         """The attempt."""
@@ -1194,6 +1195,10 @@ class PrefillReport(_message.Message):
     def prefix_fetched(self) -> Global___PrefixFetched:
         """All of it has come, and is kept."""
 
+    @_builtins.property
+    def times(self) -> Global___ComputeTimes:
+        """When it was computed here; set with `delivered`."""
+
     def __init__(
         self,
         *,
@@ -1206,16 +1211,47 @@ class PrefillReport(_message.Message):
         prefix_expected: Global___PrefixExpected | None = ...,
         prefix_refused: Global___PrefixRefused | None = ...,
         prefix_fetched: Global___PrefixFetched | None = ...,
+        times: Global___ComputeTimes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "delivered", b"delivered", "first_token", b"first_token", "prefix_expected", b"prefix_expected", "prefix_fetched", b"prefix_fetched", "prefix_refused", b"prefix_refused", "progress", b"progress", "report", b"report", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "delivered", b"delivered", "first_token", b"first_token", "prefix_expected", b"prefix_expected", "prefix_fetched", b"prefix_fetched", "prefix_refused", b"prefix_refused", "progress", b"progress", "report", b"report", "started", b"started", "times", b"times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "delivered", b"delivered", "first_token", b"first_token", "prefix_expected", b"prefix_expected", "prefix_fetched", b"prefix_fetched", "prefix_refused", b"prefix_refused", "progress", b"progress", "report", b"report", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "delivered", b"delivered", "first_token", b"first_token", "prefix_expected", b"prefix_expected", "prefix_fetched", b"prefix_fetched", "prefix_refused", b"prefix_refused", "progress", b"progress", "report", b"report", "started", b"started", "times", b"times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["started", "progress", "first_token", "delivered", "cancelled", "prefix_expected", "prefix_refused", "prefix_fetched"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
 
 Global___PrefillReport: _TypeAlias = PrefillReport  # noqa: Y015
+
+@_typing.final
+class ComputeTimes(_message.Message):
+    """ComputeTimes are Unix times in microseconds, by the clock of the rank."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGUN_AT_US_FIELD_NUMBER: _builtins.int
+    COMPUTED_AT_US_FIELD_NUMBER: _builtins.int
+    DELIVERED_AT_US_FIELD_NUMBER: _builtins.int
+    begun_at_us: _builtins.int
+    """Its room was there, and compute began."""
+    computed_at_us: _builtins.int
+    """The rank's last token was computed."""
+    delivered_at_us: _builtins.int
+    """All slabs of the rank were accepted, if that came later."""
+    def __init__(
+        self,
+        *,
+        begun_at_us: _builtins.int = ...,
+        computed_at_us: _builtins.int = ...,
+        delivered_at_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun_at_us", b"begun_at_us", "computed_at_us", b"computed_at_us", "delivered_at_us", b"delivered_at_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComputeTimes: _TypeAlias = ComputeTimes  # noqa: Y015
 
 @_typing.final
 class PrefixExpected(_message.Message):

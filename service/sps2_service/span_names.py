@@ -1,0 +1,40 @@
+"""Names of spans and of their attributes, in this one place; docs/tracing.md says what each means.
+
+`gen_ai.*` and `error.type` are of OpenTelemetry's semantic conventions; what these have no name for is `sps2.*`.
+"""
+
+QUEUE = "queue"
+PREFILL = "prefill"
+PREFILL_RANK = "prefill rank"
+TRANSFER = "transfer"
+DECODE = "decode"
+DECODE_RANK = "decode rank"
+
+OPERATION = "gen_ai.operation.name"
+PROVIDER = "gen_ai.provider.name"
+REQUEST_MODEL = "gen_ai.request.model"
+MAX_TOKENS = "gen_ai.request.max_tokens"
+TEMPERATURE = "gen_ai.request.temperature"
+TOP_P = "gen_ai.request.top_p"
+CHOICE_COUNT = "gen_ai.request.choice.count"
+RESPONSE_ID = "gen_ai.response.id"
+FINISH_REASONS = "gen_ai.response.finish_reasons"
+INPUT_TOKENS = "gen_ai.usage.input_tokens"
+CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+
+ERROR = "error.type"
+
+REQUEST_ID = "sps2.request_id"
+ATTEMPT = "sps2.attempt"
+ATTENTION = "sps2.attention"
+GROUP = "sps2.group"
+RANK = "sps2.rank"
+NUM_TOKENS = "sps2.num_tokens"
+NUM_STEPS = "sps2.num_steps"
+STEP_SECONDS = "sps2.step_seconds"
+IS_HOME = "sps2.is_home"
+DELIVERY_SECONDS = "sps2.delivery_seconds"
+EXPOSED_SECONDS = "sps2.exposed_communication_seconds"
+COLLECTIVE_BYTES = "sps2.collective_bytes"
+KV_TRANSFER_BYTES = "sps2.kv_transfer_bytes"
