@@ -85,6 +85,8 @@ class FakeLeader:
         """Calls that ended by cancellation."""
         self.num_drains = 0
         """Times that it was told to drain."""
+        self.traceparents: list[str | None] = []
+        """Of each call for an attempt."""
         # Otherwise a router that looks after a silent connection is sent away.
         self._server = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", 500)])
         group_grpc.add_GroupServiceServicer_to_server(self, self._server)  # type: ignore[arg-type]
@@ -125,6 +127,10 @@ class FakeLeader:
             "capabilities": cluster_pb2.WorkerCapabilities(model_hash="hash", dtype="fp32"),
         }
         return cluster_pb2.WorkerInfo(**fields | changes)
+
+    def _note_trace(self, context: Context) -> None:
+        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        self.traceparents.append(metadata.get("traceparent"))
 
     async def _watched(self, events: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """Counts a call while it lives."""
@@ -173,11 +179,12 @@ class FakePrefill(FakeLeader):
     ) -> AsyncIterator[prefill_pb.PrefillResponse]:
         """See prefill_service.proto."""
         self.requests.append(request)
+        self._note_trace(context)
         async for event in self._watched(self._events(context)):
             yield event
 
-    async def SendPrefix(self, _: Any, context: Context) -> NoReturn:  # noqa: N802
-        """See prefill_service.proto; nothing is cached here."""
+    async def SendPrefix(self, _: Any, context: Context) -> None:  # noqa: N802
+        """It has nothing cached."""
         await context.abort(grpc.StatusCode.NOT_FOUND, "nothing is cached here")
 
     def _first_token(self, choice: prefill_pb.TokenChoice) -> prefill_pb.FirstToken:
@@ -250,6 +257,7 @@ class FakeDecode(FakeLeader):
         self, requests: AsyncIterator[decode_pb.DecodeRequest], context: Context
     ) -> AsyncIterator[decode_pb.DecodeResponse]:
         """See decode_service.proto."""
+        self._note_trace(context)
         async for event in self._watched(self._events(requests, context)):
             yield event
 
