@@ -60,9 +60,9 @@ def write_tiny_model(folder: Path, chat_template: str | None = None) -> Path:
         "eos_token_id": EOS,
         "max_position_embeddings": CONTEXT_LENGTH,
         "vocab_size": VOCABULARY_SIZE,
-        "hidden_size": 8,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if chat_template is not None:
