@@ -26,7 +26,7 @@ demo: setup  ## serve the demo model and answer one long real prompt
 	$(VENV)/bin/sps2 demo
 
 test: setup  ## run the tests (at most 12 minutes on two cores)
-	$(VENV)/bin/pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n 2 $(PYTEST_ARGS)
 
 lint: setup imports  ## ruff, formatting, import contracts, buf lint
 	$(VENV)/bin/ruff check .
