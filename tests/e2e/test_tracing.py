@@ -28,6 +28,7 @@ def test_a_trace_has_every_phase_and_rank(demo: LocalDeployment, traces: Collect
     spec = generation_pb2.GenerationSpec(request_id=f"traced-{secrets.token_hex(4)}")
     spec.token_ids.ids.extend(book_ids()[:NUM_PROMPT_TOKENS])
     spec.stop.max_tokens, spec.stop.ignore_eos = NUM_TOKENS, True
+    spec.prefix_reuse = generation_pb2.PREFIX_REUSE_OFF  # others ask this deployment about the same text
     trace_id, parent_id = secrets.token_hex(16), secrets.token_hex(8)
     usage = generate(demo.address, spec, ("traceparent", f"00-{trace_id}-{parent_id}-01")).usage
     spans = traces.trace(trace_id, lambda found: is_complete(found, 2, 2), EXPORT_S)

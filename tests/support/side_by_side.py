@@ -11,16 +11,18 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 STARTS_PROCESSES = ("tests/e2e/", "tests/multiprocess/", "tests/service/")
+ONLY_RUNS = "tests/multiprocess/test_bench.py"
+"""Benchmarks start processes too, but their times are nobody's concern here."""
 LOWER_PRIORITY = 10
 
 
 def starts_processes(nodeid: str) -> bool:
-    """Whether the test is of a folder whose tests do."""
-    return nodeid.startswith(STARTS_PROCESSES)
+    """Whether the test is of a folder whose tests do, and may depend on how fast they are."""
+    return nodeid.startswith(STARTS_PROCESSES) and not nodeid.startswith(ONLY_RUNS)
 
 
 class SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """All that starts processes in one worker, in its order; the rest file by file."""
+    """What starts processes in one worker, in its order; the rest file by file."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "processes" if starts_processes(nodeid) else nodeid.partition("::")[0]

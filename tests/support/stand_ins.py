@@ -56,7 +56,7 @@ def stand_in(role: str, arguments: list[str]) -> None:
         parser.add_argument(f"--{flag}")
     for flag in ("device", "dtype", "kv-tokens", "threads", "kv-transport", "exchange", "tp", "drain-s"):
         parser.add_argument(f"--{flag}")
-    for flag in ("policy", "max-queue-s", "sharing"):
+    for flag in ("policy", "max-queue-s", "sharing", "prefix-fetch"):
         parser.add_argument(f"--{flag}")
     parser.add_argument("--announce-fd", type=int)
     flags = parser.parse_args(arguments)
