@@ -19,13 +19,13 @@ FORCE = 100.0
 
 @dataclass(frozen=True)
 class Turn:
-    """What a user adds, and what follows whatever the model says."""
+    """What a user adds."""
 
     question: tuple[int, ...]
     """Asks for a fact planted in the document."""
     answer: int
-    given: tuple[int, ...]
-    """The text that goes on behind the answer; scored."""
+    more: tuple[int, ...]
+    """How the document goes on: not said, but scored behind what of it was scored before."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Conversation:
     turns: tuple[Turn, ...]
 
     @classmethod
-    def of(cls, model: Path, num_tokens: int, num_turns: int, num_given: int) -> "Conversation":
+    def of(cls, model: Path, num_tokens: int, num_turns: int, num_more: int) -> "Conversation":
         """About a page of the demo model's book with facts in it, each asked for once."""
-        recipe = Recipe((num_tokens,), 8, num_turns * num_given, num_turns, 1, 64, 0)
+        recipe = Recipe((num_tokens,), 8, num_turns * num_more, num_turns, 1, 64, 0)
         prompt = prompt_maker(model, model / "prompt.txt", recipe, 0).make(0)
-        given = prompt.continuation.tolist()
+        more = prompt.continuation.tolist()
         asked = [one for one in prompt.questions if one.hops == 1]
         turns = (
-            Turn(one.tokens, one.answer[0], tuple(given[index * num_given : (index + 1) * num_given]))
+            Turn(one.tokens, one.answer[0], tuple(more[index * num_more : (index + 1) * num_more]))
             for index, one in enumerate(asked)
         )
         return cls(tuple(prompt.tokens.tolist()), tuple(turns))
@@ -58,11 +58,11 @@ class Told:
     """Whether each fact was."""
     prompts: list[tuple[int, ...]] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    """Of each given token."""
+    """Of each token with which the document goes on."""
 
     @property
     def perplexity(self) -> float:
-        """Of what was given."""
+        """Of how the document goes on."""
         return exp(-mean(self.logprobs))
 
     @property
@@ -80,7 +80,7 @@ class Told:
 
 def tell(client: Client, conversation: Conversation, profile: str, reuse: str) -> Told:
     """Goes through a conversation, turn by turn; the text is the same whatever the answers are."""
-    told, text = Told(), list(conversation.document)
+    told, text, read = Told(), list(conversation.document), list(conversation.document)
     for turn in conversation.turns:
         text += turn.question
         answer = _ask(client, text, profile, reuse)
@@ -88,11 +88,9 @@ def tell(client: Client, conversation: Conversation, profile: str, reuse: str) -
         told.answers.append(answer)
         told.found.append(answer.token_ids[0] == turn.answer)
         text.append(turn.answer)
-        told.logprobs += [
-            _score(client, [*text, *turn.given[:index]], token, profile, reuse)
-            for index, token in enumerate(turn.given)
-        ]
-        text += turn.given
+        for token in turn.more:
+            told.logprobs.append(_score(client, read, token, profile, reuse))
+            read.append(token)
     return told
 
 

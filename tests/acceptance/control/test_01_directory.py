@@ -70,7 +70,8 @@ def test_without_a_fence_of_the_store(
 def test_speed(must_show: MustShow) -> None:
     command = [sys.executable, "-P", "-m", "sps2_cli", "bench", "directory", "--json"]
     with must_show("1 a thousand workers renewing beside 100,000 live requests") as figures:
-        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1500)
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
+        assert ran.returncode == 0, ran.stderr[-2000:]
         shown = json.loads(ran.stdout)
         figures.append(f"{shown['lookups_per_s']:,.0f} keys/s looked up, p99 {shown['p99_ms']:.1f} ms")
         figures.append(
