@@ -14,6 +14,8 @@ from sps2.internal.v1.decode_service_pb2 import DecodeRequest, ReserveKv
 from sps2.internal.v1.decode_service_pb2_grpc import DecodeServiceStub
 from sps2.internal.v1.kv_directory_service_pb2 import GetClusterStateResponse
 from sps2.internal.v1.placement_pb2 import Attempt
+from sps2.internal.v1.prefill_service_pb2 import TokenChoice
+from sps2.v1.generation_pb2 import SamplingSpec
 from sps2_client import SPS2Error, Stream
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.errors import ServiceError
@@ -140,6 +142,12 @@ def epoch_of(one: Target, group: str) -> int:
     return max(worker.epoch for worker in one.state().workers if worker.group == group)
 
 
+def epoch_after(one: Target, group: str, last: int) -> int:
+    """That of the life that follows; what is told of a group may be older than Redis' return."""
+    wait_until(lambda: epoch_of(one, group) != last, timeout=60.0)
+    return epoch_of(one, group)
+
+
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_redis_loses_everything_under_load(
     one: Target, redis: RedisServer, fault: str, must_show: MustShow
@@ -191,7 +199,9 @@ def start_streams(one: Target) -> tuple[list[threading.Thread], list[tuple[int, 
 def refusal_of_leader(one: Target, group: str) -> str:
     """With what a decode leader refuses an attempt that it would refuse in any case, for its model."""
     (leader,) = (worker for worker in one.state().workers if worker.worker_id == f"{group}/0")
-    reserve = ReserveKv(attempt=Attempt(request_id="probe", number=1), num_prompt_tokens=1, model_hash="none")
+    choice = TokenChoice(sampling=SamplingSpec(top_p=1), max_tokens=1, num_choices=1)
+    attempt = Attempt(request_id="probe", number=1)
+    reserve = ReserveKv(attempt=attempt, num_prompt_tokens=1, model_hash="none", choice=choice)
     with grpc.insecure_channel(leader.grpc_address) as channel:
         call = DecodeServiceStub(channel).Decode(iter([DecodeRequest(reserve=reserve)]), timeout=5)
         with pytest.raises(grpc.RpcError) as caught:
@@ -233,14 +243,14 @@ def test_no_fencing_token_comes_again(one: Target, redis: RedisServer, must_show
             drawn.append(draw_epoch(one))
             one.serves_again(one.send(Victim("decode-0/1", "engine")), 60.0)
             one.settled(60.0)
-            formed.append(epoch_of(one, "decode-0"))
+            formed.append(epoch_after(one, "decode-0", formed[-1]))
             drawn.append(draw_epoch(one))
         redis.kill()
         drawn.append(draw_epoch(one))
         one.serves_again(one.send(Victim("decode-0/1", "engine")), 60.0)
         redis.start()
         one.settled(60.0)
-        formed.append(epoch_of(one, "decode-0"))
+        formed.append(epoch_after(one, "decode-0", formed[-1]))
         drawn.append(draw_epoch(one))
         figures.append(
             f"{len(drawn)} drawn, {len(formed)} lives of decode-0, each larger than the one before"
