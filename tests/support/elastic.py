@@ -31,6 +31,8 @@ class Load:
     requests: Sequence[Asked]
     alone: Sequence[Answered]
     num_clients: int = 3
+    max_retries: int = 0
+    """Of a connection that is lost before the first token."""
     tally: Tally = field(default_factory=Tally)
     num_answers: int = 0
     failures: list[str] = field(default_factory=list)
@@ -61,7 +63,7 @@ class Load:
         self.tally.check()
 
     def _run(self) -> None:
-        with Client(self.address, max_retries=0) as client:
+        with Client(self.address, max_retries=self.max_retries) as client:
             while not self._stop.is_set():
                 with self._lock:
                     index = next(self._next) % len(self.requests)

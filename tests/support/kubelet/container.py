@@ -94,9 +94,9 @@ class Container:
         """Processes so far."""
         return len(self.exits) + (self.pid is not None)
 
-    def log(self, start: int = -1) -> str:
-        """What the process of that start has written; the last one's."""
-        return sorted(self._logs.glob(f"{self.name}.*.log"))[start].read_text(encoding="utf-8")
+    def log_path(self) -> Path:
+        """Of the last process that was started."""
+        return max(self._logs.glob(f"{self.name}.*.log"))
 
     async def run(self) -> Exit:
         """One process from its start to its end."""

@@ -54,6 +54,10 @@ class Workload:
         """Whether all are there, ready and of the current template, and no other is left."""
         return len(self.pods) == self.replicas and all(pod.ready and self._current(pod) for pod in self.pods)
 
+    def scale(self, replicas: int) -> None:
+        """What `kubectl scale` does."""
+        self.manifest["spec"]["replicas"] = replicas
+
     def restart(self, at: str) -> None:
         """What `kubectl rollout restart` does."""
         metadata = self.manifest["spec"]["template"]["metadata"]

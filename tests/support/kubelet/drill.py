@@ -78,7 +78,7 @@ def helm_test(drill: Drill) -> Object:
     pod = drill.running.run_hook(manifest)
     drill.running.wait_for(lambda: pod.gone, TEST_S)
     (ended,) = pod.exits
-    return {"code": ended.code, "output": pod.containers[0].log()}
+    return {"code": ended.code, "output": pod.containers[0].log_path().read_text(encoding="utf-8")}
 
 
 STEPS: dict[str, Callable[[Drill], dict[str, Any]]] = {"start": start, "serve": serve, "helm-test": helm_test}
