@@ -13,6 +13,7 @@ from support.chart import CHART_DIR, Rendered, example, render
 from support.chart_cases import CASES, HPA, MONITORING, PVC, pools, rendered_case
 from support.chart_invariants import INVARIANTS
 from support.kube_schemas import NEWEST, errors
+from support.rank_commands import processes
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"routr": {}}, "routr"),
@@ -112,3 +113,12 @@ def test_generated_files_are_current(repo_root: Path) -> None:
 def test_chart_and_distribution_have_one_version(repo_root: Path) -> None:
     line = f'version = "{helm_python.Chart.load(CHART_DIR).metadata["appVersion"]}"'
     assert line in (repo_root / "pyproject.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [None, "trial-cpu", "one-node-8-gpu", "multi-node-rdma"])
+def test_clients_have_left_a_router_before_it_is_told_to_end(name: str | None) -> None:
+    (workload,) = render(example(name) if name else None).part("router")
+    for process in processes(workload):
+        pre_stop = process.container["lifecycle"]["preStop"]["sleep"]["seconds"]
+        # gRPC adds up to a tenth to a connection's age; the rest is for endpoints to become known.
+        assert pre_stop >= 1.1 * process.config.max_connection_age_s + 3
