@@ -36,11 +36,11 @@ def find(step: str) -> Callable[[Drill], dict[str, Any]]:
 def main(folder: Path, values: dict[str, Any], steps: list[str]) -> int:
     """Starts the release and takes the steps; then every pod is deleted, which is the step `end`."""
     rendered, began, step = render(values), time.monotonic(), "start"
-    work = {name: find(name) for name in ["start", *steps]}
+    work = [(name, find(name)) for name in ["start", *steps]]
     try:
         with release(rendered, folder) as running:
             drill = Drill(running, rendered)
-            for step, take in work.items():
+            for step, take in work:
                 began = time.monotonic()
                 tell(step, began, **take(drill))
             step, began = "end", time.monotonic()

@@ -17,15 +17,18 @@ class RunningDrill:
 
     def __init__(self, process: ManagedProcess) -> None:
         self._process = process
+        self._num_read = 0
 
     def step(self, name: str, timeout: float) -> dict[str, Any]:
-        """The figures of a step, as soon as it is done.
+        """The figures of a step, as soon as it is done; steps are read in their order, each once.
 
         Raises:
             AssertionError: it failed, or one before it.
         """
         pattern = rf'^\{{"step": "({name}"|[^"]*", "took_s": [\d.]+, "error").*'
-        found: dict[str, Any] = json.loads(self._process.wait_for_line(pattern, timeout).group(0))
+        line = self._process.wait_for_line(pattern, timeout, after=self._num_read).group(0)
+        self._num_read = self._process.lines.index(line, self._num_read) + 1
+        found: dict[str, Any] = json.loads(line)
         assert "error" not in found, f"step {found['step']}: {found['error']}"
         return found
 
