@@ -9,7 +9,10 @@ from support.kubelet.fixture import drill, not_in_order
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 START_S, STEP_S = 150.0, 60.0
-VALUES = {"router": {"replicas": 1}, "directory": {"replicas": 1}}
+VALUES = {
+    "router": {"replicas": 1, "preStopSeconds": 2, "flags": {"max-connection-age-s": 1}},
+    "directory": {"replicas": 1, "preStopSeconds": 1},
+}
 
 
 def test_a_release_starts_serves_and_ends(tmp_path: Path) -> None:

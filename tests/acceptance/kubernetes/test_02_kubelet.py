@@ -95,7 +95,7 @@ def test_sigterm_amid_a_stream(trial: RunningDrill, must_show: MustShow, compone
         last_s = max(step["stop_s"])
         assert step["stream_s"] <= last_s <= step["grace_s"]
         figures.append(
-            f"{step['tokens']} tokens, the same as undisturbed, the last {step['stream_s']:.1f} s after the deletion"
+            f"{step['tokens']} tokens as undisturbed, the last {step['stream_s']:.1f} s after the deletion"
         )
         figures.append(f"the pod's end {last_s:.1f} s after it, of {step['grace_s']:.0f} s of grace")
 
@@ -107,9 +107,8 @@ def test_a_container_is_killed(trial: RunningDrill, must_show: MustShow) -> None
         assert step["survivor_stayed"]
         before, after = step["epochs"]
         assert after > before
-        figures.append(
-            f"served again under a new epoch after {step['back_s']:.1f} s; the other rank's process stayed"
-        )
+        figures.append(f"a new epoch after {step['back_s']:.1f} s; the other rank's process stayed")
+        figures.append(_check_served(trial.step("serve", STEP_S)))
 
 
 def test_everything_ended_by_itself(trial: RunningDrill, must_show: MustShow) -> None:
