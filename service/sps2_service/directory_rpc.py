@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import grpc
 
+from sps2_service.errors import Cancelled, Unavailable
 from sps2_service.status import from_rpc_error
 
 Q = TypeVar("Q")
@@ -44,7 +45,10 @@ async def call(method: "grpc.aio.UnaryUnaryMultiCallable[Q, R]", request: Q, tim
     try:
         return await method(request, timeout=timeout_s)
     except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
+        found = from_rpc_error(error)
+        if isinstance(found, Cancelled):  # not by us, who would see no status: by a replica that stops
+            found = Unavailable(found.reason, found.message)
+        raise found from None
 
 
 def pauses(options: DirectoryOptions) -> Iterator[float]:

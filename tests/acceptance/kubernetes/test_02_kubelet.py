@@ -93,11 +93,13 @@ def test_sigterm_amid_a_stream(trial: RunningDrill, must_show: MustShow, compone
     with must_show(f"2 kubelet drill: SIGTERM to {component} amid a stream") as figures:
         step = trial.step(f"end {component}", STEP_S)
         last_s = max(step["stop_s"])
-        assert step["stream_s"] <= last_s <= step["grace_s"]
+        assert step["sigterm_s"] < step["stream_s"] <= last_s <= step["grace_s"]
         figures.append(
             f"{step['tokens']} tokens as undisturbed, the last {step['stream_s']:.1f} s after the deletion"
         )
-        figures.append(f"the pod's end {last_s:.1f} s after it, of {step['grace_s']:.0f} s of grace")
+        figures.append(
+            f"SIGTERM after {step['sigterm_s']:.0f} s, the end after {last_s:.1f} of {step['grace_s']:.0f} s"
+        )
 
 
 def test_a_container_is_killed(trial: RunningDrill, must_show: MustShow) -> None:

@@ -94,6 +94,21 @@ class Container:
         """Processes so far."""
         return len(self.exits) + (self.pid is not None)
 
+    @property
+    def pre_stop_s(self) -> float:
+        """Seconds of its preStop.
+
+        Raises:
+            ManifestError: a preStop of another kind.
+        """
+        match self.manifest.get("lifecycle", {}).get("preStop"):
+            case None:
+                return 0.0
+            case {"sleep": {"seconds": seconds}}:
+                return float(seconds)
+            case other:
+                raise ManifestError(f"preStop {other}: not known here")
+
     def log_path(self) -> Path:
         """Of the last process that was started."""
         return max(self._logs.glob(f"{self.name}.*.log"))
@@ -134,7 +149,7 @@ class Container:
             await self._changes.until(lambda: self.pid != pid, 2 * grace_s)
             return
         self._stop_began = loop.time()
-        await self._pre_stop(grace_s)
+        await asyncio.sleep(min(self.pre_stop_s, grace_s))
         self._signal(pid, signal.SIGTERM)
         try:
             await self._changes.until(lambda: self.pid != pid, deadline - loop.time())
@@ -163,15 +178,6 @@ class Container:
         finally:
             os.close(write_end)
         return process, read_end
-
-    async def _pre_stop(self, grace_s: float) -> None:
-        match self.manifest.get("lifecycle", {}).get("preStop"):
-            case None:
-                pass
-            case {"sleep": {"seconds": seconds}}:
-                await asyncio.sleep(min(seconds, grace_s))
-            case other:
-                raise ManifestError(f"preStop {other}: not known here")
 
     def _signal(self, pid: int, signum: signal.Signals) -> None:
         if self.pid == pid:

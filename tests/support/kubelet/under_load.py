@@ -6,6 +6,7 @@ Apart from `drill` because tokens are judged here, for which torch is loaded.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ MAX_RETRIES = 2
 """The SDK's own: of a connection that is lost before the first token."""
 LONG = Asked(book_ids()[:600], 1500, 5)
 """A stream of seconds, sampled: its tokens may not differ at all."""
+LONGER = replace(LONG, num_tokens=10_000)
+"""One that goes on after a preStop."""
 USED_S = 60.0
 
 
@@ -76,9 +79,10 @@ def restart(drill: Drill, component: str) -> Object:
 
 def end_amid_a_stream(drill: Drill, component: str) -> Object:
     """A pod is deleted while it serves a stream of seconds, which must come to its end."""
+    asked = LONGER if component == "router" else LONG
     with drill.client() as client:
-        alone = ask(client, LONG)
-        with client.stream(timeout=GENERATE_TIMEOUT_S, **LONG.options) as stream:
+        alone = ask(client, asked)
+        with client.stream(timeout=GENERATE_TIMEOUT_S, **asked.options) as stream:
             read_tokens(stream, SEEN_BEFORE)
             pod = _serving(drill, client, component)
             began = time.monotonic()
@@ -87,13 +91,14 @@ def end_amid_a_stream(drill: Drill, component: str) -> Object:
             stream_s = time.monotonic() - began
     drill.running.wait_for(lambda: pod.gone, pod.grace_s)
     drill.running.wait_settled(SETTLE_S)
-    same_tokens(DEMO_MODEL, LONG, tokens, alone.token_ids).check()
-    stops = [one.stop_s for one in pod.exits]
+    same_tokens(DEMO_MODEL, asked, tokens, alone.token_ids).check()
+    (pre_stop_s,) = {one.pre_stop_s for one in pod.containers}
     return {
         "pod": pod.name,
         "tokens": len(tokens),
+        "sigterm_s": pre_stop_s,
         "stream_s": round(stream_s, 2),
-        "stop_s": [round(one, 2) for one in stops],
+        "stop_s": [round(one.stop_s, 2) for one in pod.exits],
         "grace_s": pod.grace_s,
     }
 
