@@ -21,6 +21,11 @@ NODE = (
     "--mount-proc",
 )
 """A user of all rights over namespaces of its own; whatever runs in them ends with the first process."""
+TRIED = (
+    "ip link add br0 type bridge && mount -t sysfs sysfs /sys && "
+    "bwrap --unshare-user --unshare-pid --uid 10001 --ro-bind / / --proc /proc --dev /dev true"
+)
+"""What a node and its containers need."""
 PROBE_S = 20.0
 
 
@@ -29,8 +34,8 @@ def obstacle() -> str:
     """Why there can be no node here; empty: there can."""
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         return f"{missing[0]} is not installed"
-    bridge = [*NODE, "ip", "link", "add", "br0", "type", "bridge"]
-    tried = subprocess.run(bridge, capture_output=True, text=True, timeout=PROBE_S, check=False)
+    command = [*NODE, "sh", "-c", TRIED]
+    tried = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=False)
     return f"no namespaces: {tried.stderr.strip()}" if tried.returncode else ""
 
 

@@ -23,7 +23,9 @@ async def test_a_replica_that_goes_away_is_a_directory_that_is_away(
     code: Code, kind: type[ServiceError]
 ) -> None:
     async def method(request: str, *, timeout: float) -> str:
-        raise AioRpcError(code, Metadata(), Metadata(), details=f"{request} within {timeout}")
+        raise AioRpcError(
+            code, Metadata(), Metadata(), details=f"{request} within {timeout}", debug_error_string=None
+        )
 
     with pytest.raises(kind) as caught:
         await call(method, "asked", 1.0)  # type: ignore[arg-type] # as a stub's method is called
