@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 
 from support.kubelet.dns import DOMAIN
 from support.kubelet.environment import Object
@@ -49,32 +50,25 @@ class Service:
         """Forwards each of its ports, if it has an address of its own."""
         if not self.ip:
             return []
-        return [
-            await asyncio.start_server(self._forwarder(port), self.ip, port["port"], limit=CHUNK)
-            for port in self._spec["ports"]
-        ]
+        servers = []
+        for port in self._spec["ports"]:
+            forward = partial(self._forward, port["targetPort"])
+            servers.append(await asyncio.start_server(forward, self.ip, port["port"], limit=CHUNK))
+        return servers
 
-    def _forwarder(
-        self, port: Object
-    ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], "asyncio.Future[None]"]:
-        target: str | int = port["targetPort"] if "targetPort" in port else port["port"]
-
-        async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if not (ready := self.endpoints()):
-                writer.transport.abort()  # refused, as where no rule leads on
-                return
-            pod = random.choice(ready)
-            try:
-                async with asyncio.timeout(CONNECT_S):
-                    far_reader, far_writer = await asyncio.open_connection(
-                        pod.ip, pod.ports[target] if isinstance(target, str) else target, limit=CHUNK
-                    )
-            except OSError:  # TimeoutError is one
-                writer.transport.abort()
-                return
-            await asyncio.gather(_copy(reader, far_writer), _copy(far_reader, writer))
-
-        return forward  # type: ignore[return-value] # a coroutine function, as start_server takes it
+    async def _forward(self, port: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, to the container port of that name of one of the pods."""
+        if not (ready := self.endpoints()):
+            writer.transport.abort()  # refused, as where no rule leads on
+            return
+        pod = random.choice(ready)
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                far_reader, far_writer = await asyncio.open_connection(pod.ip, pod.ports[port], limit=CHUNK)
+        except OSError:  # TimeoutError is one
+            writer.transport.abort()
+            return
+        await asyncio.gather(_copy(reader, far_writer), _copy(far_reader, writer))
 
 
 def resolver(services: Sequence[Service], namespace: str) -> Callable[[str], Sequence[str] | None]:

@@ -2,9 +2,13 @@
 
 import base64
 import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
+from support.kubelet.controllers import KINDS, Workload
 from support.kubelet.dns import NXDOMAIN, answer
 from support.kubelet.environment import ManifestError, command_line, environment, expand, pod_fields
 from support.kubelet.probes import Verdict
@@ -104,3 +108,87 @@ def test_names() -> None:
 
 def test_sizes() -> None:
     assert [num_bytes(text) for text in ("64Mi", "1Gi", "100")] == [64 * 2**20, 2**30, 100]
+
+
+@dataclass
+class FakePod:
+    """A pod as far as controllers look at it."""
+
+    manifest: dict[str, Any]
+    ready: bool = False
+    leaving: bool = False
+    gone: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["metadata"]["name"])
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return dict(self.manifest["metadata"]["labels"])
+
+    def delete(self) -> None:
+        self.leaving, self.ready = True, False
+
+
+@dataclass
+class FakeCluster:
+    """Pods that change when a test says so."""
+
+    pods: list[FakePod] = field(default_factory=list)
+
+    def start_pod(self, manifest: dict[str, Any]) -> Any:
+        self.pods.append(FakePod(manifest))
+        return self.pods[-1]
+
+
+def workload(kind: str, **spec: Any) -> tuple[Workload, FakeCluster]:
+    cluster = FakeCluster()
+    manifest = {
+        "metadata": {"name": "web", "namespace": "llm"},
+        "spec": {"replicas": 2, "template": {"metadata": {"labels": {"app": "web"}}, "spec": {}}, **spec},
+    }
+    return KINDS[kind](manifest, cluster), cluster
+
+
+def roll(controller: Workload, cluster: FakeCluster) -> Iterator[list[str]]:
+    """Has every pod that leaves go, and every other get ready, one look of the controller after the other."""
+    while not controller.settled:
+        controller.reconcile()
+        yield [f"{pod.name}{'-' if pod.leaving else ''}" for pod in cluster.pods if not pod.gone]
+        for pod in cluster.pods:
+            pod.gone, pod.ready = pod.leaving, not pod.leaving
+
+
+def test_a_stateful_set_rolls_from_its_last_pod_to_its_first() -> None:
+    controller, cluster = workload("StatefulSet", podManagementPolicy="Parallel", serviceName="webs")
+    assert list(roll(controller, cluster)) == [["web-0", "web-1"]]
+    assert cluster.pods[1].manifest["spec"]["subdomain"] == "webs"
+    assert cluster.pods[1].labels["apps.kubernetes.io/pod-index"] == "1"
+    controller.restart("now")
+    assert list(roll(controller, cluster)) == [
+        ["web-0", "web-1-"],
+        ["web-0", "web-1"],
+        ["web-0-", "web-1"],
+        ["web-1", "web-0"],
+    ]
+
+
+def test_a_stateful_set_in_order_waits_for_each_pod() -> None:
+    controller, cluster = workload("StatefulSet", serviceName="webs")
+    assert list(roll(controller, cluster)) == [["web-0"], ["web-0", "web-1"]]
+
+
+def test_a_deployment_is_rolled_out_and_scaled() -> None:
+    strategy = {"rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    controller, cluster = workload("Deployment", strategy=strategy)
+    assert [len(pods) for pods in roll(controller, cluster)] == [2]
+    old = {pod.name for pod in cluster.pods}
+    controller.restart("now")
+    for _ in roll(controller, cluster):
+        assert sum(not pod.leaving for pod in controller.pods) >= 2
+    assert old.isdisjoint(pod.name for pod in controller.pods)
+    oldest = controller.pods[0].name
+    controller.scale(1)
+    assert len(list(roll(controller, cluster))) == 1
+    assert [pod.name for pod in controller.pods] == [oldest]
