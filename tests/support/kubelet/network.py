@@ -61,7 +61,7 @@ class Network:
     async def sandbox(self, pod: str) -> Sandbox:
         """The namespaces of a new pod, with an address of its own."""
         number = next(self._pods)
-        folder = self._folder / pod
+        folder = self._folder / f"{pod}.{number}"  # a StatefulSet's next pod has the same name
         (folder / "sys").mkdir(parents=True)
         pause = await asyncio.create_subprocess_exec(
             *("unshare", "--net", "--ipc", "--uts", "sh", "-c", PAUSE.format(name=pod)),

@@ -128,7 +128,7 @@ class Pod:
             volumes=volumes,
             sandbox=sandbox,
         )
-        logs = self._around.logs / self.name
+        logs = self._around.logs / sandbox.folder.name
         logs.mkdir(exist_ok=True, parents=True)
         return Container(self.name, recipe, logs, self._around.changes)
 

@@ -3,6 +3,7 @@
 Apart from `drill` because tokens are judged here, for which torch is loaded.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ MAX_RETRIES = 2
 """The SDK's own: of a connection that is lost before the first token."""
 LONG = Asked(book_ids()[:600], 1500, 5)
 """A stream of seconds, sampled: its tokens may not differ at all."""
-LONGER = replace(LONG, num_tokens=10_000)
-"""One that goes on after a preStop."""
+AFTER_SIGTERM_S = 10.0
+"""A stream that a pod's end meets goes on for about so long after preStop."""
 USED_S = 60.0
 
 
@@ -79,8 +80,9 @@ def restart(drill: Drill, component: str) -> Object:
 
 def end_amid_a_stream(drill: Drill, component: str) -> Object:
     """A pod is deleted while it serves a stream of seconds, which must come to its end."""
-    asked = LONGER if component == "router" else LONG
+    (pre_stop_s,) = {one.pre_stop_s for one in drill.workload(component).pods[0].containers}
     with drill.client() as client:
+        asked = _lasting(client, pre_stop_s + AFTER_SIGTERM_S)
         alone = ask(client, asked)
         with client.stream(timeout=GENERATE_TIMEOUT_S, **asked.options) as stream:
             read_tokens(stream, SEEN_BEFORE)
@@ -92,7 +94,6 @@ def end_amid_a_stream(drill: Drill, component: str) -> Object:
     drill.running.wait_for(lambda: pod.gone, pod.grace_s)
     drill.running.wait_settled(SETTLE_S)
     same_tokens(DEMO_MODEL, asked, tokens, alone.token_ids).check()
-    (pre_stop_s,) = {one.pre_stop_s for one in pod.containers}
     return {
         "pod": pod.name,
         "tokens": len(tokens),
@@ -125,6 +126,13 @@ def kill(drill: Drill, component: str) -> Object:
             "epochs": [epoch, _epoch(client, component)],
             "back_s": round(back_s, 2),
         }
+
+
+def _lasting(client: Client, seconds: float) -> Asked:
+    """A stream of at least so many seconds, at the speed of now."""
+    once = ask(client, LONG)
+    times = max(1, math.ceil(seconds / (once.ended - once.began)))
+    return replace(LONG, num_tokens=times * LONG.num_tokens)
 
 
 def _names(workload: Workload) -> list[str]:
