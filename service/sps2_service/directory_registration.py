@@ -15,7 +15,7 @@ import structlog
 from sps2.internal.v1 import kv_directory_service_pb2 as pb
 from sps2.v1.cluster_pb2 import WorkerCapabilities, WorkerInfo
 from sps2_service.directory_rpc import DirectoryOptions, call, pauses
-from sps2_service.errors import ServiceError
+from sps2_service.errors import ServiceError, Unavailable
 from sps2_service.lease_fence import LeaseFence
 
 if TYPE_CHECKING:  # exists in the stub file alone
@@ -113,12 +113,7 @@ class Registration:
     async def _beat(self) -> None:
         sent = time.monotonic()
         worker = self._get_worker()
-        # Renewals carry what changes all the time; what a worker can do is known once its engine has loaded.
-        if self._leased and worker.capabilities == self._capabilities:
-            status = await self._renew(worker)
-        else:
-            status = await self._register(worker)
-            self._capabilities = worker.capabilities
+        status = await self._tell(worker)
         standing = {
             pb.LEASE_STATUS_RENEWED: Standing.REGISTERED,
             pb.LEASE_STATUS_DEGRADED: Standing.DEGRADED,
@@ -136,6 +131,18 @@ class Registration:
         self.on_fence(self.fence.holds_until)
         self._stand(standing)
 
+    async def _tell(self, worker: WorkerInfo) -> "pb.LeaseStatus.ValueType":
+        """Renewals carry what changes all the time; what a worker can do changes when its engine ends or has loaded."""
+        if not self._leased:
+            return await self._register(worker)
+        if worker.capabilities == self._capabilities:
+            return await self._renew(worker)
+        try:
+            return await self._register(worker)
+        except Unavailable:
+            # Perhaps for want of the store, which the lease is to outlive: the rest is told when that is back.
+            return await self._renew(worker)
+
     async def _register(self, worker: WorkerInfo) -> "pb.LeaseStatus.ValueType":
         request = pb.RegisterWorkerRequest(worker=worker)
         reply = await call(self._stub.RegisterWorker, request, self._options.timeout_s)
@@ -143,6 +150,7 @@ class Registration:
             self._interval_s = reply.renew_interval_s
         if reply.lease_ttl_s > 0:
             self._lease_ttl_s = reply.lease_ttl_s
+        self._capabilities = worker.capabilities
         self._on_registered()
         return pb.LEASE_STATUS_RENEWED
 

@@ -55,6 +55,7 @@ class InstantRanks:
     missing: str = ""
     epoch: int = 1
     fenced: bool = False
+    fenced_follower: int | None = None
     plans: list[engine_pb2.StepPlan] = field(default_factory=list)
     homes: dict[int, int] = field(default_factory=dict)
     max_tokens: dict[int, int] = field(default_factory=dict)
@@ -81,6 +82,10 @@ class InstantRanks:
         self.num_tokens |= {admit.row: 1 for admit in plan.admit}
         for rank in range(self.size):
             for reserve in plan.reserve:
+                if rank == self.fenced_follower:
+                    refused = engine_pb2.AttemptFailed(row=reserve.row, reason="FENCED")
+                    self._say(rank, attempt_failed=refused)
+                    continue
                 self._say(rank, rows_reserved=engine_pb2.RowsReserved(rows=[reserve.row]))
                 self._say(rank, row_received=engine_pb2.RowReceived(row=reserve.row))
         for rank in range(self.size) if plan.run else ():
@@ -285,6 +290,18 @@ async def test_a_fenced_leader_gives_no_room_and_serves_on() -> None:
     await coordinator.commit(live, decode_service_pb2.StartDecode(first_token_id=7))
     assert [token async for token in coordinator.tokens(live)]
     coordinator.release(live)
+
+
+async def test_a_fenced_follower_fences_its_group() -> None:
+    """To the router it is the same: no failure of the attempt, but a group to come again to."""
+    coordinator, ranks = make(8)
+    ranks.fenced_follower = 1
+    with pytest.raises(Unavailable) as refused:
+        await coordinator.reserve(reserve("two", 2, 64 * 8))
+    assert (refused.value.reason, refused.value.metadata) == ("FENCED", {"component": "decode-0"})
+    assert refused.value.retry_after
+    ranks.fenced_follower = None
+    coordinator.release(await coordinator.reserve(reserve("three", 3, 64 * 8)))
 
 
 async def test_tensor_ranks_stand_where_one_rank_would() -> None:

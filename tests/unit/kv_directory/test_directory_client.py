@@ -133,6 +133,28 @@ async def test_the_fence_holds_from_heartbeat_to_heartbeat(scripted: Scripted) -
     assert not registration.fence.holds(last)
 
 
+async def test_an_engine_that_is_lost_while_the_store_is_away_costs_no_lease(scripted: Scripted) -> None:
+    directory, client = scripted
+    worker = make_worker()
+    registration = client.registration(lambda: worker)
+    task = asyncio.create_task(registration.run())
+    await until_calls(directory, 2)
+    held = registration.fence.holds_until
+    directory.refusals, directory.statuses = 1000, [pb.LEASE_STATUS_DEGRADED] * 1000
+    worker = make_worker()
+    worker.capabilities.kv_blocks_total = (
+        1024  # what it can do changes when its engine is gone, or has loaded
+    )
+    begin = len(directory.calls)
+    assert "degraded" in (await until_calls(directory, begin + 3))[begin:]
+    assert registration.standing is Standing.DEGRADED
+    assert registration.fence.holds_until > held
+    directory.refusals, directory.statuses = 0, []  # the store is back
+    begin = len(directory.calls)
+    assert "register" in (await until_calls(directory, begin + 3))[begin:]
+    await end(task)
+
+
 def test_the_fence_counts_from_when_the_heartbeat_was_sent() -> None:
     fence = LeaseFence()
     fence.renew(sent_at=100.0, ttl_s=5.0)
