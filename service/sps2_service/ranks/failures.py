@@ -1,5 +1,4 @@
-"""What callers of a group's leader get: for an attempt that failed in an engine, from a group of which a rank is fenced,
-and from one that drains."""
+"""What a group's leader answers for an attempt that failed in an engine, for a fenced rank, and while it drains."""
 
 from sps2.internal.v1 import engine_pb2
 from sps2_service.errors import GROUP_DRAINING, DataLoss, Internal, ServiceError, Unavailable

@@ -94,12 +94,42 @@ async def test_live_requests_are_bounded() -> None:
     task = await start(admission, "a", b"1")
     with pytest.raises(Unavailable) as caught, scope() as own, admission.register("b", b"", own):
         pass
-    assert caught.value.retry_after is not None
+    assert caught.value.retry_after == pytest.approx(1.25, abs=0.25)  # nothing was measured yet
     # A retry takes no second place.
     retry = await start(admission, "a", b"1")
     await ended(task)
     cancel(admission, "a")
     await ended(retry)
+
+
+async def test_who_finds_no_place_is_told_when_one_will_be_free() -> None:
+    """Two places, one of which becomes free every 2 s: the third to be sent away finds one after 6."""
+    clock = [0.0]
+    admission = Admission(2, Tenants(None), now=lambda: clock[0], draw=lambda: 0.0)
+
+    def told() -> float | None:
+        with pytest.raises(Unavailable) as caught, scope() as own, admission.register("late", b"", own):
+            pass
+        assert caught.value.reason == "TOO_MANY_REQUESTS"
+        return caught.value.retry_after
+
+    live = [await start(admission, "0"), await start(admission, "1")]
+    for index in range(2, 7):
+        clock[0] += 2.0
+        cancel(admission, str(index - 2))
+        await ended(live.pop(0))
+        live.append(await start(admission, str(index)))
+    assert [told(), told(), told()] == [2.0, 4.0, 6.0]
+    clock[0] += 4.0
+    assert told() == pytest.approx(4.0, abs=1.0)  # 2 are left of what was said, and the next place after that
+    for _ in range(100):
+        assert (told() or 0.0) <= 60.0
+    cancel(admission, "5")
+    await ended(live.pop(0))
+    with scope() as own, admission.register("in time", b"", own):
+        pass
+    cancel(admission, "6")
+    await ended(live.pop(0))
 
 
 async def test_live_requests_of_a_tenant_are_bounded(tmp_path: Path) -> None:
