@@ -5,6 +5,7 @@ Whatever goes wrong on the way, the prompt is computed, and nobody keeps a block
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from sps2_layout.attention import Attention
 from sps2_layout.layout import Span
 from sps2_layout.profiles import Ladder, Profile
 from sps2_prefill_worker import fetch_costs
+from sps2_prefill_worker.fetch_counts import FetchCounts, FetchResult
 from sps2_prefill_worker.publish import Delivery
 from sps2_service.errors import Unavailable
 from support.checkpoints import VOCAB_SIZE, make_tiny_checkpoint
@@ -99,6 +101,8 @@ async def test_a_fetched_beginning_is_as_good_as_a_computed_one(
         assert (later.cached_tokens, delivered.fetched_bytes) == (704, (704 - 640) * token_bytes)
         again, delivered = await b.prefill(prompt("again", longer, exact(longer), [("0", 704)]))
         assert (again.cached_tokens, delivered.fetched_bytes) == (704, 0), "it is here"
+        counts = b.coordinator.fetches
+        assert counts == FetchCounts(Counter({FetchResult.COMPLETE: 2}), 512, 512 * token_bytes)
         assert again.token_id == await computed(b, longer, exact(longer))
 
 
@@ -126,6 +130,7 @@ async def test_a_holder_sends_while_it_computes_and_of_two_the_one_that_has_it(
         answer, _ = await asking.prefill(prompt("second", SECOND, exact(SECOND), sources))
         busy.free.set()
         assert neighbours.asked == ["0", "1"]
+        assert asking.coordinator.fetches.results == {FetchResult.REFUSED: 1, FetchResult.COMPLETE: 1}
         assert (answer.cached_tokens, answer.token_id) == (
             HELD,
             await computed(asking, SECOND, exact(SECOND)),
@@ -147,9 +152,16 @@ def hold_back(group: PrefillGroup) -> asyncio.Event:
     return asked
 
 
-@pytest.mark.parametrize("fault", ["dies", "is silent", "is gone"])
+@pytest.mark.parametrize(
+    ("fault", "result"),
+    [
+        ("dies", FetchResult.REFUSED),
+        ("is silent", FetchResult.LATE),
+        ("is gone", FetchResult.REFUSED),
+    ],
+)
 async def test_a_holder_that_fails_costs_the_compute_and_nothing_else(
-    model: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, fault: str, result: FetchResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the fetch, or before it; the ranks that asked have their blocks back."""
     async with groups(model, PAIR, PAIR) as ((holder, asking), _):
@@ -165,6 +177,7 @@ async def test_a_holder_that_fails_costs_the_compute_and_nothing_else(
             holder.die()
         first, delivered = await call
         assert (first.cached_tokens, delivered.fetched_bytes) == (0, 0)
+        assert asking.coordinator.fetches == FetchCounts(Counter({result: 1}))
         assert first.token_id == await computed(asking, SECOND, exact(SECOND))
         if fault != "is silent":
             for role in holder.ranks.roles:
@@ -183,6 +196,7 @@ async def test_a_rank_without_room_has_the_prompt_computed(
         monkeypatch.setattr(asking.ranks.roles[1]._loaded_publisher, "take", take)
         first, _ = await asking.prefill(prompt("second", SECOND, exact(SECOND), [("0", HELD)]))
         assert (first.cached_tokens, neighbours.asked) == (0, [])
+        assert asking.coordinator.fetches.results == {FetchResult.NO_ROOM: 1}
 
 
 async def test_a_prompt_that_is_cancelled_or_loses_its_group_ends_its_fetch(model: Path) -> None:
@@ -203,4 +217,5 @@ async def test_a_prompt_that_is_cancelled_or_loses_its_group_ends_its_fetch(mode
         asking.die()
         with pytest.raises(Unavailable, match="has died"):
             await lost
+        assert asking.coordinator.fetches.results == {FetchResult.GIVEN_UP: 2}
         asking.ranks.roles[0].reset()
