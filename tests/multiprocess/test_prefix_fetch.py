@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from sps2.internal.v1 import prefill_service_pb2
 from sps2_engine.kv_pool import OutOfBlocksError
 from sps2_engine.kv_transfer.rows import Rows
 from sps2_engine.mesh import Mesh
@@ -22,8 +23,14 @@ from sps2_layout.layout import Span
 from sps2_layout.profiles import Ladder, Profile
 from sps2_prefill_worker import fetch_costs
 from sps2_prefill_worker.fetch_counts import FetchCounts, FetchResult
+from sps2_prefill_worker.holders import GrpcHolders
 from sps2_prefill_worker.publish import Delivery
-from sps2_service.errors import Unavailable
+from sps2_prefill_worker.servicer import PrefillServicer
+from sps2_service.errors import ServiceError, Unavailable
+from sps2_service.request_fields import Vocabulary
+from sps2_service.server import ServiceServer
+from sps2_service.tls import Tls
+from support.certificates import Authority
 from support.checkpoints import VOCAB_SIZE, make_tiny_checkpoint
 from support.prefill_groups import Neighbours, PrefillGroup, prompt
 from support.waiting import wait_until
@@ -53,9 +60,11 @@ async def all_free(made: Sequence[PrefillGroup]) -> None:
 
 
 @asynccontextmanager
-async def groups(model: Path, *meshes: Mesh) -> AsyncIterator[tuple[list[PrefillGroup], Neighbours]]:
+async def groups(
+    model: Path, *meshes: Mesh, neighbours: Neighbours | None = None
+) -> AsyncIterator[tuple[list[PrefillGroup], Neighbours]]:
     """Groups "0", "1", ... that reach each other; in the end none holds a block but for what it has cached."""
-    neighbours = Neighbours()
+    neighbours = neighbours or Neighbours()
     made = [PrefillGroup(str(index), model, mesh, neighbours) for index, mesh in enumerate(meshes)]
     try:
         yield made, neighbours
@@ -219,3 +228,58 @@ async def test_a_prompt_that_is_cancelled_or_loses_its_group_ends_its_fetch(mode
             await lost
         assert asking.coordinator.fetches.results == {FetchResult.GIVEN_UP: 2}
         asking.ranks.roles[0].reset()
+
+
+class TlsNeighbours(Neighbours):
+    """Leaders serve SendPrefix by mTLS, and ask each other with the certificate that the test names."""
+
+    def __init__(self, authority: Authority) -> None:
+        super().__init__()
+        self._authority = authority
+        self.asks_as = "prefill"
+        self.addresses: dict[str, str] = {}
+        self.failures: list[str] = []
+
+    async def send_prefix(
+        self, address: str, request: prefill_service_pb2.SendPrefixRequest, timeout_s: float
+    ) -> int:
+        holders = GrpcHolders(self._tls(self.asks_as) if self.asks_as else None)
+        try:
+            return await holders.send_prefix(self.addresses[address], request, timeout_s)
+        except ServiceError as error:
+            self.failures.append(type(error).__name__)
+            raise
+
+    @asynccontextmanager
+    async def serving(self, group: PrefillGroup) -> AsyncIterator[None]:
+        server = ServiceServer(tls=self._tls(group.name), peers=("prefill",))
+        servicer = PrefillServicer(group.coordinator, Vocabulary("tiny", VOCAB_SIZE))
+        server.add(servicer, prefill_service_pb2.DESCRIPTOR.services_by_name["PrefillService"])
+        self.addresses[group.name] = await server.start("127.0.0.1:0")
+        try:
+            yield
+        finally:
+            await server.stop(0)
+
+    def _tls(self, name: str) -> Tls:
+        made = self._authority.issue(name)
+        return Tls(made.cert, made.key, self._authority.cert)
+
+
+async def test_a_fetch_under_mutual_tls(model: Path, tmp_path: Path) -> None:
+    """Who may not ask, or asks in plaintext, computes; a leader with the right certificate gets what is held."""
+    neighbours = TlsNeighbours(Authority(tmp_path))
+    async with groups(model, ONE, PAIR, neighbours=neighbours) as ((holder, asking), _):
+        await holder.prefill(prompt("first", FIRST, exact(FIRST)))
+        async with neighbours.serving(holder):
+            # What it computes itself it has cached then: each of the others begins with less of it.
+            for name, num_tokens, asks_as in (("plain", 128, ""), ("stranger", 256, "decode")):
+                neighbours.asks_as = asks_as
+                ids = FIRST[: num_tokens + 1]
+                first, delivered = await asking.prefill(prompt(name, ids, exact(ids), [("0", num_tokens)]))
+                assert delivered.fetched_bytes == 0
+            assert neighbours.failures == ["Unavailable", "PermissionDenied"]
+            neighbours.asks_as = "prefill"
+            first, delivered = await asking.prefill(prompt("second", SECOND, exact(SECOND), [("0", HELD)]))
+        assert delivered.fetched_bytes == (HELD - 256) * asking.planner.costs.kv_token_bytes
+        assert (first.cached_tokens, first.token_id) == (HELD, await computed(asking, SECOND, exact(SECOND)))
