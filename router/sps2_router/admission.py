@@ -36,6 +36,8 @@ class LiveRequest:
     """Ends the call that serves it."""
     tenant: str = ""
     """Whose it is; empty where no tokens are asked for."""
+    retry: int = 0
+    """Which try of the client's call it is."""
     call_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Of the call, among those of all routers."""
     progress: Progress = field(default_factory=Progress)
@@ -93,7 +95,7 @@ class Admission:
 
     @contextmanager
     def register(
-        self, request_id: str, nonce: bytes, scope: CallScope, tenant: str = ""
+        self, request_id: str, nonce: bytes, scope: CallScope, tenant: str = "", retry: int = 0
     ) -> Iterator[LiveRequest]:
         """Holds the id while the block runs.
 
@@ -101,10 +103,11 @@ class Admission:
 
         Raises:
             AlreadyExists: the id is live and the nonce is another.
+            Aborted: it is the live one that is the retry, of this call, which arrives late.
             Unavailable: draining, or too many live requests.
             ResourceExhausted: too many of its tenant.
         """
-        entry = LiveRequest(request_id, nonce, scope, tenant)
+        entry = LiveRequest(request_id, nonce, scope, tenant, retry)
         earlier = self._live.get(request_id)
         self._check_door(tenant, replaces=earlier is not None)
         if earlier is not None:
@@ -168,8 +171,15 @@ def request_id_live(request_id: str) -> AlreadyExists:
     )
 
 
+def superseded(request_id: str) -> Aborted:
+    """A retry has the place of this call; its client has given the call up."""
+    return Aborted("SUPERSEDED", f"a retry of request {request_id!r} took its place")
+
+
 def _supersede(earlier: LiveRequest, entry: LiveRequest) -> None:
     if not entry.nonce or entry.nonce != earlier.nonce or entry.tenant != earlier.tenant:
         raise request_id_live(entry.request_id)
+    if entry.retry < earlier.retry:
+        raise superseded(entry.request_id)
     entry.last_attempt = earlier.last_attempt
-    earlier.scope.end(Aborted("SUPERSEDED", f"a retry of request {entry.request_id!r} took its place"))
+    earlier.scope.end(superseded(entry.request_id))

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from sps2.internal.v1 import decode_service_pb2, engine_pb2
 from sps2.v1 import cluster_pb2
 from sps2.v1.generation_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_UNSPECIFIED
-from sps2_decode_worker import coordinator as module
+from sps2_decode_worker import admitting
 from sps2_decode_worker.attempts import LiveAttempt
 from sps2_decode_worker.coordinator import DecodeCoordinator
 from sps2_decode_worker.scheduler import MAX_PASSED
@@ -183,7 +183,7 @@ async def test_ranks_are_told_how_many_blocks_they_use_when_asked_to_check() -> 
 
 async def test_who_found_no_room_keeps_its_place_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 blocks on each rank: 10 are held, 18 are waited for, and 9 come later again and again."""
-    monkeypatch.setattr(module, "LINE_LEASE_S", 0.05)
+    monkeypatch.setattr(admitting, "LINE_LEASE_S", 0.05)
     coordinator, _ = make(20)
     await coordinator.reserve(reserve("first", 1, 16 * 64, 64))
     long = reserve("long", 2, 34 * 64, 64)

@@ -32,9 +32,11 @@ def cancel(admission: Admission, request_id: str) -> None:
     live.scope.end(Cancelled("CANCELLED", "by the test"))
 
 
-async def hold(admission: Admission, request_id: str, nonce: bytes, attempts: list[int]) -> None:
+async def hold(
+    admission: Admission, request_id: str, nonce: bytes, attempts: list[int], retry: int = 0
+) -> None:
     """A request that lives until it is ended."""
-    with scope() as own, admission.register(request_id, nonce, own) as live:
+    with scope() as own, admission.register(request_id, nonce, own, retry=retry) as live:
         attempts.append(live.next_attempt())
         await asyncio.Event().wait()
 
@@ -83,6 +85,19 @@ async def test_a_retry_supersedes_and_counts_on() -> None:
     cancel(admission, "r")
     await ended(tasks[2])
     assert admission.num_live == 0
+
+
+async def test_a_call_that_arrives_after_its_retry_takes_no_place() -> None:
+    """Its connection was lost, and the client has sent the next one: two connections have no order."""
+    admission = admitting()
+    retry = asyncio.create_task(hold(admission, "r", b"1", [], retry=1))
+    await asyncio.sleep(0)
+    with pytest.raises(Aborted) as caught, scope() as own, admission.register("r", b"1", own, retry=0):
+        pass
+    assert caught.value.reason == "SUPERSEDED"
+    assert not retry.done()
+    cancel(admission, "r")
+    assert isinstance(await ended(retry), Cancelled)
 
 
 async def test_an_unknown_id_is_not_found() -> None:
