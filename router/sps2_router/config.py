@@ -9,7 +9,7 @@ from sps2_router.front_door import TimeLimits
 from sps2_router.prompt_queue import QueueLimits
 from sps2_router.retries import RetryLimits
 from sps2_router.scheduler import SchedulerLimits
-from sps2_service.config import ServiceConfig, setting
+from sps2_service.config import ServiceConfig, check_address, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,12 @@ class RouterConfig(ServiceConfig):
     """Longest time without any event of a request, in seconds; waiting in the queue is none."""
     tokenizer_threads: int = setting(2, minimum=1, maximum=64)
     """Prompts that are tokenized at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_address("--directory", self.directory)
+        if self.advertise:
+            check_address("--advertise", self.advertise)
 
     @property
     def queue_limits(self) -> QueueLimits:
