@@ -103,6 +103,20 @@ def test_schemas_notice_a_misspelt_field() -> None:
     assert len(errors(deployment, NEWEST)) == 1
 
 
+def test_schemas_of_custom_resources_notice_what_is_wrong() -> None:
+    rendered = render(dict(CASES["keda by signals"]) | {"monitoring": MONITORING})
+    scaled = rendered.of("ScaledObject")[0]
+    scaled["spec"]["triggers"][0] |= {"name": 1, "treshold": "8"}
+    scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDwon"] = {}
+    assert len(errors(scaled, NEWEST)) == 3
+    (rule,) = rendered.of("PrometheusRule")
+    rule["spec"]["groups"][0]["rules"][0] |= {"expr": None, "for": "soon"}
+    assert len(errors(rule, NEWEST)) == 2
+    (monitor,) = rendered.of("PodMonitor")
+    monitor["spec"]["podMetricsEndpoints"][0]["relabelings"][0]["action"] = "rename"
+    assert len(errors(monitor, NEWEST)) == 1
+
+
 def test_generated_files_are_current(repo_root: Path) -> None:
     command = [sys.executable, "-m", "scripts.generate_chart", "--check"]
     check = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False, cwd=repo_root)
