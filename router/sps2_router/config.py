@@ -1,5 +1,6 @@
 """The router's flags."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,13 +12,18 @@ from sps2_router.retries import RetryLimits
 from sps2_router.scheduler import SchedulerLimits
 from sps2_service.config import ServiceConfig, check_address, setting
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig(ServiceConfig):
     """The router of SPS2: the public gRPC service."""
 
     model: Path = setting()
-    """Folder of the served model; its tokenizer and config are read, never its weights."""
+    """Folder of the served model: config, tokenizer and, unless --model-hash is given, the weights."""
+    model_hash: str = ""
+    """Hash of the served model, 64 hexadecimal digits, as `python -m sps2_service.model_hash FOLDER` prints it; only
+    groups that have it get work. Empty: that of the weights in --model."""
     directory: str = setting()
     """HOST:PORT of the KV directory."""
     advertise: str = ""
@@ -63,6 +69,8 @@ class RouterConfig(ServiceConfig):
         check_address("--directory", self.directory)
         if self.advertise:
             check_address("--advertise", self.advertise)
+        if self.model_hash and not _SHA256.fullmatch(self.model_hash):
+            raise ValueError(f"--model-hash {self.model_hash!r} is not 64 hexadecimal digits in lower case")
 
     @property
     def queue_limits(self) -> QueueLimits:

@@ -209,6 +209,9 @@ initContainers:
       - --exclude=*.bin
       - --exclude=*.pth
       - --exclude=*.gguf
+      {{- if and .root.Values.model.hash (eq .component "router") }}
+      - --exclude=*.safetensors
+      {{- end }}
     env:
       - {name: HOME, value: /tmp}
       {{- with $download.tokenSecret.name }}

@@ -36,6 +36,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"source": "pvc"}}, "model.pvc.claim"),
     ({"model": {"source": "pvc", "pvc": {"claim": "models"}}}, "model.name"),
     ({"model": {"source": "download"}}, "model.download.repo"),
+    ({"model": {"hash": "0A"}}, "/model/hash"),
     ({"model": {**PVC, "pvc": {"claim": "models", "path": "../etc"}}}, "/model/pvc/path"),
     ({"attention": {"profile": "exact", "file": "{}"}}, "attention.profile"),
     ({"router": {"ingress": {"enabled": True}}}, "router.ingress.host"),

@@ -135,6 +135,13 @@ def test_every_service_has_the_same_order_and_refuses_by_name(
     assert capsys.readouterr().err.endswith(f"{file}: drian_s: there is no such setting\n")
 
 
+def test_a_hash_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", "m", "--directory", "d:1", "--model-hash", "0A"]
+    with pytest.raises(SystemExit):
+        load_config(CONFIGS["sps2_router"], given, {})
+    assert capsys.readouterr().err.endswith("--model-hash '0A' is not 64 hexadecimal digits in lower case\n")
+
+
 @pytest.mark.parametrize(
     ("service", "field"),
     [
