@@ -120,7 +120,7 @@ def main() -> int:
     """Installs the packages aside and writes the files."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
-        python = Path(folder) / "bin" / "python"
+        python = str(Path(folder) / "bin" / "python")
         pins = sorted({f"{one.package}=={one.version}" for one in SOURCES})
         subprocess.run([python, "-m", "pip", "install", "-q", *pins], check=True, timeout=280)
         for source in SOURCES:
