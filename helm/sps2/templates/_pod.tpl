@@ -214,6 +214,8 @@ initContainers:
       {{- end }}
     env:
       - {name: HOME, value: /tmp}
+      # Each file is fetched once: a cache of its chunks (10 GB) would only fill /tmp, and end the pod.
+      - {name: HF_XET_CHUNK_CACHE_SIZE_BYTES, value: "0"}
       {{- with $download.tokenSecret.name }}
       - name: HF_TOKEN
         valueFrom:
