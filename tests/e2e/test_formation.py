@@ -44,7 +44,7 @@ class Group:
 
     def formed(self, after: int = 0) -> int:
         """The epoch that the leader tells of when the group stands."""
-        line = self.running[0].wait_for_line(r'"event": "group formed".*', FORMED_S, after=after).group(0)
+        line = self.running[0].wait_for_line(r'.*"event": "group formed".*', FORMED_S, after=after).group(0)
         (epoch,) = re.findall(r'"epoch": (\d+)', line)
         return int(epoch)
 
