@@ -8,11 +8,7 @@ import pytest
 from support.checkpoints import make_tiny_checkpoint
 from support.collector import Collector, collector
 from support.deployment import LocalDeployment, deployment
-from support.directory import start_directory
 from support.ports import free_port_range
-from support.redis_server import redis_server
-
-__all__ = ["redis_server", "start_directory"]
 
 NUM_SERVICES = 6
 """Directory, router and four ranks."""
