@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -58,8 +58,9 @@ def test_defaults() -> None:
 @pytest.mark.parametrize("field", ["metrics_port", "listen"])
 def test_addresses(field: str, given: str) -> None:
     assert ServiceConfig(metrics_port="[::1]:0").metrics_port == "[::1]:0"
+    values: dict[str, Any] = {field: given}
     with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} '{given}' is not HOST:PORT"):
-        ServiceConfig(**{field: given})
+        ServiceConfig(**values)
 
 
 def test_flags_go_before_the_environment() -> None:
