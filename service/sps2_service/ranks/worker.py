@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from sps2.internal.v1 import engine_pb2, group_service_pb2
 from sps2.v1 import cluster_pb2
-from sps2_service.config import ServiceConfig, setting
+from sps2_service.config import ServiceConfig, check_address, setting
 from sps2_service.devices import register_devices
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.metrics import LoopReader, service_registry
@@ -82,6 +82,9 @@ class WorkerConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_address("--directory", self.directory)
+        if self.leader:
+            check_address("--leader", self.leader)
         if self.rank >= self.group_size:
             raise ValueError(f"--rank {self.rank} is outside a group of {self.group_size}")
         if self.rank > 0 and not self.leader:
