@@ -106,4 +106,6 @@ class StreamCore:
             return None
         self._retries_left -= 1
         self._retries_made += 1
+        # The try before may reach the router later than the next one does; it must not take its place then.
+        self._request.spec.retry = self._retries_made
         return delay

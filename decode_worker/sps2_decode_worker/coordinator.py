@@ -12,43 +12,28 @@ import structlog
 from sps2.internal.v1 import decode_service_pb2, engine_pb2
 from sps2.v1 import cluster_pb2, generation_pb2
 from sps2_decode_worker import resize_requests
+from sps2_decode_worker.admitting import Line, check_group, check_request
 from sps2_decode_worker.attempts import ChoiceToken, LiveAttempt
 from sps2_decode_worker.control import ControlTime
-from sps2_decode_worker.messages import BLOCK_TOKENS, FormedGroup, reserve_message, shard_record
+from sps2_decode_worker.messages import BLOCK_TOKENS, FormedGroup, plan_message, reserve_message
 from sps2_decode_worker.metrics import LeaderMetrics
-from sps2_decode_worker.move_messages import blocks_per_step, move_message
-from sps2_decode_worker.placing import Asked, max_new_tokens
-from sps2_decode_worker.scheduler import DecodeScheduler, NeverFitsError, NoRoomError, Plan
-from sps2_decode_worker.sharing import NO_PREFIX, Prefix
+from sps2_decode_worker.move_messages import blocks_per_step
+from sps2_decode_worker.recording import ShardRecords
+from sps2_decode_worker.scheduler import DecodeScheduler, Plan
 from sps2_decode_worker.spans import DecodeSpans
-from sps2_decode_worker.tenants import Row, RowState
+from sps2_decode_worker.tenants import RowState
 from sps2_engine.mesh import Mesh
 from sps2_layout.placement import num_held
-from sps2_layout.wire import unpack_attention
 from sps2_service.directory_client import DirectoryClient
-from sps2_service.errors import (
-    PREEMPTED,
-    Aborted,
-    FailedPrecondition,
-    InvalidArgument,
-    ServiceError,
-    Unavailable,
-)
+from sps2_service.errors import PREEMPTED, InvalidArgument, ServiceError, Unavailable
 from sps2_service.ranks.failures import attempt_failure, group_draining
 from sps2_service.ranks.group import GroupLeader, GroupState
 from sps2_service.tracing import Tracing
-from sps2_service.turns import turn_us
 
 RESERVE_TIMEOUT_S = 30.0
 """Longest wait for the ranks to take a reservation up (a step may be computing)."""
-RECORD_LEASE_S = 60.0
-"""How long the directory keeps a record of shards that is not renewed."""
-RECORD_SOON_S = 0.5
-"""How long after blocks have moved the directory is told, at most."""
 RECEIVE_TIMEOUT_S = 60.0
 """Longest wait, from the first token on, for the rest of a prompt's KV."""
-LINE_LEASE_S = 5.0
-"""How long a request that found no room keeps its place in line without asking again: several of its pauses."""
 PREEMPTED_RETRY_S = 0.25
 """What a preempted request is told to wait: about as long as rows take to end or to be preempted in turn."""
 
@@ -74,7 +59,7 @@ class DecodeCoordinator:
         With `debug_invariants` every plan tells the ranks how many blocks they must have in use after it. `tracing`
         takes spans of the ranks.
         """
-        self._directory = directory
+        self._records = ShardRecords(directory)
         self._model_hash = model_hash
         self._min_holder_tokens = min_holder_tokens
         self._tp = tp
@@ -82,8 +67,6 @@ class DecodeCoordinator:
         self._metrics = metrics or LeaderMetrics()
         self._control = ControlTime(time.thread_time)
         self._spans = DecodeSpans(tracing)
-        self._line_leases: dict[str, asyncio.TimerHandle] = {}
-        """End the places in line of requests that do not come back."""
         self._leader: GroupLeader | None = None
         self._ranks: list[engine_pb2.EngineLoaded] = []
         self._scheduler = DecodeScheduler((), BLOCK_TOKENS, min_holder_tokens)
@@ -99,6 +82,7 @@ class DecodeCoordinator:
     def attach(self, leader: GroupLeader) -> None:
         """Names the group; before anything else."""
         self._leader = leader
+        self._line = Line(leader.name)
 
     @property
     def _group(self) -> GroupLeader:
@@ -170,7 +154,7 @@ class DecodeCoordinator:
         # Only now: a row that leaves must not take the end of the prompt with it before the others have copied it.
         for index in start.finished_choices:
             self.stop(live, index)
-        self._record(live)
+        self._records.keep(self._formed, live)
 
     async def tokens(self, live: LiveAttempt) -> AsyncIterator[ChoiceToken]:
         """The choices' tokens after the first, each to the one with a finish reason or to its stop.
@@ -207,9 +191,7 @@ class DecodeCoordinator:
             self._rows.pop(row.row_id, None)
             self._scheduler.release(row.row_id)
         self._pump()
-        if live.record_timer is not None:
-            live.record_timer.cancel()
-            self._directory.release(live.request.attempt)
+        self._records.release(live)
         live.changed.set()
         if not self._attempts:
             self._idle.set()
@@ -319,7 +301,8 @@ class DecodeCoordinator:
             ):
                 self._tell_preempted(plan)
                 self._note_moves(plan)
-                self._group.broadcast(engine_pb2.EngineCommand(step_plan=self._message(plan)))
+                told = plan_message(plan, self._rows, with_blocks_used=self._debug_invariants)
+                self._group.broadcast(engine_pb2.EngineCommand(step_plan=told))
 
     def _tell_preempted(self, plan: Plan) -> None:
         """Their callers learn it; tokens of theirs that are still computed are dropped."""
@@ -334,39 +317,14 @@ class DecodeCoordinator:
             live = self._rows[one.rows[0]]
             live.moved_with = plan.sequence
             live.num_blocks_moved += one.num_blocks
-            self._record_soon(live)
-
-    def _message(self, plan: Plan) -> engine_pb2.StepPlan:
-        # A row may be released before the plan that was to reserve it went out; both then go in one plan, in
-        # which the release comes first and names a row that no rank knows yet: neither is sent.
-        # A message reserves the rows of all choices and stands under the first one's.
-        reserve = [
-            live for row_id in plan.reserve if (live := self._rows.get(row_id)) and live.row.row_id == row_id
-        ]
-        release = [row_id for row_id in plan.release if row_id not in plan.reserve]
-        return engine_pb2.StepPlan(
-            sequence=plan.sequence,
-            reserve=[live.reserve for live in reserve],
-            admit=[
-                engine_pb2.AdmitRow(row=row_id, first_token_id=self._rows[row_id].first_token_ids[row_id])
-                for row_id in plan.admit
-                if row_id in self._rows
-            ],
-            release_rows=release,
-            run=plan.run,
-            moves=[move_message(one) for one in plan.moves],
-            blocks_used=plan.blocks_used if self._debug_invariants else (),
-        )
+            self._records.soon(self._formed, live)
 
     def _place(self, request: decode_service_pb2.ReserveKv) -> LiveAttempt:
-        self._check(request)
-        asked = Asked(
-            request.num_prompt_tokens,
-            max_new_tokens(request.choice),
-            max(1, request.choice.num_choices),
-            _prefix(request),
-        )
-        rows = self._give_room(asked, request)
+        if self._draining:
+            raise group_draining(self._group.name)
+        check_group(self._group)
+        check_request(request, self._group.name, self._model_hash, self._attempts)
+        rows = self._line.room(self._scheduler, request)
         live = LiveAttempt(rows, reserve_message(self._formed, request, rows), request)
         if num_shared := num_held(live.reserve.placement):
             log.info("shares", **request_fields(request), num_tokens=num_shared)
@@ -375,54 +333,6 @@ class DecodeCoordinator:
         self._idle.clear()
         self._pump()
         return live
-
-    def _give_room(self, asked: Asked, request: decode_service_pb2.ReserveKv) -> list[Row]:
-        """Rows of an attempt, or a place in line, which it keeps as long as it asks again.
-
-        Raises:
-            ServiceError: there is no room now, or never.
-        """
-        name, group = _name_in_line(request), self._group.name
-        if (lease := self._line_leases.pop(name, None)) is not None:
-            lease.cancel()
-        try:
-            return self._scheduler.reserve(asked, turn_us(request.asked_at_us, request.priority), name)
-        except NeverFitsError:
-            raise FailedPrecondition(
-                "REQUEST_TOO_LARGE",
-                f"{asked.num_tokens} prompt tokens and {asked.num_choices} times {asked.max_new_tokens} more "
-                f"need more KV than decode group {group} has: raise --kv-tokens or use more ranks",
-            ) from None
-        except NoRoomError:
-            self._line_leases[name] = asyncio.get_running_loop().call_later(
-                LINE_LEASE_S, self._leave_line, name
-            )
-            raise Unavailable(
-                "NO_KV_ROOM", f"decode group {group} has no KV room now", retry_after=0.5
-            ) from None
-
-    def _leave_line(self, name: str) -> None:
-        del self._line_leases[name]
-        self._scheduler.leave_line(name)
-
-    def _check(self, request: decode_service_pb2.ReserveKv) -> None:
-        group = self._group
-        if self._draining:
-            raise group_draining(group.name)
-        if group.state is not GroupState.FORMED:
-            why = f"decode group {group.name} is not ready ({group.missing})"
-            raise Unavailable("GROUP_NOT_READY", why, retry_after=1.0)
-        group.check_lease()
-        if request.model_hash != self._model_hash:
-            raise FailedPrecondition(
-                "MODEL_HASH_MISMATCH", f"decode group {group.name} serves another model than prefill"
-            )
-        if any(live.request.attempt == request.attempt for live in self._attempts):
-            raise Aborted(
-                "DUPLICATE_ATTEMPT",
-                f"attempt {request.attempt.number} of request {request.attempt.request_id!r} is served already: "
-                "two live requests may not share an id",
-            )
 
     async def _wait(
         self, live: LiveAttempt, ready: Callable[[], bool], timeout_s: float, reason: str
@@ -443,38 +353,6 @@ class DecodeCoordinator:
         if live.error is not None:  # also of one that failed just as it became ready: its rows are gone
             raise live.error
 
-    def _record_soon(self, live: LiveAttempt) -> None:
-        """Of what moves in many steps the directory is told once."""
-        loop = asyncio.get_running_loop()
-        if live.record_timer is not None and live.record_timer.when() > loop.time() + RECORD_SOON_S:
-            live.record_timer.cancel()
-            live.record_timer = loop.call_later(RECORD_SOON_S, self._record, live)
-
-    def _record(self, live: LiveAttempt) -> None:
-        """Tells the directory where the KV lies, in the background, for as long as the row lives."""
-        record = shard_record(self._formed, live)
-        self._directory.record_shards(record, RECORD_LEASE_S)
-        loop = asyncio.get_running_loop()
-        live.record_timer = loop.call_later(RECORD_LEASE_S / 3, self._record, live)
-
-
-def _prefix(request: decode_service_pb2.ReserveKv) -> Prefix:
-    """By what its blocks are compared with those of others.
-
-    Raises:
-        InvalidArgument: it names blocks that it does not have, or no mask.
-    """
-    if len(request.block_hashes) > request.num_prompt_tokens // BLOCK_TOKENS:
-        raise InvalidArgument.of_field("block_hashes", "there is one for each full block of the prompt")
-    if not request.block_hashes:
-        return NO_PREFIX
-    try:
-        attention = unpack_attention(request.attention)
-    except ValueError as error:
-        raise InvalidArgument.of_field("attention", str(error)) from None
-    # Dense KV depends on nothing but the tokens before it; under CSA, on the whole layout.
-    return Prefix(attention if attention.layout else None, tuple(request.block_hashes))
-
 
 def preempted(group: str) -> Unavailable:
     """What a call ends with whose blocks an earlier request needs; no failure, and not its last attempt."""
@@ -489,8 +367,3 @@ def preempted(group: str) -> Unavailable:
 def request_fields(request: decode_service_pb2.ReserveKv) -> dict[str, object]:
     """What a log line about an attempt carries, where no call's own task says it."""
     return {"request_id": request.attempt.request_id, "attempt": request.attempt.number}
-
-
-def _name_in_line(request: decode_service_pb2.ReserveKv) -> str:
-    """The same for all attempts at a request, or at one of its choices that goes on by itself."""
-    return f"{request.attempt.request_id}/{request.choice.sampling.first_choice}"

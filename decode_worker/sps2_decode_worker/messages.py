@@ -1,10 +1,12 @@
 """What the leader of a decode group says of an attempt, to its ranks and to the directory. Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sps2.internal.v1 import decode_service_pb2, engine_pb2, kv_directory_service_pb2, placement_pb2
 from sps2_decode_worker.attempts import LiveAttempt
+from sps2_decode_worker.move_messages import move_message
+from sps2_decode_worker.scheduler import Plan
 from sps2_decode_worker.tenants import Row, Tenant
 from sps2_engine.kv_transfer.mesh_shards import mesh_shards
 from sps2_engine.mesh import Mesh
@@ -57,6 +59,35 @@ def _placement(group: FormedGroup, attempt: placement_pb2.Attempt, tenant: Tenan
         shard.fence.attempt.CopyFrom(attempt)
         placement.shards.append(shard)
     return placement
+
+
+def plan_message(
+    plan: Plan, rows: Mapping[int, LiveAttempt], *, with_blocks_used: bool
+) -> engine_pb2.StepPlan:
+    """What the ranks are told of a step.
+
+    Args:
+        plan: as the scheduler made it.
+        rows: the attempt of each row that has not ended.
+        with_blocks_used: tell ranks how many blocks they must have in use after it.
+    """
+    # A row may be released before the plan that was to reserve it went out; both then go in one plan, in
+    # which the release comes first and names a row that no rank knows yet: neither is sent.
+    # A message reserves the rows of all choices and stands under the first one's.
+    reserve = [live for row_id in plan.reserve if (live := rows.get(row_id)) and live.row.row_id == row_id]
+    return engine_pb2.StepPlan(
+        sequence=plan.sequence,
+        reserve=[live.reserve for live in reserve],
+        admit=[
+            engine_pb2.AdmitRow(row=row_id, first_token_id=rows[row_id].first_token_ids[row_id])
+            for row_id in plan.admit
+            if row_id in rows
+        ],
+        release_rows=[row_id for row_id in plan.release if row_id not in plan.reserve],
+        run=plan.run,
+        moves=[move_message(one) for one in plan.moves],
+        blocks_used=plan.blocks_used if with_blocks_used else (),
+    )
 
 
 def shard_record(group: FormedGroup, live: LiveAttempt) -> kv_directory_service_pb2.RequestRecord:

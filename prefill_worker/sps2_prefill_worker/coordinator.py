@@ -4,6 +4,7 @@ Runs in rank 0's supervisor, on its event loop.
 """
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from sps2_engine.attention.cost_model import Choice
 from sps2_layout.block_hash import BLOCK_TOKENS
 from sps2_prefill_worker.admission import attention_of, check_placement, check_room
 from sps2_prefill_worker.fetch_costs import BY_COST, FetchCosts
+from sps2_prefill_worker.fetch_counts import FetchCounts
 from sps2_prefill_worker.fetching import PrefixFetcher
 from sps2_prefill_worker.holders import PLAINTEXT_HOLDERS, Holders
 from sps2_prefill_worker.lending import PrefixLender
@@ -46,6 +48,8 @@ class Attempt:
     """What is looked for in the cache."""
     wish: Wish
     """How its prompt is computed, by what is cached."""
+    number: int
+    """Its place in line, which it keeps whatever becomes of what is cached."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     fetched_bytes: int = 0
     """Of its beginning, that another group had cached."""
@@ -110,6 +114,7 @@ class PrefillCoordinator:
         self._short_tokens = 0
         self._fetched_token_cost = 0.0
         self._num_started = 0
+        self._numbers = itertools.count()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -127,6 +132,11 @@ class PrefillCoordinator:
     def _of_group(self) -> PromptPlanner:
         assert self._planner is not None, "a group that is formed has told its shape"
         return self._planner
+
+    @property
+    def fetches(self) -> FetchCounts:
+        """What was fetched from other groups."""
+        return self._fetcher.counts
 
     def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
         """Adds what waits and runs."""
@@ -229,22 +239,32 @@ class PrefillCoordinator:
         return attempt
 
     async def _stand_in_line(self, attempt: Attempt) -> None:
-        """With what is cached of it, here or, where that pays, in another group, which sends it before."""
+        """With what is cached of it, here or, where that pays, in another group, which sends it meanwhile."""
         request, prompt = attempt.request, attempt.prompt
+        self._submit(attempt, is_fetching=True)
         attempt.fetched_bytes = await self._fetcher.fetch(self._group, self._of_group, request, prompt)
         if self._attempts.get(attempt.key) is not attempt:
             return  # the epoch has ended meanwhile; its events say so
         if attempt.fetched_bytes:
             attempt.wish = self._reuse.plan(prompt)
+        self._scheduler.withdraw(attempt.key)
         self._submit(attempt)
         self._start_waiting()
 
-    def _submit(self, attempt: Attempt) -> None:
+    def _submit(self, attempt: Attempt, *, is_fetching: bool = False) -> None:
         """Puts it in line as what it is, with what is cached of it."""
         num_tokens, wish = attempt.prompt.num_tokens, attempt.wish
         planned = wish.planned
         self._scheduler.submit(
-            Job(attempt.key, num_tokens, planned.interlude_flops, planned.alone, wish.num_blocks)
+            Job(
+                attempt.key,
+                num_tokens,
+                planned.interlude_flops,
+                planned.alone,
+                wish.num_blocks,
+                attempt.number,
+                is_fetching,
+            )
         )
 
     def _check(self, request: prefill_service_pb2.PrefillRequest) -> Attempt:
@@ -262,7 +282,7 @@ class PrefillCoordinator:
         check_room(request, attention, planner, group.name)
         keys = tuple(request.block_hashes) if planner.can_cache else ()
         prompt = Prompt(attention, keys, len(request.token_ids))
-        return Attempt(request, prompt, self._reuse.plan(prompt))
+        return Attempt(request, prompt, self._reuse.plan(prompt), next(self._numbers))
 
     def _check_group(self) -> None:
         group = self._group
@@ -279,11 +299,12 @@ class PrefillCoordinator:
         job = start.job
         attempt = self._attempts[job.key]
         taken = self._reuse.begin(attempt.key, attempt.prompt, attempt.wish, start.alone_on)
-        if taken is None:  # what was cached of it is gone: there is more to do than it stood in line for
+        if taken is None:  # what was cached of it is gone: it has more to do, and keeps its place in line
             self._scheduler.over(job.key)
             attempt.wish = self._reuse.plan(attempt.prompt)
             self._submit(attempt)
             return
+        self._fetcher.on_evicted(taken.evicted)
         attempt.wish = taken.wish
         attempt.dispatched, attempt.speaker = True, (start.alone_on or 0) * self._tp
         self._num_started += 1

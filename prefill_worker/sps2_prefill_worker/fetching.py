@@ -1,4 +1,4 @@
-"""The leader that has another group's cached KV sent to its own ranks, before a prompt stands in line.
+"""The leader that has another group's cached KV sent to its own ranks, while the prompt keeps its place in line.
 
     book: room, as for an attempt that computes the beginning
     own ranks: take blocks and let slabs in             FetchPrefix -> PrefixExpected
@@ -20,6 +20,7 @@ from sps2_engine.kv_pool import BLOCK_TOKENS
 from sps2_engine.kv_transfer.mesh_shards import mesh_shards
 from sps2_layout.layout import Span
 from sps2_prefill_worker.fetch_costs import FetchCosts
+from sps2_prefill_worker.fetch_counts import FetchCounts, FetchResult
 from sps2_prefill_worker.holders import Holders
 from sps2_prefill_worker.planning import PromptPlanner
 from sps2_prefill_worker.prefix_cache import Prompt
@@ -36,6 +37,10 @@ log = structlog.get_logger(__name__)
 class FetchEndedError(Exception):
     """This group cannot take what comes, whoever sends it."""
 
+    def __init__(self, result: FetchResult, why: str) -> None:
+        super().__init__(why)
+        self.result = result
+
 
 @dataclass
 class _Incoming:
@@ -48,11 +53,11 @@ class _Incoming:
     expected: dict[int, engine_pb2.PrefixExpected] = field(default_factory=dict)
     fetched: set[int] = field(default_factory=set)
 
-    def fail(self, why: str) -> None:
+    def fail(self, result: FetchResult, why: str) -> None:
         """Ends whatever is waited for."""
         for one in (self.room, self.complete):
             if not one.done():
-                one.set_exception(FetchEndedError(why))
+                one.set_exception(FetchEndedError(result, why))
                 one.exception()  # perhaps nobody waits for this one
 
 
@@ -70,6 +75,7 @@ class PrefixFetcher:
         self._costs = costs
         self._holders = holders
         self._incoming: dict[int, _Incoming] = {}
+        self.counts = FetchCounts()
 
     async def fetch(
         self,
@@ -94,13 +100,21 @@ class PrefixFetcher:
             tokens = Span(min(self._reuse.num_cached(prompt), num_tokens), num_tokens)
             if not tokens or not self._costs.worth(planner, prompt.attention, tokens):
                 return 0  # those after it hold less
+            result = FetchResult.GIVEN_UP
             try:
-                return await self._fetch(group, planner, request, prompt, source)
+                num_bytes = await self._fetch(group, planner, request, prompt, source)
+                result = FetchResult.COMPLETE
             except ServiceError as error:  # the holder's: maybe the next one does better
+                result = FetchResult.REFUSED
                 log.info("prefix does not come", group=source.group, reason=error.reason, why=error.message)
             except FetchEndedError as error:
+                result = error.result
                 log.warning("prefix is not fetched", group=source.group, why=str(error))
                 return 0
+            else:
+                return num_bytes
+            finally:
+                self.counts.results[result] += 1
         return 0
 
     def on_report(self, group: GroupLeader, rank: int, report: engine_pb2.PrefillReport) -> None:
@@ -119,13 +133,21 @@ class PrefixFetcher:
         elif kind == "prefix_refused":
             incoming = self._incoming.get(report.prefix_refused.run)
             if incoming is not None:
-                incoming.fail(f"rank {rank} has no room: {report.prefix_refused.reason}")
+                why = f"rank {rank} has no room: {report.prefix_refused.reason}"
+                incoming.fail(FetchResult.NO_ROOM, why)
+
+    def on_evicted(self, runs: Sequence[int]) -> None:
+        """The book gave up runs for the sake of a prompt that begins: of those under way nothing more comes."""
+        for run in runs:
+            incoming = self._incoming.get(run)
+            if incoming is not None:
+                incoming.fail(FetchResult.NO_ROOM, "a prompt that begins needs its room")
 
     def on_broken(self, error: Unavailable) -> None:
         """The epoch is over: book and ranks have forgotten everything."""
         incoming, self._incoming = self._incoming, {}
         for one in incoming.values():
-            one.fail(error.message)
+            one.fail(FetchResult.GIVEN_UP, error.message)
 
     async def _fetch(
         self,
@@ -138,7 +160,7 @@ class PrefixFetcher:
         key = request.attempt.request_id, request.attempt.number
         fetch = self._reuse.begin_fetch(key, prompt, _usable(source, prompt))
         if fetch is None:
-            return 0
+            raise FetchEndedError(FetchResult.NO_ROOM, "others would have to make room for it")
         loop, timeout_s = asyncio.get_running_loop(), self._costs.timeout_s(planner, fetch.tokens)
         incoming = self._incoming[fetch.run] = _Incoming(loop.create_future(), loop.create_future())
         is_complete = False
@@ -151,7 +173,7 @@ class PrefixFetcher:
                 num_bytes = await _both(asyncio.ensure_future(call), incoming.complete)
             is_complete = True
         except TimeoutError:
-            raise FetchEndedError(f"not there after {timeout_s:.1f} s") from None
+            raise FetchEndedError(FetchResult.LATE, f"not there after {timeout_s:.1f} s") from None
         finally:
             if self._incoming.pop(fetch.run, None) is not None:  # else the epoch is over
                 self._settle(group, key, is_complete=is_complete)
@@ -162,6 +184,8 @@ class PrefixFetcher:
             num_tokens=len(fetch.tokens),
             num_bytes=num_bytes,
         )
+        self.counts.num_tokens += len(fetch.tokens)
+        self.counts.num_bytes += num_bytes
         return num_bytes
 
     def _tell_ranks(

@@ -143,7 +143,10 @@ class PrefillRole:
         elif command.HasField("abort_group") or command.HasField("shutdown"):
             self._told.end()
         elif command.HasField("cancel_prefill"):
-            self._cancelled.add(attempt_key(command.cancel_prefill.attempt))
+            key = attempt_key(command.cancel_prefill.attempt)
+            self._cancelled.add(key)
+            # Not in its turn: what has its turn before it may be waiting for these very blocks.
+            self._loaded_publisher.give_up_computed(key)
         elif command.HasField("hold_lease"):
             self._lease_holds_until = command.hold_lease.holds_until_s
         elif command.HasField("evict_prefixes"):
@@ -213,8 +216,11 @@ class PrefillRole:
         try:
             self._compute(run, delivery, stored)
         except AttemptCancelledError:
-            # CancelPrefill follows in order and frees what the attempt holds.
             _log.info("prefill given up", extra=request_fields(run.attempt))
+        key = attempt_key(run.attempt)
+        if key in self._cancelled:
+            # CancelPrefill follows in order; the next prompt may want its blocks before that.
+            self._loaded_publisher.give_up(key)
 
     def _stored_rows(self, run: engine_pb2.RunPrefill, spans: Sequence[Span]) -> Span:
         """Rows whose KV goes to the arena: all, as later prompts may want it, but for those that another rank sends."""

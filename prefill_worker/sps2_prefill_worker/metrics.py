@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from sps2.v1 import cluster_pb2
 from sps2_prefill_worker.coordinator import PrefillCoordinator
+from sps2_prefill_worker.fetch_counts import FetchCounts, FetchResult
 from sps2_service.metrics import LoopReader
 
 
@@ -16,7 +17,7 @@ def leader_metrics(coordinator: PrefillCoordinator) -> LoopReader:
     async def read() -> Iterable[Metric]:
         load = cluster_pb2.WorkerLoad()
         coordinator.fill_load(load)
-        return leader_families(load)
+        return [*leader_families(load), *fetch_families(coordinator.fetches)]
 
     return LoopReader(read)
 
@@ -31,3 +32,17 @@ def leader_families(load: cluster_pb2.WorkerLoad) -> Iterable[Metric]:
         "Tokens of prompts begun that were not cached.",
         value=load.prompt_tokens - load.cached_tokens,
     )
+
+
+def fetch_families(counts: FetchCounts) -> Iterable[Metric]:
+    """Of what the group has fetched of others' caches."""
+    fetches = CounterMetricFamily(
+        "sps2_prefix_fetches", "Beginnings of prompts asked of other prefill groups.", labels=["result"]
+    )
+    for result in FetchResult:
+        fetches.add_metric([result], counts.results[result])
+    yield fetches
+    yield CounterMetricFamily(
+        "sps2_prefix_fetched_tokens", "Tokens whose KV has come from them.", value=counts.num_tokens
+    )
+    yield CounterMetricFamily("sps2_prefix_fetched_bytes", "Bytes of that KV.", value=counts.num_bytes)

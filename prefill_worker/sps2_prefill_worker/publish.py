@@ -199,6 +199,13 @@ class Publisher:
             quiet = self._sender.abort(delivery.transfer)
             quiet.add_done_callback(lambda _quiet: self._free_given_up(delivery))
 
+    def give_up_computed(self, key: AttemptKey) -> None:
+        """`give_up` for an attempt that only its transfer keeps; another thread may wait for its blocks."""
+        with self._changed:
+            delivery = self._deliveries.get(key)
+            if delivery is not None and delivery.collective_bytes is not None:
+                self.give_up(key)
+
     def give_up_all(self) -> None:
         """`give_up` for every attempt, and for what is cached."""
         for key in list(self._deliveries):

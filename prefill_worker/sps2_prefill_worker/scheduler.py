@@ -4,8 +4,12 @@ Long prompts compute one at a time, first come first served. Short ones do not w
 ranks at any time, in the order in which they came, and go between the slices of a long one, as often as its fair share
 allows (`interludes`). Those that a rank computes by itself go to the rank that has least of them to do, so that ranks
 compute several at once. A prompt whose KV is still on its way no longer holds the compute up.
+
+A prompt has its place in line from when it came, also while its beginning is fetched from another group: long ones
+behind it wait for that, which takes less than the prompt would have, short ones do not.
 """
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -24,6 +28,10 @@ class Job:
     """Whether one sequence rank computes it by itself."""
     num_blocks: int = 0
     """KV blocks that it takes, on the rank that has most of them."""
+    number: int = 0
+    """Its place in line: the lower goes first."""
+    is_fetching: bool = False
+    """Whether its beginning is on its way from another group."""
 
     @property
     def is_short(self) -> bool:
@@ -59,8 +67,8 @@ class PrefillScheduler:
     """Of prompts that the ranks know of, until they are over."""
 
     def submit(self, job: Job) -> None:
-        """Puts a prompt at the end of the queue."""
-        self.waiting.append(job)
+        """Puts a prompt in line, behind those of lower numbers and those of its own."""
+        insort(self.waiting, job, key=lambda one: one.number)
 
     def start_next(self) -> Start | None:
         """The prompt to start now, if there is one; call until there is none."""
@@ -109,10 +117,13 @@ class PrefillScheduler:
         return sum(job.num_tokens for job in (*computing, *self.waiting))
 
     def _next(self) -> Start | None:
+        may_start_long = self.long is None
         for job in self.waiting:
-            if job.is_short:
+            if job.is_fetching:
+                may_start_long = False
+            elif job.is_short:
                 return self._place(job)  # the next short one waits behind it
-            if self.long is None:
+            elif may_start_long:
                 return Start(job)  # no short one has come before it
         return None
 

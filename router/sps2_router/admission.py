@@ -5,11 +5,16 @@ loop only, so nothing here is locked.
 """
 
 import asyncio
+import math
+import random
+import time
 import uuid
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from sps2_router.places import Places
 from sps2_router.progress import Progress
 from sps2_router.prompt_queue import over_quota
 from sps2_router.request_trace import RequestTrace
@@ -18,6 +23,7 @@ from sps2_router.tenants import Tenants
 from sps2_service.errors import Aborted, AlreadyExists, Unavailable
 
 RETRY_SOON_S = 1.0
+"""What is told while this router shuts down: another one may answer at once."""
 
 
 @dataclass
@@ -30,6 +36,8 @@ class LiveRequest:
     """Ends the call that serves it."""
     tenant: str = ""
     """Whose it is; empty where no tokens are asked for."""
+    retry: int = 0
+    """Which try of the client's call it is."""
     call_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Of the call, among those of all routers."""
     progress: Progress = field(default_factory=Progress)
@@ -50,9 +58,22 @@ class LiveRequest:
 class Admission:
     """The requests that this router is serving, and the door before them."""
 
-    def __init__(self, max_live_requests: int, tenants: Tenants) -> None:
-        """`max_live_requests`: requests between arrival and end, of all tenants."""
+    def __init__(
+        self,
+        max_live_requests: int,
+        tenants: Tenants,
+        now: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        """`max_live_requests`: requests between arrival and end, of all tenants.
+
+        `now` is a clock in seconds, `draw` gives numbers in [0, 1).
+        """
         self._max_live_requests = max_live_requests
+        self._now = now
+        self._places = Places(draw)
+        self._places_of: defaultdict[str, Places] = defaultdict(lambda: Places(draw))
+        """By tenant."""
         self._tenants = tenants
         self._live: dict[str, LiveRequest] = {}
         self._draining = False
@@ -74,7 +95,7 @@ class Admission:
 
     @contextmanager
     def register(
-        self, request_id: str, nonce: bytes, scope: CallScope, tenant: str = ""
+        self, request_id: str, nonce: bytes, scope: CallScope, tenant: str = "", retry: int = 0
     ) -> Iterator[LiveRequest]:
         """Holds the id while the block runs.
 
@@ -82,14 +103,18 @@ class Admission:
 
         Raises:
             AlreadyExists: the id is live and the nonce is another.
+            Aborted: it is the live one that is the retry, of this call, which arrives late.
             Unavailable: draining, or too many live requests.
             ResourceExhausted: too many of its tenant.
         """
-        entry = LiveRequest(request_id, nonce, scope, tenant)
+        entry = LiveRequest(request_id, nonce, scope, tenant, retry)
         earlier = self._live.get(request_id)
         self._check_door(tenant, replaces=earlier is not None)
         if earlier is not None:
-            _supersede(earlier, entry)
+            _supersede(earlier, entry)  # and has its place
+        else:
+            self._places.take(self._max_live_requests, self._now())
+            self._places_of[tenant].take(self._most_of(tenant), self._now())
         self._live[request_id] = entry
         self._empty.clear()
         try:
@@ -99,6 +124,8 @@ class Admission:
             entry.ended.set()
             if self._live.get(request_id) is entry:
                 del self._live[request_id]
+                self._places.leave(self._max_live_requests, self._now())
+                self._places_of[tenant].leave(self._most_of(tenant), self._now())
             if not self._live:
                 self._empty.set()
 
@@ -115,16 +142,21 @@ class Admission:
             raise Unavailable(
                 "TOO_MANY_REQUESTS",
                 f"{len(self._live)} requests are live, the most that this router takes; try again",
-                retry_after=RETRY_SOON_S,
+                retry_after=self._places.come_again_s(self._now()),
             )
-        most = self._tenants.limits(tenant).max_live_requests
-        if most is not None and sum(live.tenant == tenant for live in self._live.values()) >= most:
+        own, most = self._places_of[tenant], self._most_of(tenant)
+        if own.num_taken >= most:
             raise over_quota(
                 tenant,
                 "TENANT_TOO_MANY_REQUESTS",
                 f"{most} requests of this tenant may be live at once",
-                RETRY_SOON_S,
+                own.come_again_s(self._now()),
             )
+
+    def _most_of(self, tenant: str) -> float:
+        """Live requests of a tenant; the file may change at any time."""
+        most = self._tenants.limits(tenant).max_live_requests
+        return math.inf if most is None else most
 
     def find(self, request_id: str) -> LiveRequest | None:
         """The live request of this id, if it is here."""
@@ -139,8 +171,15 @@ def request_id_live(request_id: str) -> AlreadyExists:
     )
 
 
+def superseded(request_id: str) -> Aborted:
+    """A retry has the place of this call; its client has given the call up."""
+    return Aborted("SUPERSEDED", f"a retry of request {request_id!r} took its place")
+
+
 def _supersede(earlier: LiveRequest, entry: LiveRequest) -> None:
     if not entry.nonce or entry.nonce != earlier.nonce or entry.tenant != earlier.tenant:
         raise request_id_live(entry.request_id)
+    if entry.retry < earlier.retry:
+        raise superseded(entry.request_id)
     entry.last_attempt = earlier.last_attempt
-    earlier.scope.end(Aborted("SUPERSEDED", f"a retry of request {entry.request_id!r} took its place"))
+    earlier.scope.end(superseded(entry.request_id))

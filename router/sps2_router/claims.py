@@ -12,8 +12,8 @@ from typing import Protocol
 import structlog
 
 from sps2.internal.v1 import kv_directory_service_pb2 as pb
-from sps2_router.admission import LiveRequest, request_id_live
-from sps2_service.errors import Aborted, ServiceError
+from sps2_router.admission import LiveRequest, request_id_live, superseded
+from sps2_service.errors import ServiceError
 
 LEASE_S = 30.0
 RENEW_INTERVAL_S = 10.0
@@ -60,7 +60,7 @@ class Claims:
     ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """Tells of a call while the block runs; what it yields returns once nobody else has the request.
 
-        When another call has it, `live` is ended with AlreadyExists.
+        When another call has it, `live` is ended: with AlreadyExists, or Aborted where that is a later try of the same.
         """
         self._held[live.call_id] = live
         telling = asyncio.create_task(self._tell(live, supersede))
@@ -91,9 +91,8 @@ class Claims:
                 log.info("admissions not renewed", count=len(held) - begin, reason=error.reason)
                 return
             for live, result in zip(part, results, strict=True):
-                if result.status == pb.ADMISSION_STATUS_REFUSED:
-                    taken = f"a retry of request {live.request_id!r} took its place on another router"
-                    live.scope.end(Aborted("SUPERSEDED", taken))
+                if result.status == pb.ADMISSION_STATUS_REFUSED and not self._forget_late(result.other, live):
+                    live.scope.end(superseded(live.request_id))
 
     async def _tell(self, live: LiveRequest, supersede: Supersede) -> None:
         try:
@@ -104,7 +103,11 @@ class Claims:
         if result.status == pb.ADMISSION_STATUS_REFUSED:
             live.scope.end(request_id_live(live.request_id))
             await asyncio.Event().wait()  # the call ends, and this with it; nothing is to go to the client
-        if result.status == pb.ADMISSION_STATUS_SUPERSEDES and result.other.router_address != self._address():
+        if result.status != pb.ADMISSION_STATUS_SUPERSEDES:
+            return
+        if result.other.retry > live.retry:
+            live.scope.end(superseded(live.request_id))  # it is this call that arrives late
+        elif result.other.router_address != self._address():
             await supersede(result.other)
 
     async def _admit(self, live: LiveRequest) -> pb.AdmissionResult:
@@ -113,8 +116,22 @@ class Claims:
             (result,) = await self._directory.admit([self._admission(live, renewal=False)], LEASE_S)
             if result.status != pb.ADMISSION_STATUS_REFUSED:
                 break
+            self._forget_late(result.other, live)
             await asyncio.sleep(pause)
         return result
+
+    def _forget_late(self, other: pb.RequestAdmission, live: LiveRequest) -> bool:
+        """Whether the call that has the request, as the directory knows, is over, or an older try of `live`.
+
+        What is told of a call may overtake what is told of the next, and its dismissal what admits it: then it stands
+        there alone until its lease ends, in the way of calls that live.
+        """
+        is_over = other.router_address == self._address() and other.call_id not in self._held
+        is_older = bool(live.nonce) and other.nonce == live.nonce and other.retry < live.retry
+        if is_over or is_older:
+            log.info("late admission forgotten", request_id=live.request_id, call_id=other.call_id)
+            self._directory.dismiss(other.request_id, other.call_id)
+        return is_over or is_older
 
     def _admission(self, live: LiveRequest, *, renewal: bool) -> pb.RequestAdmission:
         return pb.RequestAdmission(
@@ -123,4 +140,5 @@ class Claims:
             router_address=self._address(),
             nonce=live.nonce,
             renewal=renewal,
+            retry=live.retry,
         )

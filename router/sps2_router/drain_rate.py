@@ -1,4 +1,7 @@
-"""How fast a queue empties, from what has left it while somebody waited. Pure: time is an argument, in seconds."""
+"""How fast a queue empties, from what has left it while somebody waited. Pure: time is an argument, in seconds.
+
+What leaves is counted in tokens of prompts, or in requests.
+"""
 
 from collections import deque
 
@@ -10,7 +13,7 @@ FORGET_S = 60.0
 
 
 class DrainRate:
-    """Tokens per second.
+    """Tokens, or requests, per second.
 
     Time in which nobody waits is left out: what leaves then says how much came, not how much could go. It looks back
     on a number of departures instead of a stretch of time, since one long prompt may take longer than any such.
@@ -18,7 +21,7 @@ class DrainRate:
 
     def __init__(self) -> None:
         self._departures: deque[tuple[float, int]] = deque(maxlen=WINDOW)
-        """Seconds of waiting until each, and its tokens."""
+        """Seconds of waiting until each, and how much it was."""
         self._waited = 0.0
         self._since: float | None = None
         """When it was last known that somebody waits; None while nobody does."""
@@ -33,17 +36,17 @@ class DrainRate:
             self._departures.clear()
         self._since = now if is_waiting else None
 
-    def left(self, num_tokens: int, now: float) -> None:
-        """So many tokens have left the queue: the work on them begins."""
+    def left(self, amount: int, now: float) -> None:
+        """So much has left the queue: the work on it begins, or is over."""
         if self._since is not None:
-            self._departures.append((self._elapsed(now), num_tokens))
+            self._departures.append((self._elapsed(now), amount))
 
     def rate(self, now: float) -> float | None:
-        """Tokens that leave each second; None before it is known."""
+        """What leaves each second; None before it is known."""
         if len(self._departures) < MIN_DEPARTURES:
             return None
         (first, _), (last, newest) = self._departures[0], self._departures[-1]
-        total = sum(num_tokens for _, num_tokens in self._departures)
+        total = sum(amount for _, amount in self._departures)
         if last <= first:
             return None
         # The newest is being worked on: it counts only when that takes longer than the others let expect.

@@ -118,7 +118,7 @@ class FrontDoor:
         self._dispatcher.check_room(num_tokens, tenant, turn_us(now_us(), spec.priority), total_s)
         with (
             CallScope(total_s=total_s, silence_s=self._limits.silence_s) as scope,
-            self._admission.register(request_id, spec.nonce, scope, tenant) as live,
+            self._admission.register(request_id, spec.nonce, scope, tenant, spec.retry) as live,
         ):
             live.trace = trace
             async with self._claims.hold(

@@ -9,10 +9,10 @@ from contextlib import aclosing
 
 from sps2.internal.v1 import kv_directory_service_pb2 as directory_pb
 from sps2.v1 import inference_service_pb2 as pb
-from sps2_router.admission import Admission, LiveRequest
+from sps2_router.admission import Admission, LiveRequest, superseded
 from sps2_router.call import Call
 from sps2_router.peers import Peers
-from sps2_service.errors import Aborted, Cancelled, NotFound, PermissionDenied
+from sps2_service.errors import Cancelled, NotFound, PermissionDenied
 
 WATCH_INTERVAL_S = 0.1
 # A request is looked for during a second: it may just be on its way to another router.
@@ -39,7 +39,7 @@ class LiveRequests:
         if isinstance(found, directory_pb.RequestAdmission):
             await self._peers.cancel(found, call.authorization)
         elif call.superseded:
-            found.scope.end(Aborted("SUPERSEDED", f"a retry of request {request_id!r} took its place"))
+            found.scope.end(superseded(request_id))
         else:
             found.scope.end(
                 Cancelled("CANCELLED", f"request {request_id!r} was cancelled by CancelGeneration")

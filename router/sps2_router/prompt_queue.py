@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from sps2_router.come_again import UNKNOWN_RETRY_S, spread
 from sps2_router.drain_rate import DrainRate
 from sps2_router.line import Line
 from sps2_router.policies.base import Ask
@@ -19,10 +20,6 @@ from sps2_router.tenants import Tenants
 from sps2_router.token_bucket import TokenBucket
 from sps2_service.errors import QuotaViolation, ResourceExhausted, Unavailable
 
-MIN_RETRY_S = 0.5
-MAX_RETRY_S = 60.0
-UNKNOWN_RETRY_S = 1.0
-"""Before it is known how fast the queue empties."""
 LET_IN = 0.5
 """Whoever is expected to wait for more than this part of the time that it may is not let in: the rest is for what the
 estimate is off by and, of a deadline, for the answer. So who is let in is hardly ever sent away later."""
@@ -176,7 +173,7 @@ class PromptQueue:
                     ask.tenant,
                     "TOKENS_PER_MINUTE",
                     f"{rate} tokens a minute, of prompts and answers, are this tenant's",
-                    self._spread(wait_s),
+                    spread(wait_s, self._draw()),
                 )
 
     def _check_room(self, ask: Ask) -> None:
@@ -203,7 +200,7 @@ class PromptQueue:
             raise Unavailable(
                 "QUEUE_WAIT",
                 f"about {wait_s:.1f} s of prefill are queued before it, and it has {limit_s:.1f} s; try again",
-                retry_after=self._spread(wait_s),
+                retry_after=spread(wait_s, self._draw()),
             )
 
     def _share(self, tenant: str) -> float:
@@ -218,11 +215,7 @@ class PromptQueue:
     def _drained_after(self, num_tokens: int) -> float:
         """Seconds to come again after: when those tokens will have left the queue."""
         rate = sum(drain.rate(self._now()) or 0.0 for drain in self._drains.values())
-        return self._spread(num_tokens / rate if rate else UNKNOWN_RETRY_S)
-
-    def _spread(self, seconds: float) -> float:
-        """Bounded, and not the same for all: those who are sent away together shall not come back together."""
-        return min(max(seconds, MIN_RETRY_S), MAX_RETRY_S) * (1 + self._draw() / 2)
+        return spread(num_tokens / rate if rate else UNKNOWN_RETRY_S, self._draw())
 
 
 def over_quota(tenant: str, reason: str, description: str, retry_after: float) -> ResourceExhausted:

@@ -186,6 +186,13 @@ PREFILL = pool(
         "percentunit",
         [(f"{rate('sps2_prefix_cache_hits_total')} / {rate('sps2_prefix_cache_queries_total')}", "tokens")],
     ),
+    Panel("Cached KV fetched", "Bps", [(rate("sps2_prefix_fetched_bytes_total", "group"), "{{group}}")]),
+    Panel(
+        "Prefix fetches",
+        "reqps",
+        [(rate("sps2_prefix_fetches_total", "result"), "{{result}}")],
+        stacked=True,
+    ),
 )
 DECODE = pool(
     "decode",

@@ -8,9 +8,10 @@ from tempfile import TemporaryDirectory
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sps2_router.come_again import MAX_RETRY_S, MIN_RETRY_S
 from sps2_router.line import Line
 from sps2_router.policies.base import Ask
-from sps2_router.prompt_queue import MAX_RETRY_S, MIN_RETRY_S, PromptQueue, Queued, QueueLimits
+from sps2_router.prompt_queue import PromptQueue, Queued, QueueLimits
 from sps2_router.tenants import Tenants
 from sps2_service.errors import ResourceExhausted, Unavailable
 

@@ -290,6 +290,9 @@ async def test_a_connection_lost_before_the_first_event_is_retried_with_the_same
         answer = await generate(router.address)
         assert answer.text == TEXT
         assert len(router.requests) == 3
+        assert [one.spec.retry for one in router.requests] == [0, 1, 2]
+        for one in router.requests:
+            one.spec.retry = 0
         assert len({one.SerializeToString() for one in router.requests}) == 1
     with FakeRouter(lose, lose, lose, play(good_events())) as router:
         with pytest.raises(ConnectionFailed):

@@ -417,9 +417,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(["store", "directory"]), ticks=st.integers(1, 5), data=st.data())
     def outage_passes(self, kind: str, ticks: int, data: st.DataObject) -> None:
         """Redis, or all of the directory, is away for some time; workers go on trying."""
-        self.outage = kind
-        for connection in self.connections:
-            connection.away_now = True
+        self.begin_outage(kind)
         for _ in range(ticks):
             self.time_passes(1, (0, 1))
             for lives in self.processes.values():
@@ -429,6 +427,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.outage = ""
         for connection in self.connections:
             connection.away_now = False
+
+    def begin_outage(self, kind: str) -> None:
+        self.outage = kind
+        for connection in self.connections:
+            connection.away_now = True
 
     @rule(seconds=st.sampled_from([-3600.0, -10.0, -1.0, 10.0, 3600.0]))
     def clock_jumps(self, seconds: float) -> None:

@@ -16,7 +16,8 @@ from sps2_decode_worker.metrics import LeaderMetrics
 from sps2_kv_directory.membership import Membership
 from sps2_kv_directory.metrics import DirectoryMetrics, stored_families, view_families
 from sps2_kv_directory.watch import WatchHub
-from sps2_prefill_worker.metrics import leader_families
+from sps2_prefill_worker.fetch_counts import FetchCounts
+from sps2_prefill_worker.metrics import fetch_families, leader_families
 from sps2_router.metrics import RouterMetrics, RouterState
 from sps2_service.devices import DeviceReader
 from sps2_service.metrics import service_registry
@@ -127,6 +128,7 @@ def of_rank(service: str) -> Iterable[Metric]:
     yield from DeviceReader(FakeNvml(), 1).collect()  # type: ignore[arg-type]
     if service == "prefill":
         yield from leader_families(cluster_pb2.WorkerLoad())
+        yield from fetch_families(FetchCounts())
     else:
         registry = CollectorRegistry()
         for collector in LeaderMetrics().collectors:

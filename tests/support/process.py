@@ -183,7 +183,10 @@ class ManagedProcess:
         try:
             self.popen.wait(self.stop_timeout)
         except subprocess.TimeoutExpired:
-            sys.stderr.write(f"{self.name} ignored SIGTERM for {self.stop_timeout:g} s and was killed\n")
+            # What it waited for it has said: the end of its output belongs to the message.
+            sys.stderr.write(
+                f"{self.name} did not end within {self.stop_timeout:g} s of SIGTERM and was killed\n{self.tail()}\n"
+            )
         return self.kill()
 
     def kill(self) -> int:

@@ -14,6 +14,7 @@ import structlog
 
 from sps2.internal.v1 import engine_pb2
 from sps2_service.errors import Unavailable
+from sps2_service.ranks.failures import fenced
 
 FORM_TIMEOUT_S = 40.0
 REFORM_PAUSE_S = 0.2
@@ -92,12 +93,8 @@ class GroupLeader:
     def check_lease(self) -> None:
         """Raises Unavailable while the leader is fenced: it takes no new work then."""
         if not self.holds_lease():
-            raise Unavailable(
-                "FENCED",
-                f"{self.name} has not reached the directory for too long and takes no new work",
-                retry_after=1.0,
-                metadata={"component": self.name},
-            )
+            why = f"{self.name} has not reached the directory for too long and takes no new work"
+            raise fenced(self.name, why)
 
     def join(self, rank: int, send: SendCommand, dismiss: Callable[[], None] = _nobody) -> Member:
         """A rank's supervisor is there; in place of an earlier one of the same rank."""

@@ -103,6 +103,41 @@ async def test_a_router_that_was_not_told_of_a_retry_hears_it_when_it_renews(rou
     retry.cancel()
 
 
+async def test_a_call_that_arrives_after_its_retry_on_another_router_ends_itself(routers: Pair) -> None:
+    one, other = routers
+    slow(other)
+    retry = other.stream(prompt(request_id="r", nonce=b"a", retry=1))
+    await retry.read()
+    error = await failure(one.stream(prompt(request_id="r", nonce=b"a")))
+    assert (error.code(), reason(error)) == (Code.ABORTED, "SUPERSEDED")
+    await other.router._claims.renew()
+    await retry.read()  # and the retry goes on
+    retry.cancel()
+
+
+@pytest.mark.parametrize("nonce", [b"a", b"of an earlier request with this id"])
+async def test_an_admission_that_comes_after_its_dismissal_ends_nobody(routers: Pair, nonce: bytes) -> None:
+    """What the router has told of a call that is over was executed late; each at its place, by another connection."""
+    one, other = routers
+    slow(one)
+    retry = one.stream(prompt(request_id="r", nonce=b"a", retry=1))
+    await retry.read()
+    admitted = one.requests.admitted["r"]
+    over = RequestAdmission(
+        request_id="r", call_id="over", router_address=admitted.router_address, nonce=nonce
+    )
+    one.requests.admitted["r"] = over
+    await one.router._claims.renew()
+    await one.router._claims.renew()
+    await retry.read()
+    assert one.requests.admitted["r"].call_id == admitted.call_id
+    retry.cancel()
+    await until(lambda: not one.requests.admitted)
+    over.router_address = other.router._address
+    one.requests.admitted["r"] = over
+    assert (await other.generate(prompt(request_id="r", nonce=b"b"))).text
+
+
 async def test_while_the_directory_is_away_requests_are_served_and_cancels_are_told(routers: Pair) -> None:
     one, other = routers
     one.requests.is_away = True

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from sps2.internal.v1 import decode_service_pb2, engine_pb2
 from sps2.v1 import cluster_pb2
 from sps2.v1.generation_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_UNSPECIFIED
-from sps2_decode_worker import coordinator as module
+from sps2_decode_worker import admitting
 from sps2_decode_worker.attempts import LiveAttempt
 from sps2_decode_worker.coordinator import DecodeCoordinator
 from sps2_decode_worker.scheduler import MAX_PASSED
@@ -55,6 +55,7 @@ class InstantRanks:
     missing: str = ""
     epoch: int = 1
     fenced: bool = False
+    fenced_follower: int | None = None
     plans: list[engine_pb2.StepPlan] = field(default_factory=list)
     homes: dict[int, int] = field(default_factory=dict)
     max_tokens: dict[int, int] = field(default_factory=dict)
@@ -81,6 +82,10 @@ class InstantRanks:
         self.num_tokens |= {admit.row: 1 for admit in plan.admit}
         for rank in range(self.size):
             for reserve in plan.reserve:
+                if rank == self.fenced_follower:
+                    refused = engine_pb2.AttemptFailed(row=reserve.row, reason="FENCED")
+                    self._say(rank, attempt_failed=refused)
+                    continue
                 self._say(rank, rows_reserved=engine_pb2.RowsReserved(rows=[reserve.row]))
                 self._say(rank, row_received=engine_pb2.RowReceived(row=reserve.row))
         for rank in range(self.size) if plan.run else ():
@@ -178,7 +183,7 @@ async def test_ranks_are_told_how_many_blocks_they_use_when_asked_to_check() -> 
 
 async def test_who_found_no_room_keeps_its_place_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 blocks on each rank: 10 are held, 18 are waited for, and 9 come later again and again."""
-    monkeypatch.setattr(module, "LINE_LEASE_S", 0.05)
+    monkeypatch.setattr(admitting, "LINE_LEASE_S", 0.05)
     coordinator, _ = make(20)
     await coordinator.reserve(reserve("first", 1, 16 * 64, 64))
     long = reserve("long", 2, 34 * 64, 64)
@@ -285,6 +290,18 @@ async def test_a_fenced_leader_gives_no_room_and_serves_on() -> None:
     await coordinator.commit(live, decode_service_pb2.StartDecode(first_token_id=7))
     assert [token async for token in coordinator.tokens(live)]
     coordinator.release(live)
+
+
+async def test_a_fenced_follower_fences_its_group() -> None:
+    """To the router it is the same: no failure of the attempt, but a group to come again to."""
+    coordinator, ranks = make(8)
+    ranks.fenced_follower = 1
+    with pytest.raises(Unavailable) as refused:
+        await coordinator.reserve(reserve("two", 2, 64 * 8))
+    assert (refused.value.reason, refused.value.metadata) == ("FENCED", {"component": "decode-0"})
+    assert refused.value.retry_after
+    ranks.fenced_follower = None
+    coordinator.release(await coordinator.reserve(reserve("three", 3, 64 * 8)))
 
 
 async def test_tensor_ranks_stand_where_one_rank_would() -> None:

@@ -14,6 +14,8 @@ from sps2_layout.block_hash import BLOCK_TOKENS
 from sps2_layout.profiles import EXACT, Ladder, Profile
 from sps2_layout.wire import pack_attention
 from sps2_prefill_worker.coordinator import PrefillCoordinator
+from sps2_prefill_worker.fetch_costs import BY_COST, FetchCosts
+from sps2_prefill_worker.holders import PLAINTEXT_HOLDERS, Holders
 from sps2_service.errors import FailedPrecondition, InvalidArgument, Unavailable
 from sps2_service.ranks.group import GroupState
 
@@ -29,6 +31,7 @@ class StandInGroup:
     name: str = "prefill-0"
     state: GroupState = GroupState.FORMED
     missing: str = ""
+    epoch: int = 1
     sent: dict[int, list[engine_pb2.EngineCommand]] = field(default_factory=dict)
 
     fenced: bool = False
@@ -49,8 +52,15 @@ class StandInGroup:
             self.send(rank, command)
 
 
-def make(choice: Choice, num_ranks: int, kv_blocks: int) -> tuple[PrefillCoordinator, StandInGroup]:
-    coordinator, group = PrefillCoordinator(choice), StandInGroup(num_ranks)
+def make(
+    choice: Choice,
+    num_ranks: int,
+    kv_blocks: int,
+    fetch: FetchCosts = BY_COST,
+    holders: Holders = PLAINTEXT_HOLDERS,
+) -> tuple[PrefillCoordinator, StandInGroup]:
+    coordinator = PrefillCoordinator(choice, fetch_costs=fetch, holders=holders)
+    group = StandInGroup(num_ranks)
     coordinator.attach(group)  # type: ignore[arg-type]
     loaded = engine_pb2.EngineLoaded(
         device="cpu",
@@ -227,6 +237,60 @@ def sized_request(name: str, num_tokens: int) -> prefill_service_pb2.PrefillRequ
     made.attempt.request_id = name
     made.placement.shards.add(token_begin=0, token_end=num_tokens)
     return made
+
+
+class SilentHolder:
+    """Another group that is asked for KV and says nothing until the test has it fail."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.fails = asyncio.Event()
+
+    async def send_prefix(
+        self, address: str, request: prefill_service_pb2.SendPrefixRequest, timeout_s: float
+    ) -> int:
+        self.asked.set()
+        async with asyncio.timeout(timeout_s):
+            await self.fails.wait()
+        raise Unavailable("WORKER_LOST", f"{address} is gone")
+
+
+async def test_a_prompt_keeps_its_place_while_its_beginning_is_fetched() -> None:
+    """The group is idle: one that comes later would else compute first, for as long as it takes."""
+    holder = SilentHolder()
+    coordinator, group = make("heads", 2, kv_blocks=50, fetch=FetchCosts("always"), holders=holder)
+    first, second = sized_request("first", 640), sized_request("second", 640)
+    first.block_hashes.extend(b"%d" % index for index in range(10))
+    first.prefix_sources.add(group="prefill-1", leader_address="other", num_tokens=512)
+    async with AsyncExitStack() as calls, asyncio.timeout(TIMEOUT_S):
+        events = [
+            await calls.enter_async_context(aclosing(coordinator.prefill(one))) for one in (first, second)
+        ]
+        waiting = [asyncio.ensure_future(anext(stream)) for stream in events]
+        await group.told.wait()
+        (command,) = group.sent[0]
+        expected = engine_pb2.PrefixExpected(run=command.fetch_prefix.run)
+        for rank in range(2):
+            report = engine_pb2.PrefillReport(attempt=first.attempt, prefix_expected=expected)
+            coordinator.on_event(rank, engine_pb2.EngineEvent(prefill=report))
+        await holder.asked.wait()
+        load = cluster_pb2.WorkerLoad()
+        coordinator.fill_load(load)
+        assert (load.num_requests_waiting, load.queued_tokens) == (2, 1280)
+        assert begun(group) == []
+        group.told.clear()
+        holder.fails.set()
+        await group.told.wait()
+        assert begun(group) == ["first"]
+        assert coordinator.fetches.results == {"refused": 1}
+        for one in waiting:
+            one.cancel()
+        await asyncio.wait(waiting)
+
+
+def begun(group: StandInGroup) -> list[str]:
+    commands = group.sent[0]
+    return [one.run_prefill.attempt.request_id for one in commands if one.HasField("run_prefill")]
 
 
 async def test_short_prompts_are_told_to_the_ranks_while_a_long_one_computes() -> None:

@@ -1,5 +1,6 @@
 """The pure prefill scheduler."""
 
+from dataclasses import replace
 from random import Random
 
 from hypothesis import given
@@ -49,6 +50,22 @@ def test_a_waiting_prompt_can_be_withdrawn_a_computing_one_cannot() -> None:
     assert not one.withdraw(A.key)
     one.computed(A.key)
     assert one.start_next() == Start(C)
+
+
+def test_a_prompt_that_is_fetched_has_its_place_and_short_ones_pass() -> None:
+    one = scheduler(
+        replace(A, number=1, is_fetching=True), replace(B, number=2), replace(short("s", 1), number=3)
+    )
+    assert start_all(one) == [("s", 0)]
+    assert one.withdraw(A.key)
+    one.submit(replace(short("a", 1), number=1))  # with what has come it is short
+    assert start_all(one) == [("a", 1), ("b", None)]
+
+
+def test_who_has_more_to_do_than_it_stood_in_line_for_keeps_its_place() -> None:
+    one = scheduler(replace(B, number=2), replace(C, number=3))
+    one.submit(replace(A, number=1))
+    assert [job.key for job in one.waiting] == [A.key, B.key, C.key]
 
 
 def test_clear_forgets_everything() -> None:

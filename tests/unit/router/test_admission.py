@@ -32,9 +32,11 @@ def cancel(admission: Admission, request_id: str) -> None:
     live.scope.end(Cancelled("CANCELLED", "by the test"))
 
 
-async def hold(admission: Admission, request_id: str, nonce: bytes, attempts: list[int]) -> None:
+async def hold(
+    admission: Admission, request_id: str, nonce: bytes, attempts: list[int], retry: int = 0
+) -> None:
     """A request that lives until it is ended."""
-    with scope() as own, admission.register(request_id, nonce, own) as live:
+    with scope() as own, admission.register(request_id, nonce, own, retry=retry) as live:
         attempts.append(live.next_attempt())
         await asyncio.Event().wait()
 
@@ -85,6 +87,19 @@ async def test_a_retry_supersedes_and_counts_on() -> None:
     assert admission.num_live == 0
 
 
+async def test_a_call_that_arrives_after_its_retry_takes_no_place() -> None:
+    """Its connection was lost, and the client has sent the next one: two connections have no order."""
+    admission = admitting()
+    retry = asyncio.create_task(hold(admission, "r", b"1", [], retry=1))
+    await asyncio.sleep(0)
+    with pytest.raises(Aborted) as caught, scope() as own, admission.register("r", b"1", own, retry=0):
+        pass
+    assert caught.value.reason == "SUPERSEDED"
+    assert not retry.done()
+    cancel(admission, "r")
+    assert isinstance(await ended(retry), Cancelled)
+
+
 async def test_an_unknown_id_is_not_found() -> None:
     assert admitting().find("r") is None
 
@@ -94,12 +109,42 @@ async def test_live_requests_are_bounded() -> None:
     task = await start(admission, "a", b"1")
     with pytest.raises(Unavailable) as caught, scope() as own, admission.register("b", b"", own):
         pass
-    assert caught.value.retry_after is not None
+    assert caught.value.retry_after == pytest.approx(1.25, abs=0.25)  # nothing was measured yet
     # A retry takes no second place.
     retry = await start(admission, "a", b"1")
     await ended(task)
     cancel(admission, "a")
     await ended(retry)
+
+
+async def test_who_finds_no_place_is_told_when_one_will_be_free() -> None:
+    """Two places, one of which becomes free every 2 s: the third to be sent away finds one after 6."""
+    clock = [0.0]
+    admission = Admission(2, Tenants(None), now=lambda: clock[0], draw=lambda: 0.0)
+
+    def told() -> float | None:
+        with pytest.raises(Unavailable) as caught, scope() as own, admission.register("late", b"", own):
+            pass
+        assert caught.value.reason == "TOO_MANY_REQUESTS"
+        return caught.value.retry_after
+
+    live = [await start(admission, "0"), await start(admission, "1")]
+    for index in range(2, 7):
+        clock[0] += 2.0
+        cancel(admission, str(index - 2))
+        await ended(live.pop(0))
+        live.append(await start(admission, str(index)))
+    assert [told(), told(), told()] == [2.0, 4.0, 6.0]
+    clock[0] += 4.0
+    assert told() == pytest.approx(4.0, abs=1.0)  # 2 are left of what was said, and the next place after that
+    for _ in range(100):
+        assert (told() or 0.0) <= 60.0
+    cancel(admission, "5")
+    await ended(live.pop(0))
+    with scope() as own, admission.register("in time", b"", own):
+        pass
+    cancel(admission, "6")
+    await ended(live.pop(0))
 
 
 async def test_live_requests_of_a_tenant_are_bounded(tmp_path: Path) -> None:

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from sps2_router.come_again import MAX_RETRY_S, MIN_RETRY_S, UNKNOWN_RETRY_S
 from sps2_router.drain_rate import FORGET_S, MIN_DEPARTURES, WINDOW, DrainRate
 from sps2_router.line import Line
 from sps2_router.policies.base import Ask
 from sps2_router.prompt_queue import (
-    MAX_RETRY_S,
-    MIN_RETRY_S,
-    UNKNOWN_RETRY_S,
     PromptQueue,
     Queued,
     QueueLimits,

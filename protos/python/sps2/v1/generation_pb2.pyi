@@ -94,6 +94,7 @@ class GenerationSpec(_message.Message):
     NUM_CHOICES_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     PREFIX_REUSE_FIELD_NUMBER: _builtins.int
+    RETRY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request, 1 to 64 printable ASCII characters. Empty: the router draws one.
     While a request lives a second one with the same id is ALREADY_EXISTS, unless `nonce` matches.
@@ -120,6 +121,10 @@ class GenerationSpec(_message.Message):
     """
     prefix_reuse: Global___PrefixReuse.ValueType
     """Which KV of earlier prompts of the same tenant it may begin with. What was used is `cached_tokens` of usage."""
+    retry: _builtins.int
+    """How many tries of the same call, with the same nonce, came before this one. The last one counts, in whatever order
+    they arrive; of two with the same number the one that arrives later.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are; each in [0, vocabulary size)."""
@@ -154,10 +159,11 @@ class GenerationSpec(_message.Message):
         num_choices: _builtins.int | None = ...,
         priority: _builtins.int = ...,
         prefix_reuse: Global___PrefixReuse.ValueType = ...,
+        retry: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_logprobs", b"_num_logprobs", "chat", b"chat", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_logprobs", b"_num_logprobs", "attention_profile", b"attention_profile", "chat", b"chat", "model", b"model", "nonce", b"nonce", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "prefix_reuse", b"prefix_reuse", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_logprobs", b"_num_logprobs", "attention_profile", b"attention_profile", "chat", b"chat", "model", b"model", "nonce", b"nonce", "num_choices", b"num_choices", "num_logprobs", b"num_logprobs", "prefix_reuse", b"prefix_reuse", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "retry", b"retry", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_choices: _TypeAlias = _typing.Literal["num_choices"]  # noqa: Y015
     _WhichOneofArgType__num_choices: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices"]  # noqa: Y015

@@ -412,6 +412,7 @@ class RequestAdmission(_message.Message):
     ROUTER_ADDRESS_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
     RENEWAL_FIELD_NUMBER: _builtins.int
+    RETRY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Request id."""
     call_id: _builtins.str
@@ -422,6 +423,8 @@ class RequestAdmission(_message.Message):
     """The client's nonce; two calls with one id and one nonce, not empty, are a retry of each other."""
     renewal: _builtins.bool
     """Whether the call was admitted before and this keeps its lease."""
+    retry: _builtins.int
+    """Which try of the client's call it is: `retry` of its GenerationSpec. Routers tell the older of two by it."""
     def __init__(
         self,
         *,
@@ -430,10 +433,11 @@ class RequestAdmission(_message.Message):
         router_address: _builtins.str = ...,
         nonce: _builtins.bytes = ...,
         renewal: _builtins.bool = ...,
+        retry: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "nonce", b"nonce", "renewal", b"renewal", "request_id", b"request_id", "router_address", b"router_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "nonce", b"nonce", "renewal", b"renewal", "request_id", b"request_id", "retry", b"retry", "router_address", b"router_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
