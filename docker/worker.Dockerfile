@@ -3,19 +3,19 @@
 ARG PYTHON_IMAGE=docker.io/library/python:3.11.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
-ENV PIP_CONSTRAINT=/src/constraints.txt PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PIP_CONSTRAINT=/src/constraints.txt PIP_ONLY_BINARY=:all: PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/sps2
 ENV PATH=/opt/sps2/bin:$PATH
 WORKDIR /src
 COPY . .
 
 FROM build AS build-cpu
-# PyPI has the CUDA build only.
-RUN pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0
-RUN pip install ".[worker]" huggingface_hub==2.4.0
+# PyPI has the CUDA build only. What torch needs comes from PyPI with the rest: this index has few versions of that.
+RUN pip install --no-deps --index-url https://download.pytorch.org/whl/cpu torch
+RUN pip install ".[worker]" huggingface_hub
 
 FROM build AS build-cuda
-RUN pip install ".[worker]" huggingface_hub==2.4.0
+RUN pip install ".[worker]" huggingface_hub
 
 FROM ${PYTHON_IMAGE} AS runtime
 # Debian as it was on one day: what apt installs is pinned by that.

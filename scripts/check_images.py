@@ -80,12 +80,13 @@ def problems(text: str) -> list[str]:
     found: list[str] = []
     for index, stage in enumerate(stages):
         base = re.sub(r"\$\{(\w+)\}", lambda match: arguments.get(match[1], ""), stage.base)
+        lineage = _lineage(stage, stages[:index])
         if base not in names[:index] and not PINNED_IMAGE.search(base):
             found.append(f"FROM {stage.base}: not pinned to a full version or digest")
         for one in stage.instructions:
-            found += _problems_of(one, names[:index], _lineage(stage, stages[:index]))
+            found += _problems_of(one, names[:index], lineage)
         if not any(later.base == stage.name for later in stages) and not _copied_from(stage.name, stages):
-            found += _problems_of_an_image(stage)
+            found += _problems_of_an_image(stage, lineage)
     return found
 
 
@@ -103,13 +104,21 @@ def _problems_of(one: Instruction, stages: list[str], lineage: str) -> Iterator[
         yield f"{one.word} {one.rest}: a secret in an image"
     for command in re.split(r"&&|;|\|", one.rest) if one.word == "RUN" else []:
         words = shlex.split(command)
-        if words[:2] == ["pip", "install"] and "PIP_CONSTRAINT" not in lineage:
-            yield f"RUN {command.strip()}: no PIP_CONSTRAINT"
-        for name in words[2:] if words[:2] == ["pip", "install"] else []:
-            if not name.startswith(("-", ".", "http")) and "==" not in name:
-                yield f"RUN {command.strip()}: {name} has no version"
+        if words[:2] == ["pip", "install"]:
+            yield from (
+                f"RUN {command.strip()}: {problem}" for problem in _problems_of_pip(words[2:], lineage)
+            )
         if words[:2] == ["apt-get", "install"] and "snapshot.debian.org" not in lineage:
             yield f"RUN {command.strip()}: apt without a snapshot installs what is new that day"
+
+
+def _problems_of_pip(words: list[str], lineage: str) -> Iterator[str]:
+    for setting in ("PIP_CONSTRAINT", "PIP_ONLY_BINARY=:all:"):
+        if setting not in lineage:
+            yield f"no {setting}"
+    for name in words:
+        if not name.startswith(("-", ".", "http")) and "==" not in name and _normal(name) not in _pinned():
+            yield f"{name} has no version"
 
 
 def _problems_of_a_copy(one: Instruction, stages: list[str]) -> Iterator[str]:
@@ -130,7 +139,14 @@ def _copied_from(name: str, stages: list[Stage]) -> bool:
     return any(one.rest.startswith(f"--from={name} ") for stage in stages for one in stage.instructions)
 
 
-def _problems_of_an_image(stage: Stage) -> Iterator[str]:
+def _problems_of_an_image(stage: Stage, lineage: str) -> Iterator[str]:
+    if re.search(r"^RUN .*\bpip install|^COPY \. ", lineage, re.MULTILINE):
+        yield f"stage {stage.name}: is built where it runs; copy what was built from a stage before it"
+    # The root is read-only: bytecode cannot be written, and a file without a path goes where it can.
+    if "PYTHONDONTWRITEBYTECODE=1" not in lineage:
+        yield f"stage {stage.name}: no PYTHONDONTWRITEBYTECODE=1"
+    if re.findall(r"^WORKDIR (.*)$", lineage, re.MULTILINE)[-1:] != ["/tmp"]:  # noqa: S108 - a container's own
+        yield f"stage {stage.name}: WORKDIR must be /tmp, the only folder that can be written"
     user = stage.last("USER")
     if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", user):
         yield f"stage {stage.name}: USER {user or 'is missing'}: must be a number other than 0"
@@ -146,6 +162,16 @@ def _is_service(module: str | None) -> bool:
     if module is None or importlib.util.find_spec(module) is None:
         return False
     return importlib.util.find_spec(f"{module}.__main__") is not None
+
+
+def _pinned() -> set[str]:
+    """The distributions that constraints.txt has a version of."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return {_normal(line.partition("==")[0]) for line in lines if "==" in line and not line.startswith("#")}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _context() -> list[str]:

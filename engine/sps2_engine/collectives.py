@@ -319,8 +319,11 @@ def connect_store(address: str, timeout: timedelta) -> TCPStore:
     """
     host, _, port = address.rpartition(":")
     try:
+        # The store listens before anybody hears of it: one that refuses is gone. TCPStore would try again for
+        # longer than twice the timeout, and its constructor cannot be called off.
+        socket.create_connection((host, int(port)), timeout.total_seconds()).close()
         return TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise GroupError(f"rendezvous store {address} cannot be reached: {error}") from error
 
 

@@ -63,7 +63,13 @@ class DirectoryConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_url(self.redis)  # raises ValueError
+        try:
+            parse_url(self.redis)
+        except ValueError:
+            # Its own message may hold a part of a password.
+            raise ValueError(
+                "--redis must be redis:// or rediss://, special characters percent-encoded"
+            ) from None
         if self.redis_password is not None and self.redis_password_file is not None:
             raise ValueError("give the password of Redis or its file, not both")
         # A lease must survive a lost renewal, and a slow look for leases must not pass for an outage.

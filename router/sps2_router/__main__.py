@@ -24,7 +24,8 @@ EXAMPLES = (
 
 async def serve(config: RouterConfig) -> int:
     """Runs until SIGTERM; the exit code."""
-    model = served_model(ModelFolder(config.model), config.model_name)
+    folder = ModelFolder(config.model, weights=not config.model_hash)
+    model = served_model(folder, config.model_name, config.model_hash)
     tokenizer = ModelTokenizer.from_folder(config.model, config.tokenizer_threads)
     async with (
         open_tracing(

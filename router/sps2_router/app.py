@@ -214,11 +214,11 @@ class Router:
         return [worker.grpc_address for worker in self._view.workers.values()]
 
 
-def served_model(folder: ModelFolder, name: str) -> ServedModel:
-    """The model of a folder, under `name` or, when that is empty, the folder's own."""
+def served_model(folder: ModelFolder, name: str, model_hash: str = "") -> ServedModel:
+    """The model of a folder, under `name` and with `model_hash` or, where these are empty, the folder's own."""
     return ServedModel(
         name=name or folder.name,
-        model_hash=folder.model_hash,
+        model_hash=model_hash or folder.model_hash,
         context_length=folder.context_length,
         vocabulary_size=folder.vocab_size,
         eos_token_ids=folder.eos_token_ids,

@@ -1,5 +1,6 @@
 """The router's flags."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,9 @@ from sps2_router.front_door import TimeLimits
 from sps2_router.prompt_queue import QueueLimits
 from sps2_router.retries import RetryLimits
 from sps2_router.scheduler import SchedulerLimits
-from sps2_service.config import ServiceConfig, setting
+from sps2_service.config import ServiceConfig, check_address, setting
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +20,10 @@ class RouterConfig(ServiceConfig):
     """The router of SPS2: the public gRPC service."""
 
     model: Path = setting()
-    """Folder of the served model; its tokenizer and config are read, never its weights."""
+    """Folder of the served model: config, tokenizer and, unless --model-hash is given, the weights."""
+    model_hash: str = ""
+    """Hash of the served model, 64 hexadecimal digits, as `python -m sps2_service.model_hash FOLDER` prints it; only
+    groups that have it get work. Empty: that of the weights in --model."""
     directory: str = setting()
     """HOST:PORT of the KV directory."""
     advertise: str = ""
@@ -57,6 +63,14 @@ class RouterConfig(ServiceConfig):
     """Longest time without any event of a request, in seconds; waiting in the queue is none."""
     tokenizer_threads: int = setting(2, minimum=1, maximum=64)
     """Prompts that are tokenized at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_address("--directory", self.directory)
+        if self.advertise:
+            check_address("--advertise", self.advertise)
+        if self.model_hash and not _SHA256.fullmatch(self.model_hash):
+            raise ValueError(f"--model-hash {self.model_hash!r} is not 64 hexadecimal digits in lower case")
 
     @property
     def queue_limits(self) -> QueueLimits:

@@ -243,8 +243,10 @@ class Scheduler:
         mine = [group for group in groups if group.role == role]
         if not mine:
             return f"no ready {pool} group: none has registered"
-        if foreign := [group.name for group in mine if group.ready]:
-            return f"no ready {pool} group: {foreign[0]} serves a model with another hash"
+        if foreign := [(group.name, group.leader) for group in mine if group.ready and group.leader]:
+            name, leader = foreign[0]
+            theirs = leader.capabilities.model_hash
+            return f"no ready {pool} group: {name} serves a model with another hash, {theirs}"
         if all(group.draining for group in mine):
             return f"no ready {pool} group: {mine[0].name} is draining"
         num_ranks = sum(group.size for group in mine)

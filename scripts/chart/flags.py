@@ -22,7 +22,7 @@ CONFIGS: dict[str, type[ServiceConfig]] = {
 
 OWNED = frozenset(
     {
-        "advertise",
+        "advertise", "model-hash",
         "listen", "announce-fd", "parent-pid", "drain-s", "grace-s", "model", "model-name", "directory", "profile",
         "tls-cert", "tls-key", "tls-ca", "tls-server-name", "health-port", "metrics-port", "auth-tokens", "tenants",
         "otlp-endpoint", "trace-sample-ratio",

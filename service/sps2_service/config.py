@@ -7,10 +7,10 @@
 
     config = load_config(RouterConfig, prog="python -m sps2_router", examples=["--listen 0.0.0.0:50051"])
 
-This field is `--max-queued-tokens`, or SPS2_MAX_QUEUED_TOKENS; the flag wins. A field's type is str, int,
-float, bool (`--flag` / `--no-flag`), Path, Literal[...] of texts, tuple[str, ...] (comma-separated), or one
-of these with `| None` (given as the empty text). What relates fields to each other is checked in
-`__post_init__`, which raises ValueError.
+This field is `--max-queued-tokens`, SPS2_MAX_QUEUED_TOKENS, or `max_queued_tokens` in the file that `--config-file`
+names; the flag wins, then the variable. A field's type is str, int, float, bool (`--flag` / `--no-flag`), Path,
+Literal[...] of texts, tuple[str, ...] (comma-separated), or one of these with `| None` (given as the empty text).
+What relates fields to each other is checked in `__post_init__`, which raises ValueError.
 """
 
 import argparse
@@ -23,13 +23,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sps2_service.config_fields import Bounds, Field, fields_of
+from sps2_service.config_fields import ENV_PREFIX, Bounds, Field, fields_of
+from sps2_service.config_file import MASK, masked, read_config_file
 from sps2_service.tls import Tls
 
 T = TypeVar("T")
 C = TypeVar("C")
 
-_PASSWORD_IN_URL = re.compile(r"(://[^/@:]*:)[^/]*@")
+# Greedy: a password may have / and @ in it.
+_PASSWORD_IN_URL = re.compile(r"(://[^/@:]*:).*@")
+_PASSWORD_IN_QUERY = re.compile(r"([?&]password=)[^&]*")
+_FILE_VARIABLE = f"{ENV_PREFIX}CONFIG_FILE"
 _HOST_PORT = re.compile(r".+:\d{1,5}")
 _REQUIRED: Any = dataclasses.MISSING
 
@@ -44,13 +48,19 @@ def setting(
     """A field that needs more than a default; without `default` it must be given.
 
     Args:
-        default: The value when neither flag nor environment gives one.
+        default: The value when neither flag nor environment nor file gives one.
         minimum: Smallest allowed number.
         maximum: Largest allowed number.
-        secret: Never shown by `--print-config`, and taken from the environment only: flags show in `ps`.
+        secret: Never shown by `--print-config`, and no flag: those show in `ps`.
     """
     field: T = dataclasses.field(default=default, metadata={"bounds": Bounds(minimum, maximum, secret)})
     return field
+
+
+def check_address(flag: str, value: str) -> None:
+    """Raises ValueError unless the value is HOST:PORT; for `__post_init__`."""
+    if not _HOST_PORT.fullmatch(value) or int(value.rpartition(":")[2]) > 65535:
+        raise ValueError(f"{flag} {value!r} is not HOST:PORT")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,8 +117,9 @@ class ServiceConfig:
             raise ValueError("--tls-peers needs TLS with client certificates")
         if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise ValueError(f"--otlp-endpoint {self.otlp_endpoint} must begin with http:// or https://")
-        if self.metrics_port and not _HOST_PORT.fullmatch(self.metrics_port):
-            raise ValueError(f"--metrics-port {self.metrics_port!r} is not HOST:PORT")
+        check_address("--listen", self.listen)
+        if self.metrics_port:
+            check_address("--metrics-port", self.metrics_port)
 
     @property
     def log_json(self) -> bool | None:
@@ -138,7 +149,7 @@ def load_config(
     prog: str | None = None,
     examples: Sequence[str] = (),
 ) -> C:
-    """Makes a `cls` from flags and environment.
+    """Makes a `cls` from flags, environment and file, in this order.
 
     Exits with status 2 and one line on stderr when a value is wrong, and with 0 after `--help` or
     `--print-config` (JSON on stdout).
@@ -169,9 +180,9 @@ def shown(config: object) -> dict[str, Any]:
     for field in fields_of(type(config)):
         value = getattr(config, field.name)
         if field.bounds.secret and value is not None:
-            value = "***"
+            value = MASK
         elif isinstance(value, str):
-            value = _PASSWORD_IN_URL.sub(r"\1***@", value)
+            value = _PASSWORD_IN_QUERY.sub(rf"\1{MASK}", _PASSWORD_IN_URL.sub(rf"\1{MASK}@", value))
         result[field.name] = str(value) if isinstance(value, Path) else value
     return result
 
@@ -190,10 +201,14 @@ def _parser(
             action: Any = argparse.BooleanOptionalAction if field.kind is bool else "store"
             parser.add_argument(field.flag, dest=field.name, action=action, default=None, help=_help(field))
     parser.add_argument(
+        "--config-file",
+        help=f"JSON file as --print-config prints it; flags and variables go before it ({_FILE_VARIABLE})",
+    )
+    parser.add_argument(
         "--print-config", action="store_true", help="print the configuration as JSON and exit"
     )
     secrets = [f"  {field.variable}: {field.help}" for field in fields if field.bounds.secret]
-    epilog = ["from the environment only:", *secrets] if secrets else []
+    epilog = ["from the environment or the file only:", *secrets] if secrets else []
     epilog += ["examples:", *(f"  {parser.prog} {one}" for one in examples)] if examples else []
     parser.epilog = "\n".join(epilog)
     return parser
@@ -207,6 +222,10 @@ def _help(field: Field) -> str:
 
 def _values(fields: list[Field], flags: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """The values that were given; the rest is left to the dataclass's defaults."""
+    path = flags["config_file"]
+    if path is None:
+        path = environ.get(_FILE_VARIABLE, "")
+    file = read_config_file(Path(path), fields) if path else {}
     values: dict[str, Any] = {}
     for field in fields:
         flag = flags.get(field.name)
@@ -216,8 +235,16 @@ def _values(fields: list[Field], flags: Mapping[str, Any], environ: Mapping[str,
             values[field.name] = field.parse(flag, field.flag)
         elif field.variable in environ:
             values[field.name] = field.parse(environ[field.variable], field.variable)
+        elif field.name in file:
+            values[field.name] = _of_file(field, file[field.name], path)
         elif field.required:
             raise ValueError(
                 f"{field.variable if field.bounds.secret else field.flag} is required: {field.help}"
             )
     return values
+
+
+def _of_file(field: Field, text: str, path: str) -> Any:
+    if masked(text):
+        raise ValueError(f"{path}: {field.name}: {MASK} stands for a secret that was not printed; give it")
+    return field.parse(text, f"{path}: {field.name}")

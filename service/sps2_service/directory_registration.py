@@ -5,21 +5,25 @@ Knows nothing of what the worker does: it asks a callback for the worker's state
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import structlog
 
 from sps2.internal.v1 import kv_directory_service_pb2 as pb
 from sps2.v1.cluster_pb2 import WorkerCapabilities, WorkerInfo
 from sps2_service.directory_rpc import DirectoryOptions, call, pauses
-from sps2_service.errors import ServiceError, Unavailable
+from sps2_service.errors import Internal, ServiceError, Unavailable
 from sps2_service.lease_fence import LeaseFence
 
 if TYPE_CHECKING:  # exists in the stub file alone
     from sps2.internal.v1.kv_directory_service_pb2_grpc import KvDirectoryServiceAsyncStub
+
+CARRIED_INTERVALS = 1.5
+"""A worker whose heartbeats another one carries sends its own after so many intervals without: well before its fence
+falls."""
 
 log = structlog.get_logger(__name__)
 
@@ -39,8 +43,20 @@ class Standing(StrEnum):
     """Another process holds the lease; this one is to stop."""
 
 
+Carried: TypeAlias = "tuple[pb.LeaseRenewal, Callable[[pb.LeaseStatus.ValueType], None]]"
+"""Another worker's heartbeat, which this one's takes along, and who is told what the directory answers."""
+
+
+async def _nobody() -> Sequence[Carried]:
+    return ()
+
+
 class Registration:
-    """Registers a worker, renews its lease, registers again when the lease is gone; outlives any outage."""
+    """Registers a worker, renews its lease, registers again when the lease is gone; outlives any outage.
+
+    A worker's heartbeats may go with another's (`lend`, `on_carried`), as a follower's do with its leader's. While
+    they do it sends none; it waits half an interval longer for one to be asked for.
+    """
 
     def __init__(
         self,
@@ -65,6 +81,8 @@ class Registration:
         self._leased = False
         self._capabilities = WorkerCapabilities()
         self._wake = asyncio.Event()
+        self._due = 0.0
+        self._lent: tuple[int, float] | None = None
         self._beating = asyncio.Lock()
         self._ended = asyncio.Event()
         self.standing = Standing.UNREGISTERED
@@ -74,10 +92,32 @@ class Registration:
         """What the worker may do, in time.monotonic()."""
         self.on_fence: Callable[[float], None] = lambda _holds_until: None
         """Told of each change of `fence.holds_until`."""
+        self.collect: Callable[[], Awaitable[Sequence[Carried]]] = _nobody
+        """Asked before each renewal for those that go with it."""
 
     def renew_now(self) -> None:
         """Sends the next heartbeat at once, because the worker's state has changed."""
         self._wake.set()
+
+    def lend(self, number: int) -> pb.LeaseRenewal | None:
+        """A heartbeat for somebody else to send; None without a lease, or when there is more to tell than one tells.
+
+        `number` tells what `on_carried` is about; only the last one lent counts.
+        """
+        worker = self._get_worker()
+        if self._ended.is_set() or not self._leased or worker.capabilities != self._capabilities:
+            return None
+        self._lent = number, time.monotonic()
+        return _renewal(worker)
+
+    def on_carried(self, number: int, status: "pb.LeaseStatus.ValueType") -> None:
+        """What the directory said of a heartbeat that was lent."""
+        if self._lent is None or self._lent[0] != number or self._ended.is_set():
+            return
+        self._take(status, self._lent[1])
+        self._due = time.monotonic() + CARRIED_INTERVALS * self._interval_s
+        if not self._leased:
+            self._wake.set()
 
     async def end(self) -> None:
         """Lets the heartbeat under way come back and sends no other: the worker gives its lease back.
@@ -113,7 +153,9 @@ class Registration:
     async def _beat(self) -> None:
         sent = time.monotonic()
         worker = self._get_worker()
-        status = await self._tell(worker)
+        self._take(await self._tell(worker), sent)
+
+    def _take(self, status: "pb.LeaseStatus.ValueType", sent: float) -> None:
         standing = {
             pb.LEASE_STATUS_RENEWED: Standing.REGISTERED,
             pb.LEASE_STATUS_DEGRADED: Standing.DEGRADED,
@@ -151,21 +193,19 @@ class Registration:
         if reply.lease_ttl_s > 0:
             self._lease_ttl_s = reply.lease_ttl_s
         self._capabilities = worker.capabilities
+        self._lent = None  # what is said of an older heartbeat is no news of this lease
         self._on_registered()
         return pb.LEASE_STATUS_RENEWED
 
     async def _renew(self, worker: WorkerInfo) -> "pb.LeaseStatus.ValueType":
-        renewal = pb.LeaseRenewal(
-            worker_id=worker.worker_id,
-            process_incarnation=worker.process_incarnation,
-            state=worker.state,
-            epoch=worker.epoch,
-            load=worker.load,
-            transfer_address=worker.transfer_address,
-        )
-        request = pb.RenewLeaseRequest(renewals=[renewal])
+        carried = await self.collect()
+        request = pb.RenewLeaseRequest(renewals=[_renewal(worker), *(renewal for renewal, _ in carried)])
         reply = await call(self._stub.RenewLease, request, self._options.timeout_s)
-        return reply.statuses[0] if reply.statuses else pb.LEASE_STATUS_NOT_FOUND
+        if len(reply.statuses) != len(request.renewals):
+            raise Internal("BAD_ANSWER", "the directory did not answer every renewal")
+        for (_, tell), status in zip(carried, reply.statuses[1:], strict=True):
+            tell(status)
+        return reply.statuses[0]
 
     def _stand(self, standing: Standing, **facts: str) -> None:
         if standing is not self.standing:
@@ -174,7 +214,20 @@ class Registration:
         self.standing = standing
 
     async def _sleep(self, pause: float) -> None:
-        with suppress(TimeoutError):  # nobody asked for an earlier heartbeat
-            async with asyncio.timeout(pause):
-                await self._wake.wait()
+        self._due = time.monotonic() + pause
+        while not self._wake.is_set() and (left := self._due - time.monotonic()) > 0:
+            with suppress(TimeoutError):  # nobody asked for an earlier heartbeat
+                async with asyncio.timeout(left):
+                    await self._wake.wait()
         self._wake.clear()
+
+
+def _renewal(worker: WorkerInfo) -> pb.LeaseRenewal:
+    return pb.LeaseRenewal(
+        worker_id=worker.worker_id,
+        process_incarnation=worker.process_incarnation,
+        state=worker.state,
+        epoch=worker.epoch,
+        load=worker.load,
+        transfer_address=worker.transfer_address,
+    )

@@ -23,13 +23,14 @@ class ModelFolderError(ValueError):
 class ModelFolder:
     """One checkpoint folder: config.json, tokenizer.json, *.safetensors, optionally generation_config.json.
 
-    Making one checks that all of them are there and readable; values are read once.
+    Making one checks that all of them are there and readable; values are read once. With `weights=False`
+    the safetensors may be missing and are not looked at.
 
     Raises:
         ModelFolderError: a file is missing, no valid JSON or truncated, or a value is not what it must be.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, weights: bool = True) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise ModelFolderError(f"{self.path}: no such folder")
@@ -40,9 +41,10 @@ class ModelFolder:
         self._text: Mapping[str, Any] = self.config.get("text_config") or self.config
         if not (self.path / "tokenizer.json").is_file():
             raise ModelFolderError(f"{self.path}: tokenizer absent: tokenizer.json is missing")
-        self.weight_files = tuple(sorted(self.path.glob("*.safetensors")))
+        self.weight_files = tuple(sorted(self.path.glob("*.safetensors"))) if weights else ()
         """The checkpoint's files, by name."""
-        self._check_weight_files()
+        if weights:
+            self._check_weight_files()
         self.context_length = self._positive("max_position_embeddings")
         """Most tokens of prompt and answer together."""
         self.vocab_size = self._positive("vocab_size")
@@ -79,7 +81,12 @@ class ModelFolder:
         Over config.json and, of each weight file, name, size, header and a few samples spread over its data:
         a few milliseconds at any size. It tells fine-tunes of one architecture apart, but is no proof against
         a forger, nor against a change between the samples.
+
+        Raises:
+            ModelFolderError: it is a folder without weights.
         """
+        if not self.weight_files:
+            raise ModelFolderError(f"{self.path}: a model has its hash from its weights, which were not read")
         digest = hashlib.sha256()
         digest.update((self.path / "config.json").read_bytes())
         for path in self.weight_files:

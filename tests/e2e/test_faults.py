@@ -58,16 +58,22 @@ def test_a_stream_that_dies_says_what_died(one: Target) -> None:
 
 def test_a_stream_goes_on_where_it_stopped(one: Target) -> None:
     """The leader with its engine; engines alone: `test_resume`."""
-    one.survive(Victim("decode-0/0", "both"), CARRIED_TOKENS)
-    one.settled(RECOVERED_S)
+    victim = Victim("decode-0/0", "both")
+    with one.regrouped(victim, RECOVERED_S):
+        one.survive(victim, CARRIED_TOKENS)
 
 
-@pytest.mark.parametrize(
-    "victim", [Victim("redis"), Victim("directory"), Victim("prefill-0/1", "engine")], ids=str
-)
+@pytest.mark.parametrize("victim", [Victim("redis"), Victim("directory")], ids=str)
 def test_a_stream_does_not_miss_what_it_does_not_need(one: Target, victim: Victim) -> None:
     one.carry_on(victim, CARRIED_TOKENS)
     one.recover(time.monotonic(), RECOVERED_S)
+
+
+def test_a_stream_does_not_miss_a_prefill_rank(one: Target) -> None:
+    victim = Victim("prefill-0/1", "engine")
+    with one.regrouped(victim, RECOVERED_S):
+        one.carry_on(victim, CARRIED_TOKENS)
+        one.recover(time.monotonic(), RECOVERED_S)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ CASES: dict[str, Values] = {
     "pvc": {"model": PVC},
     "pvc root": {"model": {"source": "pvc", "name": "m", "pvc": {"claim": "models"}}},
     "download": {"model": HUB, **pools(gpu=GPU)},
+    "download, hash": {"model": {**HUB, "hash": "0a" * 32}},
     "download, lws": {"model": {**HUB, "name": "other"}, **pools(ranks=2, placement="lws")},
     "outer redis": {"redis": OUTER_REDIS},
     "outer redis without password": {"redis": {"url": "rediss://redis"}},

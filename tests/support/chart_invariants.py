@@ -126,6 +126,17 @@ def everyone_finds_the_directory_and_redis(rendered: Rendered) -> None:
     assert len(models) == 1
 
 
+def routers_with_a_hash_fetch_no_weights(rendered: Rendered) -> None:
+    given = rendered.values["model"]["hash"]
+    for workload in rendered.workloads:
+        for process in _processes(workload):
+            if workload.component == "router":
+                assert process.config.model_hash == given
+        for container in workload.spec.get("initContainers", []):
+            left_out = "--exclude=*.safetensors" in container["args"]
+            assert left_out == (bool(given) and workload.component == "router"), workload.name
+
+
 def policies_cover_every_port(rendered: Rendered) -> None:
     policies = rendered.of("NetworkPolicy")
     labels = {one.component: one.labels for one in rendered.workloads}
@@ -366,6 +377,7 @@ INVARIANTS: tuple[Callable[[Rendered], None], ...] = (
     flags_are_those_of_the_services,
     ranks_find_each_other,
     everyone_finds_the_directory_and_redis,
+    routers_with_a_hash_fetch_no_weights,
     policies_cover_every_port,
     traces_reach_their_collector,
     policies_open_nothing_else,

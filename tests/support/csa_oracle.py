@@ -48,6 +48,24 @@ def csa_tokens(
         position, new = position + len(new), tokens[-1:]
 
 
+def csa_logprobs(folder: Path, attention: Attention, text: Sequence[int], num_scored: int) -> list[float]:
+    """Log probabilities of a text's last tokens, each given all before it.
+
+    Args:
+        folder: of the model.
+        attention: of the text's beginning; what is behind its mask is dense queries.
+        text: token ids.
+        num_scored: how many of the last.
+    """
+    decoder = _decoder(folder)
+    first = len(text) - num_scored
+    tokens = torch.tensor(text[:-1])
+    attend = _OnePass(decoder, attention, len(tokens)).attend
+    hidden = decoder.forward(tokens, torch.arange(len(tokens)), attend)
+    logprobs = decoder.logits(hidden[first - 1 :]).log_softmax(dim=-1)
+    return logprobs.gather(1, torch.tensor(text[first:])[:, None])[:, 0].tolist()
+
+
 def long_prompts(lengths: Sequence[int]) -> list[Prompt]:
     """Prompts for the demo model: the beginning of its book, which starts again where it is too short."""
     book = book_ids()
@@ -57,10 +75,11 @@ def long_prompts(lengths: Sequence[int]) -> list[Prompt]:
 class _OnePass:
     """Attention of one request: CSA for the prompt, then dense over the keys and values kept."""
 
-    def __init__(self, decoder: Decoder, attention: Attention) -> None:
+    def __init__(self, decoder: Decoder, attention: Attention, num_tokens: int | None = None) -> None:
+        """`num_tokens`: of the first pass, see `Attention.sliced`."""
         config = decoder.config
         heads = (config.num_q_heads, config.num_kv_heads, config.head_dim)
-        plan = CsaPlan(attention.sliced(1), 1, *heads, ELEMENT_BYTES)
+        plan = CsaPlan(attention.sliced(1, num_tokens), 1, *heads, ELEMENT_BYTES)
         self._scale = config.head_dim**-0.5
         self._prefill = CsaSchedule(plan, SoloCommunicator(), self._scale)
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}

@@ -189,6 +189,23 @@ class Target:
         """Returns when each of these ranks reports blocks in use."""
         self._wait(lambda: all(self.used().get(name) for name in names), timeout, f"no blocks on {names}")
 
+    @contextmanager
+    def regrouped(self, victim: Victim, timeout: float) -> Iterator[None]:
+        """A rank dies meanwhile: its group stands again after it, in a later epoch; all others keep their engines.
+
+        An engine that lives on has its weights still.
+        """
+        others = {name: engine_pid(self.pids[name]) for name in self.ranks if name != victim.name}
+        epoch = self._epoch_of(victim)
+        yield
+        self.settled(timeout)
+        assert {name: engine_pid(self.pids[name]) for name in others} == others, self.log
+        assert self._epoch_of(victim) > epoch, self.log
+
+    def _epoch_of(self, victim: Victim) -> int:
+        (epoch,) = {one.epoch for one in self.state().workers if one.group == victim.name.partition("/")[0]}
+        return epoch
+
     def freed(self, since: float, timeout: float) -> float:
         """Seconds from `since` until every rank reports no block in use."""
         left = since + timeout - time.monotonic()

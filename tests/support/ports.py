@@ -1,4 +1,4 @@
-"""Free TCP ports on loopback, for what cannot take port 0 and report the port it got."""
+"""Free TCP ports and addresses on loopback, for what cannot take port 0 and report the port it got."""
 
 import random
 import socket
@@ -23,6 +23,11 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
         for one in sockets:
             one.bind((host, 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+def free_host() -> str:
+    """An address of loopback that nobody else listens on, most likely, so that all its ports are free."""
+    return f"127.{random.randrange(16, 255)}.{random.randrange(256)}.{random.randrange(1, 255)}"
 
 
 def free_port_range(count: int, host: str = "127.0.0.1") -> int:

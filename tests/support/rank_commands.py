@@ -37,6 +37,8 @@ class Process:
     """Under which others of its group find the pod, by name; its IP where nobody has to."""
     ip: str
     container: Object
+    flags: tuple[str, ...]
+    """Its arguments, variables expanded."""
     config: Any
     """What the service made of its flags."""
 
@@ -75,7 +77,7 @@ def processes(workload: Workload) -> Iterator[Process]:
             if any(mount["mountPath"] == TLS_FOLDER for mount in container["volumeMounts"]):
                 flags = [flag.replace(f"={TLS_FOLDER}", f"={_tls_secret()}") for flag in flags]
             config = _parse(container["command"][2], tuple(flags), tuple(sorted(variables.items())))
-            yield Process(pod, address, ip, container, config)
+            yield Process(pod, address, ip, container, tuple(flags), config)
 
 
 @functools.lru_cache(maxsize=8192)  # every invariant asks again

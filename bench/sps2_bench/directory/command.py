@@ -1,6 +1,7 @@
 """`sps2 bench directory`: options in, figures out."""
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,9 @@ UNARY_PER_S = 1000.0
 
 def directory(
     workers: Annotated[int, typer.Option(min=1, help="Workers that renew their leases.")] = 1000,
+    group_size: Annotated[
+        int, typer.Option(min=1, help="Ranks of a group; one call renews for all of them.")
+    ] = 8,
     requests: Annotated[int, typer.Option(min=1, help="Live requests.")] = 100_000,
     chains: Annotated[int, typer.Option(min=1, help="Cached prefixes of 64 blocks.")] = 500,
     seconds: Annotated[float, typer.Option(min=0.5, help="Length of each measurement.")] = 20.0,
@@ -41,11 +45,17 @@ def directory(
     ```
     """
     with directory_servers(ttl) as address:
-        measured = asyncio.run(_measure(address, workers, requests, chains, seconds))
+        measured = asyncio.run(_measure(address, workers, group_size, requests, chains, seconds))
     samples: dict[str, Latencies] = measured.pop("samples")
     written = [_plot(samples, plots / "directory.png")] if plots else []
     if as_json:
-        settings = {"workers": workers, "requests": requests, "chains": chains, "seconds": seconds}
+        settings = {
+            "workers": workers,
+            "group_size": group_size,
+            "requests": requests,
+            "chains": chains,
+            "seconds": seconds,
+        }
         document = {"machine": describe_machine(), "settings": settings, **measured}
         print_json({**document, "plots": [str(path) for path in written]})
         return
@@ -54,11 +64,15 @@ def directory(
         say(f"wrote {path}")
 
 
-async def _measure(address: str, workers: int, requests: int, chains: int, seconds: float) -> dict[str, Any]:
+async def _measure(
+    address: str, workers: int, group_size: int, requests: int, chains: int, seconds: float
+) -> dict[str, Any]:
     async with grpc.aio.insecure_channel(address) as channel:
-        load = DirectoryLoad(channel, workers, requests, chains)
+        load = DirectoryLoad(channel, workers, group_size, requests, chains)
         say(f"registers {workers:,} workers, records {requests:,} requests and {chains:,} prefixes")
         await load.fill()
+        gc.collect()
+        gc.freeze()  # the pauses of this process are not the directory's
         async with _renewing(load):
             say("looks prefixes up")
             lookups = await load.closed_loop(load.lookup, LOOKUP_CALLERS, seconds)

@@ -49,10 +49,11 @@ class DirectoryLoad:
     """One directory's callers. Made inside a running event loop."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, num_workers: int, num_requests: int, num_chains: int
+        self, channel: grpc.aio.Channel, num_workers: int, group_size: int, num_requests: int, num_chains: int
     ) -> None:
         self._stub = KvDirectoryServiceStub(channel)
-        self.workers = [_worker(index) for index in range(num_workers)]
+        self._group_size = group_size
+        self.workers = [_worker(index, group_size) for index in range(num_workers)]
         self._num_requests = num_requests
         self._chains = [[_key(chain, block) for block in range(CHAIN_KEYS)] for chain in range(num_chains)]
         self._random = random.Random(7)
@@ -73,13 +74,12 @@ class DirectoryLoad:
             renewing.cancel()
 
     async def renew(self, workers: Sequence[cluster_pb2.WorkerInfo]) -> None:
-        """Sends each worker's heartbeat at its own time, until cancelled."""
-        began = time.monotonic()
+        """Sends each group's heartbeat, which renews for its ranks, at its own time, until cancelled."""
+        began, groups = time.monotonic(), _groups(workers, self._group_size)
         async with asyncio.TaskGroup() as calls:
             for beat in itertools.count():
-                worker = workers[beat % len(workers)]
-                await asyncio.sleep(began + beat * self.interval_s / len(workers) - time.monotonic())
-                calls.create_task(self._renew(worker, beat))
+                await asyncio.sleep(began + beat * self.interval_s / len(groups) - time.monotonic())
+                calls.create_task(self._renew(groups[beat % len(groups)], beat))
 
     async def closed_loop(self, call: Call, num_tasks: int, duration_s: float) -> Latencies:
         """So many callers, each with one call under way."""
@@ -132,7 +132,7 @@ class DirectoryLoad:
         await watch.read()  # the snapshot
         for worker in self.workers[:num_lost]:
             lost[worker.worker_id] = time.monotonic()
-            await self._renew(worker, 0)
+            await self._renew([worker], 0)
         waits: list[float] = []
         renewing = asyncio.create_task(self.renew(self.workers[num_lost:]))
         try:
@@ -149,17 +149,21 @@ class DirectoryLoad:
     async def _register(self, worker: cluster_pb2.WorkerInfo) -> pb.RegisterWorkerResponse:
         return await self._stub.RegisterWorker(pb.RegisterWorkerRequest(worker=worker), timeout=TIMEOUT_S)
 
-    async def _renew(self, worker: cluster_pb2.WorkerInfo, beat: int) -> None:
-        renewal = pb.LeaseRenewal(
-            worker_id=worker.worker_id,
-            process_incarnation=worker.process_incarnation,
-            state=worker.state,
-            epoch=worker.epoch,
-            load=cluster_pb2.WorkerLoad(num_requests_running=beat % 100, steps_done=beat),
-            transfer_address=worker.transfer_address,
-        )
-        reply = await self._stub.RenewLease(pb.RenewLeaseRequest(renewals=[renewal]), timeout=TIMEOUT_S)
-        assert list(reply.statuses) == [pb.LEASE_STATUS_RENEWED]
+    async def _renew(self, group: Sequence[cluster_pb2.WorkerInfo], beat: int) -> None:
+        load = cluster_pb2.WorkerLoad(num_requests_running=beat % 100, steps_done=beat)
+        renewals = [
+            pb.LeaseRenewal(
+                worker_id=worker.worker_id,
+                process_incarnation=worker.process_incarnation,
+                state=worker.state,
+                epoch=worker.epoch,
+                load=load,
+                transfer_address=worker.transfer_address,
+            )
+            for worker in group
+        ]
+        reply = await self._stub.RenewLease(pb.RenewLeaseRequest(renewals=renewals), timeout=TIMEOUT_S)
+        assert list(reply.statuses) == [pb.LEASE_STATUS_RENEWED] * len(renewals)
 
     async def _record(self, index: int) -> None:
         worker = self.workers[index % len(self.workers)]
@@ -206,12 +210,18 @@ async def _all(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
     return replies
 
 
-def _worker(index: int) -> cluster_pb2.WorkerInfo:
+def _groups(workers: Sequence[cluster_pb2.WorkerInfo], size: int) -> list[Sequence[cluster_pb2.WorkerInfo]]:
+    return [workers[begin : begin + size] for begin in range(0, len(workers), size)]
+
+
+def _worker(index: int, group_size: int) -> cluster_pb2.WorkerInfo:
+    group, rank = divmod(index, group_size)
     return cluster_pb2.WorkerInfo(
-        worker_id=f"decode-{index}/0",
+        worker_id=f"decode-{group}/{rank}",
         role=cluster_pb2.WORKER_ROLE_DECODE,
-        group=f"decode-{index}",
-        group_size=1,
+        group=f"decode-{group}",
+        rank=rank,
+        group_size=group_size,
         epoch=1_700_000_000_000_000 + index,
         process_incarnation=f"{index:032x}",
         grpc_address=f"10.0.{index // 250}.{index % 250}:50080",

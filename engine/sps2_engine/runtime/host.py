@@ -4,6 +4,7 @@ Three threads: this one computes; the link's reads commands; one sends a heartbe
 inside a group ends the epoch, not the process: weights stay, the supervisor forms the group anew.
 """
 
+import gc
 import logging
 import queue
 import threading
@@ -130,6 +131,9 @@ class EngineHost:
         self._link.start(self._on_command)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         loaded = self._role.load(self._report_load())
+        # What is loaded stays: looking through it, the garbage collector would stop steps for many milliseconds.
+        gc.collect()
+        gc.freeze()
         self._link.send(engine_pb2.EngineEvent(loaded=loaded))
         while True:
             command = self._commands.get()

@@ -209,8 +209,13 @@ initContainers:
       - --exclude=*.bin
       - --exclude=*.pth
       - --exclude=*.gguf
+      {{- if and .root.Values.model.hash (eq .component "router") }}
+      - --exclude=*.safetensors
+      {{- end }}
     env:
       - {name: HOME, value: /tmp}
+      # Each file is fetched once: a cache of its chunks (10 GB) would only fill /tmp, and end the pod.
+      - {name: HF_XET_CHUNK_CACHE_SIZE_BYTES, value: "0"}
       {{- with $download.tokenSecret.name }}
       - name: HF_TOKEN
         valueFrom:

@@ -14,6 +14,7 @@ import structlog
 from sps2.internal.v1 import engine_pb2, group_service_pb2
 from sps2.internal.v1.group_service_pb2_grpc import GroupServiceStub
 from sps2_service.channel import open_channel
+from sps2_service.directory_registration import Registration
 from sps2_service.ranks.engine_process import EngineProcess
 from sps2_service.tls import Tls
 
@@ -30,11 +31,13 @@ class Follower:
         hello: group_service_pb2.FollowerHello,
         leader_address: str,
         name: str,
+        registration: Registration,
         on_dismissed: Callable[[], None],
         tls: Tls | None,
     ) -> None:
         """`on_dismissed` is called when the group has drained, perhaps without this rank having been told to end."""
         self._hello = hello
+        self._registration = registration
         self._on_dismissed = on_dismissed
         self._leaving = False
         self._may_leave = asyncio.Event()
@@ -114,11 +117,23 @@ class Follower:
             self._may_leave.set()
             self._on_dismissed()
             return
+        if response.HasField("renewal_wanted"):
+            self._lend(response.renewal_wanted.number)
+            return
+        if response.HasField("renewal_result"):
+            self._registration.on_carried(response.renewal_result.number, response.renewal_result.status)
+            return
         command = response.command
         self.epoch = command.epoch
         if command.HasField("abort_group"):
             self.formed = False
         self._engine.send(command)
+
+    def _lend(self, number: int) -> None:
+        renewal = self._registration.lend(number)
+        if renewal is not None:
+            carried = group_service_pb2.CarriedRenewal(number=number, renewal=renewal)
+            self._outgoing.put_nowait(group_service_pb2.JoinGroupRequest(renewal=carried))
 
     async def _relay(self) -> AsyncIterator[group_service_pb2.JoinGroupRequest]:
         outgoing = self._outgoing

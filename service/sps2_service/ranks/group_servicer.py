@@ -2,17 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import structlog
 
 from sps2.internal.v1 import engine_pb2, group_service_pb2
 from sps2_service.errors import Aborted, FailedPrecondition, FieldViolation, InvalidArgument
+from sps2_service.ranks.carried_renewals import CarriedRenewals, Outgoing, Passenger
 from sps2_service.ranks.group import GroupLeader, Member
-
-Outgoing: TypeAlias = "asyncio.Queue[group_service_pb2.JoinGroupResponse | None]"
-"""None ends the stream."""
 
 log = structlog.get_logger(__name__)
 
@@ -21,13 +19,19 @@ class GroupServicer:
     """Implements `sps2.internal.v1.GroupService` on rank 0."""
 
     def __init__(
-        self, leader: GroupLeader, model_hash: str, tensor_ranks: int = 1, drain_budget_s: float = 0.0
+        self,
+        leader: GroupLeader,
+        model_hash: str,
+        tensor_ranks: int = 1,
+        drain_budget_s: float = 0.0,
+        renewals: CarriedRenewals | None = None,
     ) -> None:
         """`drain_budget_s`: what requests get to finish when the group drains."""
         self._drain_budget_s = drain_budget_s
         self._leader = leader
         self._model_hash = model_hash
         self._tensor_ranks = tensor_ranks
+        self._renewals = renewals or CarriedRenewals()
 
     async def JoinGroup(  # noqa: N802 - named by the proto
         self,
@@ -51,7 +55,8 @@ class GroupServicer:
 
         member = self._leader.join(hello.rank, send, dismiss)
         log.info("a rank joined", rank=hello.rank)
-        reading = asyncio.create_task(self._read(requests, hello.rank, member, outgoing))
+        passenger = self._renewals.board(outgoing)
+        reading = asyncio.create_task(self._read(requests, hello.rank, member, passenger))
         try:
             # Headers at once: the follower knows that it is in before the first command comes.
             await context.send_initial_metadata(())
@@ -59,6 +64,7 @@ class GroupServicer:
                 yield response
         finally:
             reading.cancel()
+            self._renewals.alight(passenger)
             name = f"{self._leader.name}/{hello.rank}"
             self._leader.leave(hello.rank, f"the supervisor of {name} is gone (its stream ended)", member)
 
@@ -78,7 +84,7 @@ class GroupServicer:
         requests: AsyncIterator[group_service_pb2.JoinGroupRequest],
         rank: int,
         member: Member,
-        outgoing: "Outgoing",
+        passenger: Passenger,
     ) -> None:
         try:
             async for request in requests:
@@ -88,8 +94,10 @@ class GroupServicer:
                     self._leader.lose(rank, request.lost.reason, member)
                 elif request.HasField("leaving"):
                     self._leader.on_leave(f"rank {rank} was told to end")
+                elif request.HasField("renewal"):
+                    passenger.answer(request.renewal)
         finally:
-            outgoing.put_nowait(None)
+            passenger.outgoing.put_nowait(None)
 
     def _check(self, hello: group_service_pb2.FollowerHello) -> None:
         leader = self._leader

@@ -16,11 +16,12 @@ from prometheus_client.registry import Collector
 
 from sps2.internal.v1 import engine_pb2, group_service_pb2
 from sps2.v1 import cluster_pb2
-from sps2_service.config import ServiceConfig, setting
+from sps2_service.config import ServiceConfig, check_address, setting
 from sps2_service.devices import register_devices
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.metrics import LoopReader, service_registry
 from sps2_service.model_folder import ModelFolder, ModelFolderError
+from sps2_service.ranks.carried_renewals import CarriedRenewals
 from sps2_service.ranks.drain import DrainableWork, GroupDrain
 from sps2_service.ranks.engine_process import EngineProcess, EngineWatch
 from sps2_service.ranks.follower import Follower
@@ -81,6 +82,9 @@ class WorkerConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_address("--directory", self.directory)
+        if self.leader:
+            check_address("--leader", self.leader)
         if self.rank >= self.group_size:
             raise ValueError(f"--rank {self.rank} is outside a group of {self.group_size}")
         if self.rank > 0 and not self.leader:
@@ -288,7 +292,9 @@ class RankSupervisor:
         for collector in service.collectors:
             self._metrics.register(collector)
         groups = group_service_pb2.DESCRIPTOR.services_by_name["GroupService"]
-        servicer = GroupServicer(leader, self._model_hash, config.tp, config.drain_s)
+        renewals = CarriedRenewals()
+        self._registration.collect = renewals.collect
+        servicer = GroupServicer(leader, self._model_hash, config.tp, config.drain_s, renewals)
         self._server.add(servicer, groups)
         self._member = leader.join(0, self._engine.send)
 
@@ -306,6 +312,7 @@ class RankSupervisor:
             hello,
             config.leader,
             config.worker_id,
+            self._registration,
             lambda: self._on_leave("it has drained"),
             config.tls,
         )

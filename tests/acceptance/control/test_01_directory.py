@@ -75,12 +75,12 @@ def test_speed(must_show: MustShow) -> None:
         shown = json.loads(ran.stdout)
         figures.append(f"{shown['lookups_per_s']:,.0f} keys/s looked up, p99 {shown['p99_ms']:.1f} ms")
         figures.append(
-            f"{shown['unary_per_s']:,.0f} calls/s beside {shown['renewals_per_s']:,.0f} renewals/s"
+            f"{shown['unary_per_s']:,.0f} calls/s beside renewals of {shown['renewals_per_s']:,.0f} ranks/s"
         )
         figures.append(f"p99 {shown['half_load_p99_ms']:.1f} ms at {shown['half_load_per_s']:,.0f} calls/s")
         figures.append(f"a lease of {shown['ttl_s']:g} s is over after {shown['expiry_s']:.2f} s")
         assert shown["lookups_per_s"] >= LOOKUPS_PER_S
         assert shown["p99_ms"] <= LOOKUP_P99_MS
-        assert shown["unary_per_s"] + shown["renewals_per_s"] >= UNARY_PER_S
+        assert shown["unary_per_s"] >= UNARY_PER_S
         assert shown["half_load_p99_ms"] <= HALF_LOAD_P99_MS
         assert shown["expiry_s"] <= shown["ttl_s"] + EXPIRY_AFTER_TTL_S

@@ -1,8 +1,6 @@
 """Must show 5: what each profile loses, from one command, and the default by its rule."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from sps2_bench.accuracy.candidates import catalogue
 from sps2_layout.profiles import default_profile
 from support.bench import sps2_json
 from support.deployment import DEMO_MODEL
+from support.held_out import write_held_out
 from support.must_show import MustShow
 
 TIMEOUT_S = 3 * 3_600
@@ -24,23 +23,11 @@ QUESTIONS = 500
 PROFILES = 12
 SHARDS, TAIL = 8, 64
 
-# The trainer knows which spans of the books the demo model has never seen.
-HELD_OUT = """
-import sys
-from pathlib import Path
-from scripts.demo_model.text import Corpus
-Path(sys.argv[2]).write_text("\\n\\n".join(Corpus.load(Path(sys.argv[1])).held_out), encoding="utf-8")
-"""
-
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str, Any]:
     """The report and its plots go to `.out/csa/accuracy`."""
-    books = repo_root.parent / "shared" / "data" / "text"
-    if not books.is_dir():
-        pytest.skip("the demo model's books are absent")
-    text = tmp_path_factory.mktemp("accuracy") / "held_out.txt"
-    subprocess.run([sys.executable, "-c", HELD_OUT, books, text], cwd=repo_root, check=True, timeout=60)
+    text = write_held_out(repo_root, tmp_path_factory.mktemp("accuracy"))
     options: list[str | Path] = [
         "--model",
         DEMO_MODEL,

@@ -59,9 +59,12 @@ def router_command(model: Path, directory: str, address: str, *flags: str) -> li
 async def test_sigterm_finishes_streams_and_exits_with_0(
     processes: Start, model: Path, leaders: tuple[FakeDirectory, FakePrefill, FakeDecode], free_address: str
 ) -> None:
+    """A router that has the model's hash in place of its weights."""
     directory, _, decode = leaders
     decode.tokens, decode.pause_s = [60] * 20, 0.05
-    router = processes(router_command(model, directory.address, free_address))
+    model_hash = ModelFolder(model).model_hash
+    (model / "model.safetensors").unlink()
+    router = processes(router_command(model, directory.address, free_address, "--model-hash", model_hash))
     await until(lambda: '"serving"' in router.output and "following the directory" in router.output, 20)
     async with open_channel(free_address) as channel:
         stub: Any = inference_service_pb2_grpc.InferenceServiceStub(channel)

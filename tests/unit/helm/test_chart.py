@@ -9,7 +9,7 @@ from typing import Any
 import helm_python
 import pytest
 
-from support.chart import CHART_DIR, Rendered, example, render
+from support.chart import CHART_DIR, Rendered, chart, example, render
 from support.chart_cases import CASES, HPA, MONITORING, PVC, pools, rendered_case
 from support.chart_invariants import INVARIANTS
 from support.kube_schemas import NEWEST, errors
@@ -36,6 +36,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"source": "pvc"}}, "model.pvc.claim"),
     ({"model": {"source": "pvc", "pvc": {"claim": "models"}}}, "model.name"),
     ({"model": {"source": "download"}}, "model.download.repo"),
+    ({"model": {"hash": "0A"}}, "/model/hash"),
     ({"model": {**PVC, "pvc": {"claim": "models", "path": "../etc"}}}, "/model/pvc/path"),
     ({"attention": {"profile": "exact", "file": "{}"}}, "attention.profile"),
     ({"router": {"ingress": {"enabled": True}}}, "router.ingress.host"),
@@ -101,6 +102,57 @@ def test_schemas_notice_a_misspelt_field() -> None:
     deployment = render().of("Deployment")[0]
     deployment["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]["grpc"]["port"] = "grpc"
     assert len(errors(deployment, NEWEST)) == 1
+
+
+def test_schemas_of_custom_resources_notice_what_is_wrong() -> None:
+    rendered = render(dict(CASES["keda by signals"]) | {"monitoring": MONITORING})
+    scaled = rendered.of("ScaledObject")[0]
+    scaled["spec"]["triggers"][0] |= {"name": 1, "treshold": "8"}
+    scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDwon"] = {}
+    assert len(errors(scaled, NEWEST)) == 3
+    (rule,) = rendered.of("PrometheusRule")
+    rule["spec"]["groups"][0]["rules"][0] |= {"expr": None, "for": "soon"}
+    assert len(errors(rule, NEWEST)) == 2
+    (monitor,) = rendered.of("PodMonitor")
+    monitor["spec"]["podMetricsEndpoints"][0]["relabelings"][0]["action"] = "rename"
+    assert len(errors(monitor, NEWEST)) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "told", "not_told"),
+    [
+        (
+            {},
+            ["sps2-router.serving.svc:50051", "without TLS", "Redis is the chart's own"],
+            ["SPS2_TLS", "TOKEN"],
+        ),
+        (
+            {
+                "tls": {"secret": "certs"},
+                "redis": {"url": "redis://r:6379"},
+                "router": {"service": {"port": 443}},
+            },
+            [
+                "with TLS",
+                "SPS2_TLS_CA=ca.crt",
+                "in the Secret certs",
+                "50051:443",
+                "SPS2_TLS_SERVER_NAME=sps2",
+            ],
+            ["Redis"],
+        ),
+        (
+            {"router": {"authTokens": {"secret": {"name": "tokens"}}}},
+            ["SPS2_TOKEN=", "in the Secret tokens", "set router.authTokens.testToken"],
+            ["SPS2_TLS"],
+        ),
+    ],
+    ids=["defaults", "tls", "tokens"],
+)
+def test_notes_tell_how_to_call_it(values: dict[str, Any], told: list[str], not_told: list[str]) -> None:
+    text = chart().render(values, name="sps2", namespace="serving")["sps2/templates/NOTES.txt"]
+    assert [one for one in told if one not in text] == []
+    assert [one for one in not_told if one in text] == []
 
 
 def test_generated_files_are_current(repo_root: Path) -> None:

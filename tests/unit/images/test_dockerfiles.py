@@ -10,12 +10,14 @@ from support.chart_cases import CASES, rendered_case
 GOOD = """
 ARG BASE=python:3.11.11-slim
 FROM ${BASE} AS build
-ENV PIP_CONSTRAINT=/src/constraints.txt
+ENV PIP_CONSTRAINT=/src/constraints.txt PIP_ONLY_BINARY=:all:
 COPY . .
-RUN pip install ".[router]" tool==1.0.0
+RUN pip install ".[router]" tool==1.0.0 huggingface_hub
 FROM ${BASE}
+ENV PYTHONDONTWRITEBYTECODE=1
 COPY --from=build /opt /opt
 COPY models/demo /models/demo
+WORKDIR /tmp
 USER 10001:10001
 ENTRYPOINT ["python", "-m"]
 CMD ["sps2_router"]
@@ -30,6 +32,11 @@ BAD = [
     ("--from=build", "--from=built", "no such stage"),
     ("tool==1.0.0", "tool", "tool has no version"),
     ("PIP_CONSTRAINT", "PIP_OTHER", "no PIP_CONSTRAINT"),
+    ("PIP_ONLY_BINARY=:all:", "PIP_ONLY_BINARY=torch", "no PIP_ONLY_BINARY"),
+    ("WORKDIR /tmp", "WORKDIR /srv", "WORKDIR must be /tmp"),
+    ("PYTHONDONTWRITEBYTECODE=1", "A=1", "no PYTHONDONTWRITEBYTECODE"),
+    ("COPY --from=build /opt /opt", "RUN pip install a==1", "is built where it runs"),
+    ("FROM ${BASE}\n", "FROM build\n", "is built where it runs"),
     ("RUN pip", "RUN apt-get install -y gcc && pip", "snapshot"),
     ("USER 10001:10001", "USER root", "USER root"),
     ("USER 10001:10001", "", "USER is missing"),

@@ -36,6 +36,8 @@ def test_the_password_comes_from_one_place_and_is_never_shown(tmp_path: Path) ->
     assert "hunter2" not in str(shown(config))
 
 
-def test_a_url_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="redis://"):
-        DirectoryConfig(redis="localhost:6379")
+@pytest.mark.parametrize("url", ["localhost:6379", "redis://u:hun/ter2@h"])
+def test_a_url_that_is_none_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ValueError, match="redis://") as caught:
+        DirectoryConfig(redis=url)
+    assert "hun" not in str(caught.value)

@@ -4,14 +4,12 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
-import grpc
 import pytest
 
 from sps2.internal.v1 import kv_directory_service_pb2 as pb
-from sps2.internal.v1.kv_directory_service_pb2_grpc import add_KvDirectoryServiceServicer_to_server
 from sps2.internal.v1.placement_pb2 import Attempt
 from sps2.v1.cluster_pb2 import WORKER_STATE_DRAINING, WORKER_STATE_READY
 from sps2_service.directory_client import DirectoryClient, DirectoryOptions, Standing
@@ -20,76 +18,17 @@ from sps2_service.directory_rpc import pauses
 from sps2_service.errors import Aborted, DeadlineExceeded, NotFound, Unavailable
 from sps2_service.lease_fence import LeaseFence
 from support.directory import make_record, make_worker
-
-OPTIONS = DirectoryOptions(
-    timeout_s=0.5, first_snapshot_timeout_s=0.3, retry_min_s=0.01, retry_max_s=0.05, renew_interval_s=0.02
-)
-
-
-class ScriptedDirectory:
-    """Answers renewals with `statuses` in turn, then RENEWED; each watch plays the next of `watches`."""
-
-    def __init__(self) -> None:
-        self.statuses: list[pb.LeaseStatus.ValueType] = []
-        self.watches: list[list[pb.WatchWorkersResponse]] = []
-        self.calls: list[str] = []
-        self.states: list[int] = []
-        self.refusals = 0
-        self.recorded: list[str] = []
-
-    async def RegisterWorker(self, request: pb.RegisterWorkerRequest, context: Any) -> Any:  # noqa: N802
-        if self.refusals > 0:
-            self.refusals -= 1
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
-        self.calls.append("register")
-        return pb.RegisterWorkerResponse(lease_ttl_s=5, renew_interval_s=0.02)
-
-    async def RenewLease(self, request: pb.RenewLeaseRequest, _: Any) -> Any:  # noqa: N802
-        status = self.statuses.pop(0) if self.statuses else pb.LEASE_STATUS_RENEWED
-        self.calls.append(pb.LeaseStatus.Name(status).removeprefix("LEASE_STATUS_").lower())
-        self.states.append(request.renewals[0].state)
-        return pb.RenewLeaseResponse(statuses=[status])
-
-    async def RecordShards(self, request: pb.RecordShardsRequest, _: Any) -> Any:  # noqa: N802
-        self.recorded.append(request.record.attempt.request_id)
-        return pb.RecordShardsResponse()
-
-    async def ReleaseRequest(self, _: Any, __: Any) -> Any:  # noqa: N802
-        return pb.ReleaseRequestResponse()
-
-    async def WatchWorkers(self, _: Any, __: Any) -> AsyncIterator[pb.WatchWorkersResponse]:  # noqa: N802
-        for response in self.watches.pop(0) if self.watches else []:
-            yield response
-        await asyncio.sleep(30)  # the client leaves first
-
-    def __getattr__(self, name: str) -> None:
-        """The methods that no test calls; the generated registration asks for all of them."""
+from support.scripted_directory import OPTIONS, ScriptedDirectory, end, until_calls
 
 
 @pytest.fixture
 async def scripted() -> AsyncGenerator[tuple[ScriptedDirectory, DirectoryClient]]:
-    directory, server = ScriptedDirectory(), grpc.aio.server()
-    add_KvDirectoryServiceServicer_to_server(directory, server)  # type: ignore[arg-type]
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with DirectoryClient(f"127.0.0.1:{port}", OPTIONS) as client:
+    directory = ScriptedDirectory()
+    async with directory.serving() as address, DirectoryClient(address, OPTIONS) as client:
         yield directory, client
-    await server.stop(None)
 
 
 Scripted = tuple[ScriptedDirectory, DirectoryClient]
-
-
-async def until_calls(directory: ScriptedDirectory, count: int) -> list[str]:
-    async with asyncio.timeout(5):
-        while len(directory.calls) < count:  # noqa: ASYNC110 - the calls come over the wire
-            await asyncio.sleep(0.005)
-    return directory.calls[:count]
-
-
-async def end(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.wait([task], timeout=5)
 
 
 async def test_a_lease_that_is_gone_is_registered_anew(scripted: Scripted) -> None:

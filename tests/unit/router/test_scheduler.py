@@ -41,7 +41,7 @@ async def test_refusals_say_what_is_missing() -> None:
     assert "no ready decode group: none has registered" in refusal(worker("prefill-0/0"))
     draining = worker("prefill-0/0", state=cluster_pb2.WORKER_STATE_DRAINING)
     assert "prefill-0 is draining" in refusal(decode, draining)
-    assert "another hash" in refusal(decode, worker("prefill-0/0", model_hash="other"))
+    assert "another hash, other" in refusal(decode, worker("prefill-0/0", model_hash="other"))
     assert "dtype" in refusal(decode, worker("prefill-0/0", dtype="bf16"))
 
 

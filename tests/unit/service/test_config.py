@@ -1,9 +1,9 @@
-"""Configuration from flags and environment."""
+"""Configuration from flags, environment and file."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -54,11 +54,13 @@ def test_defaults() -> None:
     assert config.listen == "127.0.0.1:0"
 
 
-@pytest.mark.parametrize("given", ["9090", "host:", ":9090", "host:port"])
-def test_where_metrics_are_served(given: str) -> None:
+@pytest.mark.parametrize("given", ["9090", "host:", ":9090", "host:port", "host:65536"])
+@pytest.mark.parametrize("field", ["metrics_port", "listen"])
+def test_addresses(field: str, given: str) -> None:
     assert ServiceConfig(metrics_port="[::1]:0").metrics_port == "[::1]:0"
-    with pytest.raises(ValueError, match=f"--metrics-port '{given}' is not HOST:PORT"):
-        ServiceConfig(metrics_port=given)
+    values: dict[str, Any] = {field: given}
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} '{given}' is not HOST:PORT"):
+        ServiceConfig(**values)
 
 
 def test_flags_go_before_the_environment() -> None:
@@ -114,7 +116,7 @@ def test_help_tells_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Order of the queue. One of fifo, sjf. (default: fifo; SPS2_POLICY)" in text
     assert "HOST:PORT to serve gRPC on; port 0 picks a free one." in text
     assert "examples: python -m test --model models/demo" in text
-    assert "from the environment only: SPS2_TOKEN: Bearer token." in text
+    assert "from the environment or the file only: SPS2_TOKEN: Bearer token." in text
     assert "--token" not in text
 
 

@@ -7,6 +7,7 @@ import time
 import urllib.error
 from collections.abc import Iterable, Iterator
 
+import pynvml
 import pytest
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import GaugeMetricFamily
@@ -123,3 +124,8 @@ def test_devices(rates_known: bool) -> None:
     assert registry.get_sample_value("sps2_device_memory_used_bytes", {"device": "1"}) == 1 << 30
     expected = 0.5 if rates_known else None
     assert registry.get_sample_value("sps2_device_utilization_ratio", {"device": "0"}) == expected
+
+
+def test_the_stand_in_for_nvml_has_what_nvml_has() -> None:
+    asked = {name for name in vars(FakeNvml) if not name.startswith("_")}
+    assert asked | {"nvmlInit", "nvmlDeviceGetCount"} <= set(dir(pynvml))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sps2_service import model_hash
 from sps2_service.model_folder import ModelFolder, ModelFolderError
 
 CONFIG = {"max_position_embeddings": 4096, "vocab_size": 100, "eos_token_id": 1, "bos_token_id": 0}
@@ -53,6 +54,25 @@ def test_nested_text_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"text_config": CONFIG}))
     model = ModelFolder(folder)
     assert (model.context_length, model.eos_token_ids) == (4096, (1,))
+
+
+def test_a_folder_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    model = ModelFolder(folder, weights=False)
+    assert (model.context_length, model.weight_files) == (4096, ())
+    with pytest.raises(ModelFolderError, match="a model has its hash from its weights"):
+        _ = model.model_hash
+
+
+def test_the_hash_is_printed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["model_hash", str(folder)])
+    assert model_hash.main() == 0
+    assert capsys.readouterr().out == f"{ModelFolder(folder).model_hash}\n"
+    (folder / "model.safetensors").unlink()
+    assert model_hash.main() == 1
+    assert "no *.safetensors file" in capsys.readouterr().err
 
 
 def test_name_of_a_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

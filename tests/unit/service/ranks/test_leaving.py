@@ -22,7 +22,7 @@ SERVICE = group_service_pb2.DESCRIPTOR.services_by_name["GroupService"]
 
 
 class Nobody:
-    """A coordinator without work, and an engine without a process."""
+    """A coordinator without work, an engine without a process, a worker without a lease."""
 
     def on_formed(self, epoch: int, ranks: list[engine_pb2.EngineLoaded]) -> None:
         raise AssertionError("no group forms here")
@@ -35,6 +35,12 @@ class Nobody:
 
     def send(self, command: engine_pb2.EngineCommand) -> None:
         raise AssertionError("nobody is commanded here")
+
+    def lend(self, _number: int) -> None:
+        raise AssertionError("nobody renews here")
+
+    def on_carried(self, _number: int, _status: int) -> None:
+        raise AssertionError("nobody renews here")
 
 
 class Group:
@@ -61,8 +67,9 @@ class Group:
         hello = group_service_pb2.FollowerHello(
             group="decode-0", rank=1, group_size=2, model_hash="hash", tensor_ranks=1
         )
-        made = Follower(hello, self.address, "decode-0/1", self.dismissed.set, None)
-        made.attach(Nobody())  # type: ignore[arg-type]
+        nobody: Any = Nobody()
+        made = Follower(hello, self.address, "decode-0/1", nobody, self.dismissed.set, None)
+        made.attach(nobody)
         return made
 
     async def joined(self) -> None:

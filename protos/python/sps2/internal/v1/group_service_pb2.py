@@ -23,31 +23,38 @@ _sym_db = _symbol_database.Default()
 
 
 from sps2.internal.v1 import engine_pb2 as sps2_dot_internal_dot_v1_dot_engine__pb2
+from sps2.internal.v1 import kv_directory_service_pb2 as sps2_dot_internal_dot_v1_dot_kv__directory__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$sps2/internal/v1/group_service.proto\x12\x10sps2.internal.v1\x1a\x1dsps2/internal/v1/engine.proto\"\"\n\x11\x44rainGroupRequest\x12\r\n\x05group\x18\x01 \x01(\t\"&\n\x12\x44rainGroupResponse\x12\x10\n\x08\x62udget_s\x18\x01 \x01(\x01\"\xe3\x01\n\x10JoinGroupRequest\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.FollowerHelloH\x00\x12.\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1d.sps2.internal.v1.EngineEventH\x00\x12,\n\x04lost\x18\x03 \x01(\x0b\x32\x1c.sps2.internal.v1.EngineLostH\x00\x12\x34\n\x07leaving\x18\x04 \x01(\x0b\x32!.sps2.internal.v1.FollowerLeavingH\x00\x42\t\n\x07message\"\x11\n\x0f\x46ollowerLeaving\"\x87\x01\n\rFollowerHello\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x12\n\ngroup_size\x18\x03 \x01(\x05\x12\x1b\n\x13process_incarnation\x18\x04 \x01(\t\x12\x12\n\nmodel_hash\x18\x05 \x01(\t\x12\x14\n\x0ctensor_ranks\x18\x06 \x01(\x05\"\x1c\n\nEngineLost\x12\x0e\n\x06reason\x18\x01 \x01(\t\"r\n\x11JoinGroupResponse\x12\x30\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.EngineCommand\x12+\n\x05leave\x18\x02 \x01(\x0b\x32\x1c.sps2.internal.v1.LeaveGroup\"\x0c\n\nLeaveGroup2\xc1\x01\n\x0cGroupService\x12X\n\tJoinGroup\x12\".sps2.internal.v1.JoinGroupRequest\x1a#.sps2.internal.v1.JoinGroupResponse(\x01\x30\x01\x12W\n\nDrainGroup\x12#.sps2.internal.v1.DrainGroupRequest\x1a$.sps2.internal.v1.DrainGroupResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$sps2/internal/v1/group_service.proto\x12\x10sps2.internal.v1\x1a\x1dsps2/internal/v1/engine.proto\x1a+sps2/internal/v1/kv_directory_service.proto\"\"\n\x11\x44rainGroupRequest\x12\r\n\x05group\x18\x01 \x01(\t\"&\n\x12\x44rainGroupResponse\x12\x10\n\x08\x62udget_s\x18\x01 \x01(\x01\"\x98\x02\n\x10JoinGroupRequest\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.FollowerHelloH\x00\x12.\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1d.sps2.internal.v1.EngineEventH\x00\x12,\n\x04lost\x18\x03 \x01(\x0b\x32\x1c.sps2.internal.v1.EngineLostH\x00\x12\x34\n\x07leaving\x18\x04 \x01(\x0b\x32!.sps2.internal.v1.FollowerLeavingH\x00\x12\x33\n\x07renewal\x18\x05 \x01(\x0b\x32 .sps2.internal.v1.CarriedRenewalH\x00\x42\t\n\x07message\"Q\n\x0e\x43\x61rriedRenewal\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12/\n\x07renewal\x18\x02 \x01(\x0b\x32\x1e.sps2.internal.v1.LeaseRenewal\"\x11\n\x0f\x46ollowerLeaving\"\x87\x01\n\rFollowerHello\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x12\n\ngroup_size\x18\x03 \x01(\x05\x12\x1b\n\x13process_incarnation\x18\x04 \x01(\t\x12\x12\n\nmodel_hash\x18\x05 \x01(\t\x12\x14\n\x0ctensor_ranks\x18\x06 \x01(\x05\"\x1c\n\nEngineLost\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xe4\x01\n\x11JoinGroupResponse\x12\x30\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x1f.sps2.internal.v1.EngineCommand\x12+\n\x05leave\x18\x02 \x01(\x0b\x32\x1c.sps2.internal.v1.LeaveGroup\x12\x37\n\x0erenewal_wanted\x18\x03 \x01(\x0b\x32\x1f.sps2.internal.v1.RenewalWanted\x12\x37\n\x0erenewal_result\x18\x04 \x01(\x0b\x32\x1f.sps2.internal.v1.RenewalResult\"\x1f\n\rRenewalWanted\x12\x0e\n\x06number\x18\x01 \x01(\x03\"N\n\rRenewalResult\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12-\n\x06status\x18\x02 \x01(\x0e\x32\x1d.sps2.internal.v1.LeaseStatus\"\x0c\n\nLeaveGroup2\xc1\x01\n\x0cGroupService\x12X\n\tJoinGroup\x12\".sps2.internal.v1.JoinGroupRequest\x1a#.sps2.internal.v1.JoinGroupResponse(\x01\x30\x01\x12W\n\nDrainGroup\x12#.sps2.internal.v1.DrainGroupRequest\x1a$.sps2.internal.v1.DrainGroupResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sps2.internal.v1.group_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DRAINGROUPREQUEST']._serialized_start=89
-  _globals['_DRAINGROUPREQUEST']._serialized_end=123
-  _globals['_DRAINGROUPRESPONSE']._serialized_start=125
-  _globals['_DRAINGROUPRESPONSE']._serialized_end=163
-  _globals['_JOINGROUPREQUEST']._serialized_start=166
-  _globals['_JOINGROUPREQUEST']._serialized_end=393
-  _globals['_FOLLOWERLEAVING']._serialized_start=395
-  _globals['_FOLLOWERLEAVING']._serialized_end=412
-  _globals['_FOLLOWERHELLO']._serialized_start=415
-  _globals['_FOLLOWERHELLO']._serialized_end=550
-  _globals['_ENGINELOST']._serialized_start=552
-  _globals['_ENGINELOST']._serialized_end=580
-  _globals['_JOINGROUPRESPONSE']._serialized_start=582
-  _globals['_JOINGROUPRESPONSE']._serialized_end=696
-  _globals['_LEAVEGROUP']._serialized_start=698
-  _globals['_LEAVEGROUP']._serialized_end=710
-  _globals['_GROUPSERVICE']._serialized_start=713
-  _globals['_GROUPSERVICE']._serialized_end=906
+  _globals['_DRAINGROUPREQUEST']._serialized_start=134
+  _globals['_DRAINGROUPREQUEST']._serialized_end=168
+  _globals['_DRAINGROUPRESPONSE']._serialized_start=170
+  _globals['_DRAINGROUPRESPONSE']._serialized_end=208
+  _globals['_JOINGROUPREQUEST']._serialized_start=211
+  _globals['_JOINGROUPREQUEST']._serialized_end=491
+  _globals['_CARRIEDRENEWAL']._serialized_start=493
+  _globals['_CARRIEDRENEWAL']._serialized_end=574
+  _globals['_FOLLOWERLEAVING']._serialized_start=576
+  _globals['_FOLLOWERLEAVING']._serialized_end=593
+  _globals['_FOLLOWERHELLO']._serialized_start=596
+  _globals['_FOLLOWERHELLO']._serialized_end=731
+  _globals['_ENGINELOST']._serialized_start=733
+  _globals['_ENGINELOST']._serialized_end=761
+  _globals['_JOINGROUPRESPONSE']._serialized_start=764
+  _globals['_JOINGROUPRESPONSE']._serialized_end=992
+  _globals['_RENEWALWANTED']._serialized_start=994
+  _globals['_RENEWALWANTED']._serialized_end=1025
+  _globals['_RENEWALRESULT']._serialized_start=1027
+  _globals['_RENEWALRESULT']._serialized_end=1105
+  _globals['_LEAVEGROUP']._serialized_start=1107
+  _globals['_LEAVEGROUP']._serialized_end=1119
+  _globals['_GROUPSERVICE']._serialized_start=1122
+  _globals['_GROUPSERVICE']._serialized_end=1315
 # @@protoc_insertion_point(module_scope)

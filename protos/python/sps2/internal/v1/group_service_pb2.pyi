@@ -6,6 +6,7 @@ isort:skip_file
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from sps2.internal.v1 import engine_pb2 as _engine_pb2
+from sps2.internal.v1 import kv_directory_service_pb2 as _kv_directory_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -71,6 +72,7 @@ class JoinGroupRequest(_message.Message):
     EVENT_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    RENEWAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___FollowerHello:
         """First message."""
@@ -87,6 +89,10 @@ class JoinGroupRequest(_message.Message):
     def leaving(self) -> Global___FollowerLeaving:
         """It was told to end, and waits: the group is to drain, and to say when it may leave."""
 
+    @_builtins.property
+    def renewal(self) -> Global___CarriedRenewal:
+        """Its heartbeat, when the leader has asked for it."""
+
     def __init__(
         self,
         *,
@@ -94,16 +100,45 @@ class JoinGroupRequest(_message.Message):
         event: _engine_pb2.EngineEvent | None = ...,
         lost: Global___EngineLost | None = ...,
         leaving: Global___FollowerLeaving | None = ...,
+        renewal: Global___CarriedRenewal | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hello", b"hello", "leaving", b"leaving", "lost", b"lost", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hello", b"hello", "leaving", b"leaving", "lost", b"lost", "message", b"message", "renewal", b"renewal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hello", b"hello", "leaving", b"leaving", "lost", b"lost", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hello", b"hello", "leaving", b"leaving", "lost", b"lost", "message", b"message", "renewal", b"renewal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "event", "lost", "leaving"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "event", "lost", "leaving", "renewal"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___JoinGroupRequest: _TypeAlias = JoinGroupRequest  # noqa: Y015
+
+@_typing.final
+class CarriedRenewal(_message.Message):
+    """CarriedRenewal is a follower's heartbeat, which its leader sends to the directory with its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    RENEWAL_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """That of the RenewalWanted."""
+    @_builtins.property
+    def renewal(self) -> _kv_directory_service_pb2.LeaseRenewal:
+        """The heartbeat."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        renewal: _kv_directory_service_pb2.LeaseRenewal | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["renewal", b"renewal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "renewal", b"renewal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CarriedRenewal: _TypeAlias = CarriedRenewal  # noqa: Y015
 
 @_typing.final
 class FollowerLeaving(_message.Message):
@@ -194,6 +229,8 @@ class JoinGroupResponse(_message.Message):
 
     COMMAND_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    RENEWAL_WANTED_FIELD_NUMBER: _builtins.int
+    RENEWAL_RESULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def command(self) -> _engine_pb2.EngineCommand:
         """Command for the follower's engine."""
@@ -202,19 +239,77 @@ class JoinGroupResponse(_message.Message):
     def leave(self) -> Global___LeaveGroup:
         """In place of a command, and last of all: the group has drained, everyone leaves."""
 
+    @_builtins.property
+    def renewal_wanted(self) -> Global___RenewalWanted:
+        """In place of a command: the leader is about to renew its lease, and takes the follower's renewal along."""
+
+    @_builtins.property
+    def renewal_result(self) -> Global___RenewalResult:
+        """In place of a command: what the directory said of that renewal."""
+
     def __init__(
         self,
         *,
         command: _engine_pb2.EngineCommand | None = ...,
         leave: Global___LeaveGroup | None = ...,
+        renewal_wanted: Global___RenewalWanted | None = ...,
+        renewal_result: Global___RenewalResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "leave", b"leave"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "leave", b"leave", "renewal_result", b"renewal_result", "renewal_wanted", b"renewal_wanted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "leave", b"leave"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "leave", b"leave", "renewal_result", b"renewal_result", "renewal_wanted", b"renewal_wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinGroupResponse: _TypeAlias = JoinGroupResponse  # noqa: Y015
+
+@_typing.final
+class RenewalWanted(_message.Message):
+    """RenewalWanted asks for a heartbeat now. A follower that has no lease does not answer: it registers by itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts up in one JoinGroup call."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewalWanted: _TypeAlias = RenewalWanted  # noqa: Y015
+
+@_typing.final
+class RenewalResult(_message.Message):
+    """RenewalResult tells what became of a heartbeat. None comes where the directory did not answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """That of the RenewalWanted."""
+    status: _kv_directory_service_pb2.LeaseStatus.ValueType
+    """What the directory said."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        status: _kv_directory_service_pb2.LeaseStatus.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewalResult: _TypeAlias = RenewalResult  # noqa: Y015
 
 @_typing.final
 class LeaveGroup(_message.Message):
