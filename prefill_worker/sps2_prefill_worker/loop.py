@@ -218,9 +218,8 @@ class PrefillRole:
         except AttemptCancelledError:
             _log.info("prefill given up", extra=request_fields(run.attempt))
         key = attempt_key(run.attempt)
-        if (
-            key in self._cancelled
-        ):  # CancelPrefill follows in order; the next prompt may want its blocks before that
+        if key in self._cancelled:
+            # CancelPrefill follows in order; the next prompt may want its blocks before that.
             self._loaded_publisher.give_up(key)
 
     def _stored_rows(self, run: engine_pb2.RunPrefill, spans: Sequence[Span]) -> Span:

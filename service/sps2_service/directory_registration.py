@@ -142,9 +142,7 @@ class Registration:
                 self._stand(Standing.AWAY, code=error.code.name, reason=error.reason, error=error.message)
                 pause = min(next(retry), self._interval_s)
             if self._ended.is_set():
-                await (
-                    asyncio.Event().wait()
-                )  # until cancelled: there is nothing left to do, and nothing wrong
+                await asyncio.Event().wait()  # until cancelled: nothing is left to do, and nothing is wrong
             if self.standing not in {Standing.UNREGISTERED, Standing.STALE}:
                 await self._sleep(pause)
         if self._on_stale is not None:
