@@ -186,6 +186,11 @@ PREFILL = pool(
         "percentunit",
         [(f"{rate('sps2_prefix_cache_hits_total')} / {rate('sps2_prefix_cache_queries_total')}", "tokens")],
     ),
+    Panel(
+        "Cached tokens fetched a second",
+        "short",
+        [(rate("sps2_prefix_fetched_tokens_total", "group"), "{{group}}")],
+    ),
     Panel("Cached KV fetched", "Bps", [(rate("sps2_prefix_fetched_bytes_total", "group"), "{{group}}")]),
     Panel(
         "Prefix fetches",

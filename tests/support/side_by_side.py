@@ -15,6 +15,8 @@ NOT_TIMED = (
     "tests/multiprocess/test_bench.py",
     "tests/e2e/test_csa_serving.py",
     "tests/e2e/test_decode_mesh.py",
+    "tests/e2e/test_identity.py",
+    "tests/e2e/test_mesh.py",
 )
 """They start processes too, but are right or wrong at any speed."""
 LOWER_PRIORITY = 10

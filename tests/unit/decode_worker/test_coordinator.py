@@ -183,7 +183,7 @@ async def test_ranks_are_told_how_many_blocks_they_use_when_asked_to_check() -> 
 
 async def test_who_found_no_room_keeps_its_place_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 blocks on each rank: 10 are held, 18 are waited for, and 9 come later again and again."""
-    monkeypatch.setattr(admitting, "LINE_LEASE_S", 0.05)
+    monkeypatch.setattr(admitting, "LINE_LEASE_S", 0.5)
     coordinator, _ = make(20)
     await coordinator.reserve(reserve("first", 1, 16 * 64, 64))
     long = reserve("long", 2, 34 * 64, 64)
@@ -193,7 +193,7 @@ async def test_who_found_no_room_keeps_its_place_for_a_while(monkeypatch: pytest
         coordinator.release(await coordinator.reserve(reserve(f"s{index}", 3 + index, 16 * 64)))
     with pytest.raises(Unavailable, match="no KV room"):
         await coordinator.reserve(reserve("one too many", 50, 16 * 64))
-    await asyncio.sleep(0.1)  # the lease on its place
+    await asyncio.sleep(0.6)  # the lease on its place
     coordinator.release(await coordinator.reserve(reserve("later", 99, 16 * 64, 64)))
 
 

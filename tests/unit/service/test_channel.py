@@ -38,7 +38,7 @@ async def answered(cap: float, timeout: float | None) -> float:
 
 
 async def test_deadline_is_what_the_caller_has_left() -> None:
-    assert 3 < await answered(cap=60, timeout=5) <= 5
+    assert 3 < await answered(cap=60, timeout=5) < 6  # gRPC rounds up what is left on the wire
 
 
 async def test_deadline_is_capped() -> None:
