@@ -315,16 +315,18 @@ def connect_store(address: str, timeout: timedelta) -> TCPStore:
     """Connects to a store that another rank started.
 
     Raises:
-        GroupError: it cannot be reached within `timeout`.
+        GroupError: it cannot be reached within about `timeout`.
     """
     host, _, port = address.rpartition(":")
     try:
-        # The store listens before anybody hears of it: one that refuses is gone. TCPStore would try again for
-        # longer than twice the timeout, and its constructor cannot be called off.
+        # The store listens before anybody hears of it: one that refuses is gone. TCPStore's constructor cannot be
+        # called off, and tries twice, each time for as long as it is given, with a pause of seconds between.
         socket.create_connection((host, int(port)), timeout.total_seconds()).close()
-        return TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+        store = TCPStore(host, int(port), is_master=False, timeout=timeout / 4, wait_for_workers=False)
+        store.set_timeout(timeout)
     except (OSError, RuntimeError, ValueError) as error:
         raise GroupError(f"rendezvous store {address} cannot be reached: {error}") from error
+    return store
 
 
 def meet(
