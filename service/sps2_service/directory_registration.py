@@ -108,7 +108,7 @@ class Registration:
         if self._ended.is_set() or not self._leased or worker.capabilities != self._capabilities:
             return None
         self._lent = number, time.monotonic()
-        return _renewal(worker)
+        return renewal_of(worker)
 
     def on_carried(self, number: int, status: "pb.LeaseStatus.ValueType") -> None:
         """What the directory said of a heartbeat that was lent."""
@@ -197,7 +197,7 @@ class Registration:
 
     async def _renew(self, worker: WorkerInfo) -> "pb.LeaseStatus.ValueType":
         carried = await self.collect()
-        request = pb.RenewLeaseRequest(renewals=[_renewal(worker), *(renewal for renewal, _ in carried)])
+        request = pb.RenewLeaseRequest(renewals=[renewal_of(worker), *(renewal for renewal, _ in carried)])
         reply = await call(self._stub.RenewLease, request, self._options.timeout_s)
         if len(reply.statuses) != len(request.renewals):
             raise Internal("BAD_ANSWER", "the directory did not answer every renewal")
@@ -220,7 +220,8 @@ class Registration:
         self._wake.clear()
 
 
-def _renewal(worker: WorkerInfo) -> pb.LeaseRenewal:
+def renewal_of(worker: WorkerInfo) -> pb.LeaseRenewal:
+    """The heartbeat of a worker as it is."""
     return pb.LeaseRenewal(
         worker_id=worker.worker_id,
         process_incarnation=worker.process_incarnation,

@@ -11,7 +11,7 @@ from typing import Protocol, Self
 
 import pytest
 
-from sps2.internal.v1.kv_directory_service_pb2 import LeaseRenewal, RequestRecord, RequestShard
+from sps2.internal.v1.kv_directory_service_pb2 import RequestRecord, RequestShard
 from sps2.internal.v1.placement_pb2 import Attempt
 from sps2.v1.cluster_pb2 import (
     WORKER_ROLE_DECODE,
@@ -48,18 +48,6 @@ def make_worker(
         state=state,
         capabilities=WorkerCapabilities(model_name="demo", model_hash="abc", dtype="fp32", device="cpu"),
         load=WorkerLoad(num_requests_running=running, bytes_posted={"q_exchange": 1, "all_to_all": running}),
-    )
-
-
-def renewal_of(worker: WorkerInfo) -> LeaseRenewal:
-    """The heartbeat of a worker as it is."""
-    return LeaseRenewal(
-        worker_id=worker.worker_id,
-        process_incarnation=worker.process_incarnation,
-        state=worker.state,
-        epoch=worker.epoch,
-        load=worker.load,
-        transfer_address=worker.transfer_address,
     )
 
 

@@ -30,9 +30,10 @@ from sps2.v1.cluster_pb2 import WorkerInfo
 from sps2_kv_directory.config import StoreConfig
 from sps2_kv_directory.script_runner import ScriptRunner, away
 from sps2_kv_directory.store import Changes, Store, StoreState
+from sps2_service.directory_registration import renewal_of
 from sps2_service.errors import Aborted, NotFound, ServiceError, Unavailable
 from sps2_service.lease_fence import LeaseFence
-from support.directory import SimulatedClock, make_record, make_worker, renewal_of
+from support.directory import SimulatedClock, make_record, make_worker
 
 T = TypeVar("T")
 

@@ -94,20 +94,21 @@ def test_perplexity_of_many_pages(must_show: MustShow, tmp_path: Path, repo_root
     reuse, which shows more, cannot be compared with less here; it is compared with all.
     """
     ladder = parse_profile("paper", json.dumps(PAPER))
-    same = (
-        ladder.rungs[0].num_shards * STRIDE
-    )  # without a tail the mask is the same for so many lengths of a prompt
+    # Without a tail the mask is the same for so many lengths of a prompt, so that one pass scores as many.
+    same = ladder.rungs[0].num_shards * STRIDE
     num_kept = NUM_TOKENS // same * same
+    near = num_kept // ladder.rungs[0].num_shards
     ways = {
-        "reuse": Attention.admit(ladder, num_kept + QUESTION_TOKENS).adopting(num_kept),
-        "exact": Attention.admit(EXACT, num_kept + same),
-        "own mask": Attention.admit(ladder, num_kept + same),
+        "reuse": (Attention.admit(ladder, num_kept + QUESTION_TOKENS).adopting(num_kept), 0),
+        "exact": (Attention.admit(EXACT, num_kept + same), 0),
+        "own mask": (Attention.admit(ladder, num_kept + same), 0),
+        f"behind the last {near} alone": (Attention.admit(EXACT, near + same), num_kept - near),
     }
     with must_show(f"4 perplexity behind {num_kept:,} kept tokens, paper, {NUM_PAGES} pages") as figures:
         logprobs: dict[str, list[float]] = {name: [] for name in ways}
         for page in pages(write_held_out(repo_root, tmp_path), num_kept + same + 1):
-            for name, attention in ways.items():
-                logprobs[name] += csa_logprobs(DEMO_MODEL, attention, page, same)
+            for name, (attention, first) in ways.items():
+                logprobs[name] += csa_logprobs(DEMO_MODEL, attention, page[first:], same)
         worse = [one - other for one, other in zip(logprobs["exact"], logprobs["reuse"], strict=True)]
         figures += [f"{name} {exp(-mean(found)):.2f}" for name, found in logprobs.items()]
         error = stdev(worse) / len(worse) ** 0.5

@@ -8,8 +8,9 @@ from sps2.internal.v1.placement_pb2 import AttentionLayout, CsaMask, ExactMask
 from sps2.v1.cluster_pb2 import WorkerInfo
 from sps2_kv_directory import store as store_module
 from sps2_kv_directory.store import Store
+from sps2_service.directory_registration import renewal_of
 from sps2_service.errors import Aborted, NotFound, Unavailable
-from support.directory import SimulatedClock, make_worker, recover, renewal_of
+from support.directory import SimulatedClock, make_worker, recover
 from support.redis_server import RedisServer
 
 pytestmark = pytest.mark.service

@@ -13,8 +13,9 @@ from redis.asyncio import Redis
 from sps2_kv_directory.config import StoreConfig
 from sps2_kv_directory.script_runner import ScriptRunner
 from sps2_kv_directory.store import Store
+from sps2_service.directory_registration import renewal_of
 from sps2_service.errors import Unavailable
-from support.directory import DirectoryProcess, make_record, make_worker, renewal_of
+from support.directory import DirectoryProcess, make_record, make_worker
 from support.ports import free_port
 from support.redis_server import RedisServer
 

@@ -22,8 +22,9 @@ from sps2_kv_directory import store as store_module
 from sps2_kv_directory.config import StoreConfig
 from sps2_kv_directory.script_runner import ScriptRunner
 from sps2_kv_directory.store import Store, WorkerChange
+from sps2_service.directory_registration import renewal_of
 from sps2_service.errors import Aborted, NotFound, Unavailable
-from support.directory import SimulatedClock, make_record, make_worker, renewal_of
+from support.directory import SimulatedClock, make_record, make_worker
 from support.redis_server import RedisServer
 
 pytestmark = pytest.mark.service

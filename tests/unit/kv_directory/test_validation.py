@@ -18,8 +18,9 @@ from sps2_kv_directory.validation import (
     check_worker,
     request_lease_s,
 )
+from sps2_service.directory_registration import renewal_of
 from sps2_service.errors import InvalidArgument
-from support.directory import make_record, make_worker, renewal_of
+from support.directory import make_record, make_worker
 
 
 def field_of(check: Callable[[], object]) -> str:

@@ -12,13 +12,14 @@ import pytest
 from sps2.internal.v1 import engine_pb2, group_service_pb2
 from sps2.internal.v1 import kv_directory_service_pb2 as pb
 from sps2_service.directory_client import DirectoryClient, Registration, Standing
+from sps2_service.directory_registration import renewal_of
 from sps2_service.errors import Unavailable
 from sps2_service.ranks.carried_renewals import CarriedRenewals, Outgoing
 from sps2_service.ranks.follower import Follower
 from sps2_service.ranks.group import GroupLeader
 from sps2_service.ranks.group_servicer import GroupServicer
 from sps2_service.server import ServiceServer
-from support.directory import make_worker, renewal_of
+from support.directory import make_worker
 from support.scripted_directory import OPTIONS, ScriptedDirectory, end
 
 SERVICE = group_service_pb2.DESCRIPTOR.services_by_name["GroupService"]
