@@ -2,8 +2,9 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -114,9 +115,7 @@ def test_a_prefill_group_leaves_while_it_computes(
             scale(elastic, "prefill=2")
             wait_for_free_kv(client)
             before = len(handed_back(logs, "prefill-0")) + len(handed_back(logs, "prefill-1"))
-            asking = pool.submit(ask, client, asked)
-            wait_until(lambda: _computing(client) != [], GENERATE_TIMEOUT_S)
-            (leaving,) = _computing(client)
+            asking, leaving = _ask_until_seen(client, pool, asked)
             client.drain_group(leaving)
             answer: Answered = asking.result(GENERATE_TIMEOUT_S)
             wait_until(lambda: leaving not in _groups(client), LEFT_S)
@@ -184,6 +183,19 @@ def _groups(client: Client) -> list[str]:
 def _ready(client: Client) -> list[str]:
     workers = client.cluster_state().workers
     return sorted(one.group for one in workers if one.rank == 0 and one.state == "ready")
+
+
+def _ask_until_seen(client: Client, pool: ThreadPoolExecutor, asked: Asked) -> tuple[Future[Answered], str]:
+    """A prompt, and the group that computes it: again where it was over before a heartbeat told of it."""
+    deadline = time.monotonic() + GENERATE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        asking, seen = pool.submit(ask, client, asked), list[str]()
+        while not seen and not asking.done():
+            seen = _computing(client)
+        if seen and not asking.done():
+            return asking, seen[0]
+        wait_for_free_kv(client)
+    raise AssertionError("no group was seen to compute")
 
 
 def _computing(client: Client) -> list[str]:
