@@ -66,9 +66,8 @@ def test_ten_turns(must_show: MustShow, tmp_path: Path, profile: object, num_ran
             tally.check()
         else:
             check_logprobs(parse_profile("", json.dumps(profile)), conversation, reused, without)
-        # Without a tail a prompt's own mask shows its end little, which this model gains by: see the pages below.
-        if profile is not PAPER:
-            assert reused.perplexity <= WORSE * without.perplexity
+        # Known to fail for the paper's profile: the pages below show why.
+        assert reused.perplexity <= WORSE * without.perplexity
         assert sum(reused.found) >= sum(without.found)
 
 
