@@ -12,7 +12,9 @@ from sps2_decode_worker.servicer import DecodeServicer
 from sps2_engine.runtime.options import EngineOptions
 from sps2_service.config import load_config, setting
 from sps2_service.directory_client import DirectoryClient
-from sps2_service.ranks.worker import LeaderModel, LeaderService, WorkerConfig, run_worker
+from sps2_service.ranks.leader_service import LeaderModel, LeaderService
+from sps2_service.ranks.worker import run_worker
+from sps2_service.ranks.worker_config import WorkerConfig
 from sps2_service.run import prepare_process
 from sps2_service.tracing import Tracing
 

@@ -17,7 +17,9 @@ from sps2_prefill_worker.prefix_index import PrefixIndex
 from sps2_prefill_worker.servicer import PrefillServicer
 from sps2_service.config import load_config, setting
 from sps2_service.directory_client import DirectoryClient
-from sps2_service.ranks.worker import LeaderModel, LeaderService, WorkerConfig, run_worker
+from sps2_service.ranks.leader_service import LeaderModel, LeaderService
+from sps2_service.ranks.worker import run_worker
+from sps2_service.ranks.worker_config import WorkerConfig
 from sps2_service.run import prepare_process
 from sps2_service.tracing import Tracing
 

@@ -5,29 +5,25 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
 
 import structlog
-from google.protobuf.descriptor import ServiceDescriptor
 from prometheus_client import Metric
-from prometheus_client.registry import Collector
 
 from sps2.internal.v1 import engine_pb2, group_service_pb2
 from sps2.v1 import cluster_pb2
-from sps2_service.config import ServiceConfig, check_address, setting
 from sps2_service.devices import register_devices
 from sps2_service.directory_client import DirectoryClient
 from sps2_service.metrics import LoopReader, service_registry
 from sps2_service.model_folder import ModelFolder, ModelFolderError
 from sps2_service.ranks.carried_renewals import CarriedRenewals
-from sps2_service.ranks.drain import DrainableWork, GroupDrain
+from sps2_service.ranks.drain import GroupDrain
 from sps2_service.ranks.engine_process import EngineProcess, EngineWatch
 from sps2_service.ranks.follower import Follower
-from sps2_service.ranks.group import Coordinator, GroupLeader, GroupState, Member
+from sps2_service.ranks.group import GroupLeader, GroupState, Member
 from sps2_service.ranks.group_servicer import GroupServicer
+from sps2_service.ranks.leader_service import LeaderCoordinator, LeaderModel, MakeLeaderService
 from sps2_service.ranks.metrics import RankState, rank_families
+from sps2_service.ranks.worker_config import WorkerConfig
 from sps2_service.request_fields import Vocabulary
 from sps2_service.run import ExpectedEndError, run_service
 from sps2_service.server import server_for
@@ -41,122 +37,6 @@ POOLS = {cluster_pb2.WORKER_ROLE_PREFILL: "prefill", cluster_pb2.WORKER_ROLE_DEC
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerConfig(ServiceConfig):
-    """One rank of a group: a supervisor process that starts and watches its engine."""
-
-    group: str
-    """Name of the group, for example prefill-0."""
-    rank: int = setting(minimum=0)
-    """Rank in the group; 0 leads."""
-    group_size: int = setting(minimum=1)
-    """Ranks of the group."""
-    model: Path
-    """Hugging Face model folder: config.json, safetensors, tokenizer.json."""
-    model_name: str = ""
-    """Name that requests use; empty: the folder's name."""
-    directory: str
-    """HOST:PORT of the KV directory."""
-    leader: str = ""
-    """HOST:PORT of rank 0; every other rank needs it."""
-    tp: int = setting(1, minimum=1)
-    """Tensor ranks: parts that every layer is split into, each on a rank of its own; the same on all ranks of the
-    group, whose size must be a multiple. A group of 4 with 2 is 2 slices of the prompt (prefill), or 2 holders of
-    KV (decode), x 2 parts of the model."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the engine computes; auto takes a GPU if there is one."""
-    dtype: Literal["auto", "fp32", "bf16"] = "fp32"
-    """Weights and their products; auto takes bf16 where the device multiplies it in hardware. KV on a CPU is fp32."""
-    threads: int = setting(1, minimum=1)
-    """Threads of one operator on a CPU."""
-    kv_tokens: int = setting(131_072, minimum=64)
-    """Tokens whose KV the rank can hold."""
-    kv_transport: Literal["auto", "nixl", "grpc"] = "auto"
-    """How KV travels from prefill to decode; auto takes NIXL where both sides have it."""
-    collective_timeout_s: float = setting(120.0, minimum=1)
-    """Longest wait for a peer inside a collective; a dead or stopped engine is noticed long before."""
-    drain_s: float = setting(30.0, minimum=0)
-    """Seconds for requests to finish when the group drains; what is left then goes on on other groups."""
-    engine_stuck_s: float = setting(600.0, minimum=1)
-    """An engine that is busy for so long without a step or a layer done is killed and started again."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_address("--directory", self.directory)
-        if self.leader:
-            check_address("--leader", self.leader)
-        if self.rank >= self.group_size:
-            raise ValueError(f"--rank {self.rank} is outside a group of {self.group_size}")
-        if self.rank > 0 and not self.leader:
-            raise ValueError(f"--leader is required for rank {self.rank}: the address of rank 0")
-        if self.group_size % self.tp:
-            raise ValueError(
-                f"a group of {self.group_size} ranks cannot be cut into tensor groups of {self.tp}: "
-                f"make its size a multiple of {self.tp}, or change --tp"
-            )
-
-    @property
-    def worker_id(self) -> str:
-        """Name of this rank: "<group>/<rank>"."""
-        return f"{self.group}/{self.rank}"
-
-    def engine_settings(self, model_hash: str) -> dict[str, Any]:
-        """What the engine is told of this, by the names of `sps2_engine.runtime.options.EngineOptions`."""
-        return {
-            "name": self.worker_id,
-            "rank": self.rank,
-            "model": str(self.model),
-            "model_hash": model_hash,
-            "host": self.host,
-            "device": self.device,
-            "dtype": self.dtype,
-            "threads": self.threads,
-            "kv_tokens": self.kv_tokens,
-            "kv_transport": self.kv_transport,
-            "collective_timeout_s": self.collective_timeout_s,
-            "tp": self.tp,
-            "log_level": self.log_level,
-            "log_json": self.log_json,
-        }
-
-    @property
-    def host(self) -> str:
-        """Interface that the engine binds to: the one that gRPC is served on."""
-        return self.listen.rpartition(":")[0] or "127.0.0.1"
-
-
-class LeaderCoordinator(Coordinator, DrainableWork, Protocol):
-    """The coordinator as its supervisor sees it."""
-
-    def attach(self, leader: GroupLeader) -> None:
-        """Names the group; before anything else."""
-        ...
-
-    def fill_load(self, load: cluster_pb2.WorkerLoad) -> None:
-        """Adds requests running and waiting."""
-        ...
-
-
-@dataclass(frozen=True)
-class LeaderService:
-    """What rank 0 of a pool adds to a supervisor."""
-
-    coordinator: LeaderCoordinator
-    servicer: object
-    descriptor: ServiceDescriptor
-    collectors: Iterable[Collector]
-    """What it exports to Prometheus beside what every rank does."""
-
-
-@dataclass(frozen=True)
-class LeaderModel:
-    """What a leader knows of the model that its group serves."""
-
-    model_hash: str
-    vocabulary: Vocabulary
-
-
-MakeLeaderService = Callable[[WorkerConfig, DirectoryClient, LeaderModel, Tracing | None], LeaderService]
 EngineArguments = Callable[[WorkerConfig, int, str], list[str]]
 """From the configuration, a socket's descriptor and the model hash."""
 
