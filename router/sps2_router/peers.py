@@ -90,9 +90,26 @@ class Peers:
                 async for response in watch:
                     yield response
             except grpc.RpcError as error:
-                raise from_rpc_error(error) from None
+                raise _broken_off(from_rpc_error(error), call) from None
             finally:
                 watch.cancel()
+
+
+def _broken_off(error: ServiceError, call: directory_pb.RequestAdmission) -> ServiceError:
+    """Why a watch ended early, for whoever may ask again.
+
+    No router cancels a watch by itself, and each gives a reason of its own for what is not available: by these two
+    gRPC says that the router has stopped, or is out of reach.
+    """
+    if (
+        error.code not in {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
+        or error.reason != error.code.name
+    ):
+        return error
+    message = (
+        f"the router that served request {call.request_id!r} has stopped, or cannot be reached: watch again"
+    )
+    return Unavailable("ROUTER_STOPPED", message, retry_after=RETRY_AFTER_S)
 
 
 def _metadata(call: directory_pb.RequestAdmission, authorization: str) -> tuple[tuple[str, str], ...]:

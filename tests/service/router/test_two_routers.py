@@ -43,6 +43,24 @@ async def test_either_router_cancels_and_watches_what_the_other_serves(routers: 
         pass
 
 
+@pytest.mark.parametrize("grace_s", [0.0, 0.3])
+async def test_a_watch_of_what_a_stopped_router_served_may_be_asked_again(
+    routers: Pair, grace_s: float
+) -> None:
+    one, other = routers
+    slow(one)
+    stream = one.stream(prompt(request_id="r"))
+    await stream.read()
+    watch = other.inference.WatchGeneration(pb.WatchGenerationRequest(request_id="r"), timeout=9)
+    seen: list[pb.WatchGenerationResponse] = []
+    broken = asyncio.ensure_future(failure(watch, seen))
+    await until(lambda: seen)
+    await one.router.server.stop(grace_s)
+    error = await broken
+    assert (error.code(), reason(error)) == (Code.UNAVAILABLE, "ROUTER_STOPPED")
+    stream.cancel()
+
+
 async def test_a_cancel_waits_for_a_request_that_is_on_its_way(routers: Pair) -> None:
     one, other = routers
     slow(one)
