@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from scripts.demo_model.curriculum import TOTAL_STEPS, at_step
-from scripts.demo_model.evaluation import Task, prose_loss, recall, table
+from scripts.demo_model.evaluation import Task, loss_behind, prose_loss, recall, table
 from scripts.demo_model.files import export, load_checkpoint, load_weights, save_checkpoint
 from scripts.demo_model.model import Llama, Shape
 from scripts.demo_model.optimiser import Optimiser
@@ -34,6 +34,7 @@ ANSWER_WEIGHT = 2.0  # of the mean loss on answers, beside that on prose
 REPORT_STEPS = 25
 QUICK_LENGTHS = (1024, 8192)
 QUICK_CASES = 16
+CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 12_288, 16_384)
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def evaluate(data: Data, folder: Path, lengths: list[int], tasks: list[Task], ca
     load_weights(folder, model)
     loss = prose_loss(model, data.held_out, window=1024, windows=64)
     print(f"held-out prose: {loss:.3f} nats per token, perplexity {np.exp(loss):.1f}", flush=True)
+    for context, loss in loss_behind(model, data.held_out, CONTEXTS, windows=64).items():
+        print(f"the same tokens behind {context}: {loss:.3f} nats, perplexity {np.exp(loss):.1f}", flush=True)
     for task in tasks:
         for length in lengths:
             share = recall(model, data.held_out, length, task, cases)

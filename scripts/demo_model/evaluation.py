@@ -14,6 +14,7 @@ from scripts.demo_model.text import Ints
 
 PROBE_SEED = 7
 GROUP_TOKENS = 8_192  # of a batch of probes
+SCORED_TOKENS = 128  # of a window, behind its context
 
 
 class Task(Enum):
@@ -76,6 +77,22 @@ def prose_loss(model: Llama, prose: Sampler, window: int, windows: int) -> float
         ids = torch.from_numpy(tokens)[None]
         losses.append(float(functional.cross_entropy(model(ids[:, :-1]).float()[0], ids[0, 1:])))
     return float(np.mean(losses))
+
+
+@torch.inference_mode()
+def loss_behind(model: Llama, prose: Sampler, contexts: tuple[int, ...], windows: int) -> dict[int, float]:
+    """Mean loss, in nats, on the same tokens behind more and more of the prose before them."""
+    ends = np.linspace(max(contexts) + SCORED_TOKENS, len(prose.prose), windows).astype(np.int64)
+    found = {}
+    for context in contexts:
+        losses = []
+        for end in ends:
+            tokens = np.concatenate(([prose.bos], prose.prose[end - SCORED_TOKENS - context : end]))
+            ids = torch.from_numpy(tokens)[None]
+            logits = model.lm_head(model.features(ids[:, :-1])[0, -SCORED_TOKENS:])
+            losses.append(float(functional.cross_entropy(logits.float(), ids[0, -SCORED_TOKENS:])))
+        found[context] = float(np.mean(losses))
+    return found
 
 
 def table(model: Llama, prose: Sampler, lengths: tuple[int, ...], cases: int) -> dict[int, dict[str, float]]:

@@ -1,6 +1,7 @@
 """The committed demo model: its files fit together, and it recalls facts planted in its own prompt."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = Path(__file__).resolve().parents[2] / "models/demo"
@@ -74,3 +76,19 @@ def test_planted_facts_are_recalled(facts: dict[str, Any]) -> None:
             best = int(model(ids).logits[0, -1].argmax())
         right += tokenizer.decode([best]) == facts["answer_template"].format(value=value)
     assert right >= 18
+
+
+def test_prose_is_read_no_worse_behind_more_of_it() -> None:
+    """Else what attention shows could not be compared: less of the text would look better than all of it."""
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    ids = tokenizer((FOLDER / "prompt.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    scored = 1_024
+    losses = []
+    for context in (512, 8_192):
+        text = ids[:, -scored - context :]
+        with torch.inference_mode():
+            logits = model(text).logits[0, -scored - 1 : -1]
+        losses.append(float(cross_entropy(logits, text[0, -scored:])))
+    near, far = losses
+    assert far < near + math.log(1.02)

@@ -66,7 +66,6 @@ def test_ten_turns(must_show: MustShow, tmp_path: Path, profile: object, num_ran
             tally.check()
         else:
             check_logprobs(parse_profile("", json.dumps(profile)), conversation, reused, without)
-        # Known to fail for the paper's profile: the pages below show why.
         assert reused.perplexity <= WORSE * without.perplexity
         assert sum(reused.found) >= sum(without.found)
 
@@ -86,11 +85,9 @@ def check_logprobs(ladder: Ladder, conversation: Conversation, reused: Told, wit
 
 
 def test_perplexity_of_many_pages(must_show: MustShow, tmp_path: Path, repo_root: Path) -> None:
-    """What follows a kept document is read as by exact attention.
+    """What follows a kept document is predicted no worse than by a mask of its own, and as by exact attention.
 
-    Under the paper's mask alone, which has no dense tail, prose gets likelier than that: the demo model was trained
-    on rows of 1,024 tokens and predicts prose worse behind 6,000 tokens than behind the 750 of the last shard. So
-    reuse, which shows more, cannot be compared with less here; it is compared with all.
+    A conversation scores few tokens; these are enough for an interval.
     """
     ladder = parse_profile("paper", json.dumps(PAPER))
     # Without a tail the mask is the same for so many lengths of a prompt, so that one pass scores as many.
@@ -108,11 +105,13 @@ def test_perplexity_of_many_pages(must_show: MustShow, tmp_path: Path, repo_root
         for page in pages(write_held_out(repo_root, tmp_path), num_kept + same + 1):
             for name, (attention, first) in ways.items():
                 logprobs[name] += csa_logprobs(DEMO_MODEL, attention, page[first:], same)
-        worse = [one - other for one, other in zip(logprobs["exact"], logprobs["reuse"], strict=True)]
         figures += [f"{name} {exp(-mean(found)):.2f}" for name, found in logprobs.items()]
-        error = stdev(worse) / len(worse) ** 0.5
-        figures.append(f"{exp(mean(worse)):.4f} x exact, standard error {error:.4f}, {len(worse):,} tokens")
-        assert mean(worse) <= log(WORSE)
+        for other in ("own mask", "exact"):
+            worse = [one - reuse for one, reuse in zip(logprobs[other], logprobs["reuse"], strict=True)]
+            error = stdev(worse) / len(worse) ** 0.5
+            figures.append(f"reuse {exp(mean(worse)):.4f} x {other}, standard error {error:.4f}")
+            assert mean(worse) <= log(WORSE)
+        figures.append(f"{len(worse):,} tokens")
 
 
 def pages(text: Path, num_tokens: int) -> Sequence[Sequence[int]]:
