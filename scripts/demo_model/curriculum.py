@@ -16,9 +16,9 @@ class Stage:
     scale: tuple[float, float]  # of the learning rates, at the stage's start and end
 
 
-# Short rows of many questions first, then longer ones, then prose with facts in it only. Half of all tokens are seen in
-# rows longer than the demo's prompt of 10,443: a model that has seen short rows only predicts prose the worse the more
-# of it stands before, and what attention shows it could not be told apart by that.
+# Short rows of many questions first, then longer ones, then prose with facts in it only. Nearly half of all tokens
+# are seen in rows longer than the demo's prompt of 10,443. A model that knows short rows only predicts prose the
+# worse the more of it stands before; by such a model nobody can tell what it costs to show less.
 PROSE = Mix(length=1024, rows=8, pairs=0.0, dense=0.0, facts=(1, 64))
 LONG = Mix(length=12_288, rows=1, pairs=0.0, dense=0.0, facts=(1, 64))
 CURRICULUM: tuple[Stage, ...] = (

@@ -68,5 +68,5 @@ def test_bf16_logits_of_tiny_models_are_within_five_percent(family: str, tmp_pat
 
 def test_bf16_logits_of_the_demo_model_are_within_two_percent() -> None:
     error, flips = errors(DEMO_MODEL, torch.tensor(book_ids()[:NUM_TOKENS]))
-    assert error < 0.02  # 0.010
+    assert error < 0.02  # 0.0065
     assert flips < 0.03  # 0.015, each text's beginning being fp32's own: no flip carries over
