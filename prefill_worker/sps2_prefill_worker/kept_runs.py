@@ -4,26 +4,12 @@ Obeys: what is kept, used and evicted the leader says, in commands that every ra
 thread-safe: `Publisher` calls it under its lock.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from sps2.internal.v1 import engine_pb2
 from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool
-from sps2_engine.kv_transfer.rows import Rows, cut_rows, num_before
+from sps2_engine.kv_transfer.rows import Rows, UsedRows, cut_rows, num_before
 from sps2_layout.layout import Span
-
-
-@dataclass(frozen=True)
-class CachedRows:
-    """What a text uses of one run on this rank."""
-
-    rows: Rows
-    spans: Sequence[Span]
-    """Tokens of the text that lie in it; maybe none."""
-
-    def slots(self) -> list[tuple[int, int]]:
-        """Where their keys lie."""
-        return [run for span in self.spans for run in self.rows.slots(span)]
 
 
 class KeptRuns:
@@ -40,7 +26,7 @@ class KeptRuns:
         self._pool.free(rows.blocks[num_blocks:])
         self._runs[number] = Rows(cut_rows(rows.spans, kept), rows.blocks[:num_blocks])
 
-    def find(self, parts: Iterable[engine_pb2.CachedPart]) -> list[CachedRows]:
+    def find(self, parts: Iterable[engine_pb2.CachedPart]) -> list[UsedRows]:
         """What this rank has of the beginning of a text.
 
         Raises:
@@ -52,7 +38,7 @@ class KeptRuns:
                 raise ValueError(f"run {part.run} is not cached here")
             rows = self._runs[part.run]
             cut = (span.cut(part.token_begin, part.token_end) for span in rows.spans)
-            found.append(CachedRows(rows, [span for span in cut if len(span)]))
+            found.append(UsedRows(rows, [span for span in cut if len(span)]))
         return found
 
     def evict(self, number: int) -> bool:

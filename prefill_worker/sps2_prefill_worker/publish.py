@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from sps2.internal.v1 import engine_pb2, placement_pb2, prefill_service_pb2
 from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool, OutOfBlocksError
 from sps2_engine.kv_transfer.base import TransferError
-from sps2_engine.kv_transfer.rows import Rows
+from sps2_engine.kv_transfer.rows import Rows, UsedRows
 from sps2_engine.kv_transfer.sender import KvSender
 from sps2_engine.kv_transfer.transfer import Transfer
 from sps2_layout.layout import Span
 from sps2_layout.placement import num_held
-from sps2_prefill_worker.kept_runs import CachedRows, KeptRuns
+from sps2_prefill_worker.kept_runs import KeptRuns
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Delivery:
     attempt: placement_pb2.Attempt
     rows: Rows
     """What is computed here."""
-    cached: Sequence[CachedRows]
+    cached: Sequence[UsedRows]
     """What is cached here of the beginning."""
     transfer: Transfer | None
     """None where nothing is to be sent."""
@@ -124,7 +124,7 @@ class Publisher:
         held, key = num_held(run.placement), attempt_key(run.attempt)
         sent = [span.cut(held, span.end) for span in (*(s for one in cached for s in one.spans), *spans)]
         sent = [span for span in sent if len(span)]
-        sources = [*(one.rows for one in cached), rows]
+        sources = [*cached, UsedRows.of_all(rows)]
         transfer = self._sender.begin(run.attempt, run.placement, sent, sources) if sent else None
         keep = run.keep if run.HasField("keep") else None
         delivery = Delivery(run.attempt, rows, cached, transfer, keep, bytes_sent=None if transfer else 0)

@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sps2_client import Client, Generation
+from sps2_layout.attention import Attention
+from sps2_layout.profile_file import parse_profile
 from sps2_layout.profiles import EXACT
-from support.csa_oracle import csa_tokens, long_prompts
+from support.csa_oracle import csa_logprobs, csa_tokens, long_prompts
 from support.deployment import DEMO_MODEL, LocalDeployment, deployment
 from support.faults import Target, Victim
 from support.identity import GENERATE_TIMEOUT_S, Prompt, Tally, book_ids
@@ -57,6 +59,7 @@ def ask(client: Client, prompt: Prompt | list[int], profile: str = "exact", reus
         token_ids=prompt,
         max_tokens=NUM_TOKENS,
         ignore_eos=True,
+        logprobs=0,
         attention_profile=profile,
         prefix_reuse=reuse,
         timeout=GENERATE_TIMEOUT_S,
@@ -80,6 +83,24 @@ def test_a_conversation_computes_only_what_is_new(client: Client) -> None:
         prompt += [*answer.token_ids, *book_ids()[turn : turn + 40]]
     wait_for_free_kv(client)
     tally.check()
+
+
+@pytest.mark.parametrize("profile", ["exact", ""])
+def test_prompts_part_in_the_middle_of_what_is_kept(client: Client, profile: str) -> None:
+    """What each computes itself lies, by its place in the text, where the kept one goes on differently: before its end,
+    at its end, behind it. None is answered with the other's KV."""
+    kept = document(900, page=20 if profile else 21)
+    kept_by = Attention.admit(EXACT if profile else parse_profile("small", json.dumps(SMALL)), len(kept))
+    ask(client, kept, profile)
+    wait_until(lambda: ask(client, kept, profile).usage.cached_tokens == 896, timeout=CACHED_S)
+    for num_shared, num_tokens in ((430, 600), (700, 900), (830, 1200)):
+        prompt = [*kept[:num_shared], *document(num_tokens - num_shared, page=22 + num_tokens)]
+        answer = ask(client, prompt, profile)
+        num_cached = num_shared // BLOCK_TOKENS * BLOCK_TOKENS
+        attention = Attention.admit(EXACT, num_tokens) if profile else kept_by.adopting(num_cached)
+        assert answer.usage.cached_tokens == num_cached
+        expected = csa_logprobs(DEMO_MODEL, attention, [*prompt, *answer.token_ids], NUM_TOKENS)
+        assert [one.logprob for one in answer.logprobs] == pytest.approx(expected, abs=2e-3)
 
 
 def test_a_sparse_prompt_adopts_and_an_exact_one_does_not(client: Client) -> None:

@@ -1,4 +1,4 @@
-"""The leader's book of cached KV, beside a rank that obeys it: blocks add up, and what is read stays."""
+"""The leader's book of cached KV, beside a rank that obeys it: blocks add up, what is read stays, and is the text's."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from sps2.internal.v1 import engine_pb2
 from sps2_engine.kv_pool import BLOCK_TOKENS, BlockPool
-from sps2_engine.kv_transfer.rows import Rows
+from sps2_engine.kv_transfer.rows import Rows, UsedRows
 from sps2_layout.attention import Attention
 from sps2_layout.layout import Span, exact_layout
 from sps2_layout.profiles import Ladder, Profile
-from sps2_prefill_worker.kept_runs import CachedRows, KeptRuns
+from sps2_prefill_worker.kept_runs import KeptRuns
 from sps2_prefill_worker.prefix_cache import NO_MATCH, Admitted, PrefixCache, Prompt
 
 NUM_RANKS = 2
@@ -28,7 +28,7 @@ class UnderWay:
     admitted: Admitted
     blocks: list[list[int]]
     """Its own, on each rank."""
-    read: list[list[CachedRows]]
+    read: list[list[UsedRows]]
 
 
 def spans_of(first: int, end: int) -> list[list[Span]]:
@@ -48,6 +48,8 @@ class Book(RuleBasedStateMachine):
         self.under_way: dict[int, UnderWay] = {}
         self.number = 0
         self.told: set[tuple[Attention, bytes]] = set()
+        self.written = [[b""] * (BLOCKS * BLOCK_TOKENS) for _ in range(NUM_RANKS)]
+        """Of each slot, the text up to its token, as far as it is in blocks."""
 
     @rule(
         words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=20),
@@ -110,6 +112,30 @@ class Book(RuleBasedStateMachine):
             self._deliver(next(iter(self.under_way)))
         blocks = [pool.allocate(wanted) for pool, wanted in zip(self.pools, taken, strict=True)]
         self.under_way[self.number] = UnderWay(admitted, blocks, read)
+        labels = [key for key in keys for _ in range(BLOCK_TOKENS)] + [b"%d" % self.number] * rest
+        own = [Rows(own_spans, own_blocks) for own_spans, own_blocks in zip(spans, blocks, strict=True)]
+        for rank, rows in enumerate(own):
+            for span in rows.spans:
+                self._write(rank, rows.slots(span), labels[span.begin : span.end])
+        self._check_sources(
+            [[*cached, UsedRows.of_all(rows)] for cached, rows in zip(read, own, strict=True)], labels
+        )
+
+    def _write(self, rank: int, slots: list[tuple[int, int]], labels: list[bytes]) -> None:
+        for begin, end in slots:
+            self.written[rank][begin:end], labels = labels[: end - begin], labels[end - begin :]
+        assert not labels
+
+    def _check_sources(self, sources: list[list[UsedRows]], labels: list[bytes]) -> None:
+        """Each token of the text is held once, and what is held is that text's."""
+        for token, label in enumerate(labels):
+            (found,) = [
+                self.written[rank][used.rows.slots(Span(token, token + 1))[0][0]]
+                for rank, held in enumerate(sources)
+                for used in held
+                if used.hold(Span(token, token + 1))
+            ]
+            assert found == label
 
     @precondition(lambda self: self.under_way)
     @rule(choose=st.integers(0, 9))

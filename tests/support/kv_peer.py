@@ -22,7 +22,7 @@ from sps2.internal.v1.placement_pb2 import Attempt, Fence, Placement, ShardPlace
 from sps2_engine.kv_pool import KvArena, slot_runs
 from sps2_engine.kv_transfer.base import RingOptions, TransferError
 from sps2_engine.kv_transfer.receiver import KvReceiver
-from sps2_engine.kv_transfer.rows import Rows
+from sps2_engine.kv_transfer.rows import Rows, UsedRows
 from sps2_engine.kv_transfer.sender import KvSender
 from sps2_layout.layout import Span
 
@@ -131,7 +131,9 @@ class Source(Half):
         placement = Placement(group="decode-0", shards=[shard_of(shard) for shard in shards])
         attempt = placement.shards[0].fence.attempt
         tokens = [Span(*span) for span in spans]
-        self.transfers[key] = self.sender.begin(attempt, placement, tokens, [Rows(tokens, blocks)])
+        self.transfers[key] = self.sender.begin(
+            attempt, placement, tokens, [UsedRows.of_all(Rows(tokens, blocks))]
+        )
         return {}
 
     def op_ready(self, key: str, layers: list[int]) -> dict[str, Any]:

@@ -61,10 +61,6 @@ class Rows:
     """They hold the tokens of the spans one after another: no span begins a new block, the first token lies in the
     first slot of the first block."""
 
-    def hold(self, token: int) -> bool:
-        """Whether a token is among them."""
-        return any(span.begin <= token < span.end for span in self.spans)
-
     def slots(self, tokens: Span) -> list[tuple[int, int]]:
         """The slot runs of a part of one of the spans.
 
@@ -72,6 +68,28 @@ class Rows:
             ValueError: it lies in none of them, or the blocks have no room for it.
         """
         return slot_runs(self.blocks, len(tokens), row_of(self.spans, tokens.begin))
+
+
+@dataclass(frozen=True)
+class UsedRows:
+    """What a text uses of rows: all, or what begins as it does. The rest belongs to another text."""
+
+    rows: Rows
+    spans: Sequence[Span]
+    """Tokens of the text that lie in the rows, in order and disjoint; maybe none."""
+
+    @classmethod
+    def of_all(cls, rows: Rows) -> "UsedRows":
+        """Rows that are the text's alone."""
+        return cls(rows, rows.spans)
+
+    def hold(self, tokens: Span) -> bool:
+        """Whether these lie within one of the spans."""
+        return any(span.begin <= tokens.begin and tokens.end <= span.end for span in self.spans)
+
+    def slots(self) -> list[tuple[int, int]]:
+        """Where they lie, span after span."""
+        return [run for span in self.spans for run in self.rows.slots(span)]
 
 
 def row_of(spans: Sequence[Span], token: int) -> int:

@@ -21,7 +21,7 @@ from sps2_engine.kv_transfer.nixl import NixlSource, NixlUnavailableError
 from sps2_engine.kv_transfer.outbox import Outbox
 from sps2_engine.kv_transfer.relayout import num_cells, shares
 from sps2_engine.kv_transfer.route import NixlLinks, Route
-from sps2_engine.kv_transfer.rows import Rows
+from sps2_engine.kv_transfer.rows import UsedRows
 from sps2_engine.kv_transfer.slab import ArenaBytes
 from sps2_engine.kv_transfer.transfer import Share, Transfer
 from sps2_layout.layout import Span
@@ -103,7 +103,7 @@ class KvSender:
         attempt: Attempt,
         placement: Placement,
         spans: Sequence[Span],
-        rows: Sequence[Rows],
+        sources: Sequence[UsedRows],
     ) -> Transfer:
         """Starts a transfer of these tokens, all heads of the arena; the ways to its targets open at once.
 
@@ -111,14 +111,14 @@ class KvSender:
             attempt: For messages; what targets check is each shard's fence.
             placement: Which target takes which tokens.
             spans: Tokens that this rank sends, in order and disjoint. Without any the transfer is done at once.
-            rows: Where they lie in this rank's arena, perhaps among others; each of the spans lies within one span
-                of one of these. Their blocks are to be freed when `done` has a result, or when what `abort`
-                returned has.
+            sources: Where they lie in this rank's arena, perhaps among others; each of the spans lies within one
+                used span of one of these, and none of another. Their blocks are to be freed when `done` has a
+                result, or when what `abort` returned has.
 
         Returns:
             The handle. Every failure comes by its `done`, as TransferError.
         """
-        transfer = Transfer(attempt, placement, tuple(rows))
+        transfer = Transfer(attempt, placement, tuple(sources))
         try:
             transfer.parts = shares(placement, spans, self._bytes.heads, self._bytes.num_model_heads)
             for part in transfer.parts:

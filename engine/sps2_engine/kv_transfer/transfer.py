@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sps2.internal.v1.placement_pb2 import Attempt, Placement, ShardPlacement
 from sps2_engine.kv_transfer.base import TransferError
 from sps2_engine.kv_transfer.relayout import Part
-from sps2_engine.kv_transfer.rows import Rows
+from sps2_engine.kv_transfer.rows import UsedRows
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Transfer:
 
     attempt: Attempt
     placement: Placement
-    rows: Sequence[Rows]
-    """Where the source has its tokens."""
+    sources: Sequence[UsedRows]
+    """Where this rank has its tokens; each token in one of them."""
     done: Future[TransferSummary] = field(default_factory=Future)
     """The summary when every target has accepted every slab, or a TransferError."""
     parts: list[Part] = field(default_factory=list)
@@ -57,12 +57,12 @@ class Transfer:
         """The slots of a part's tokens.
 
         Raises:
-            ValueError: the source does not hold them.
+            ValueError: none of the sources holds them, or several do.
         """
-        held = [rows for rows in self.rows if rows.hold(part.tokens.begin)]
-        if not held:
-            raise ValueError(f"the source does not hold tokens {part.tokens}")
-        return held[0].slots(part.tokens)
+        held = [source for source in self.sources if source.hold(part.tokens)]
+        if len(held) != 1:
+            raise ValueError(f"{len(held)} sources hold tokens {part.tokens}")
+        return held[0].rows.slots(part.tokens)
 
     def fail(self, error: TransferError) -> None:
         """Ends it, unless it has ended."""

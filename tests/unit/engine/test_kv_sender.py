@@ -9,7 +9,7 @@ from sps2.internal.v1.placement_pb2 import Attempt, Fence, Placement, ShardPlace
 from sps2_engine.kv_pool import KvArena
 from sps2_engine.kv_transfer.base import MAX_SLOT_BYTES, RingOptions, TransferError
 from sps2_engine.kv_transfer.receiver import KvReceiver
-from sps2_engine.kv_transfer.rows import Rows
+from sps2_engine.kv_transfer.rows import Rows, UsedRows
 from sps2_engine.kv_transfer.sender import KvSender
 from sps2_engine.kv_transfer.transfer import Transfer
 from sps2_layout.layout import Span
@@ -37,7 +37,7 @@ def receiver() -> Iterator[KvReceiver]:
 
 
 def begin(sender: KvSender, to: Placement, spans: list[Span], blocks: list[int]) -> Transfer:
-    return sender.begin(ATTEMPT, to, spans, [Rows(spans, blocks)])
+    return sender.begin(ATTEMPT, to, spans, [UsedRows.of_all(Rows(spans, blocks))])
 
 
 def placement(address: str) -> Placement:
@@ -59,6 +59,27 @@ def test_a_layer_goes_over_and_is_counted(sender: KvSender, receiver: KvReceiver
     assert done == ["complete"]
     assert bool((receiver._bytes.arena.v[0, :100] == 2).all())
     assert sender.abort(transfer).result(10) is None
+
+
+def test_of_rows_that_began_as_another_text_only_what_is_used_goes(
+    sender: KvSender, receiver: KvReceiver
+) -> None:
+    """The rows hold tokens 0 to 59 of another text; this one shares 40 of them and has computed what follows."""
+    keys = sender._bytes.arena.k[0]
+    keys[:64], keys[64:] = 1, 2
+    receiver.expect(placement("").shards[0].fence, 0, 100, [0, 1], lambda: None)
+    cached = UsedRows(Rows([Span(0, 60)], [0]), [Span(0, 40)])
+    sources = [cached, UsedRows.of_all(Rows([Span(40, 100)], [1]))]
+    to = placement(receiver.address)
+    transfer = sender.begin(ATTEMPT, to, [Span(0, 40), Span(40, 100)], sources)
+    sender.layer_ready(transfer, 0)
+    transfer.done.result(10)
+    arrived = receiver._bytes.arena.k[0]
+    assert bool((arrived[:40] == 1).all())
+    assert bool((arrived[40:100] == 2).all())
+    unclear = sender.begin(ATTEMPT, to, [Span(0, 40)], [cached, cached])
+    with pytest.raises(TransferError, match="2 sources hold"):
+        unclear.done.result(10)
 
 
 def test_nothing_leaves_a_fenced_rank(receiver: KvReceiver) -> None:
