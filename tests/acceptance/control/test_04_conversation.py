@@ -1,21 +1,24 @@
 """Must show 4: a ten-turn conversation about a document computes what is new, and loses nothing by it."""
 
 import json
+import re
 from collections.abc import Sequence
 from math import exp, log
 from pathlib import Path
+from random import Random
 from statistics import mean, stdev
 
 import pytest
 from tokenizers import Tokenizer
 
 from sps2_bench.accuracy.worker import read_text
+from sps2_client import Client, Generation
 from sps2_layout.attention import Attention
 from sps2_layout.block_hash import BLOCK_TOKENS
 from sps2_layout.profile_file import parse_profile
 from sps2_layout.profiles import EXACT, STRIDE, Ladder
 from support.conversations import Conversation, Told, tell
-from support.csa_oracle import csa_logprobs, csa_tokens
+from support.csa_oracle import csa_logprobs, csa_tokens, long_prompts
 from support.deployment import DEMO_MODEL, deployment
 from support.held_out import write_held_out
 from support.identity import Tally
@@ -30,6 +33,7 @@ WORSE = 1.02
 SAME = 2e-3
 """Log probabilities of a deployment differ from those of one process by less."""
 NUM_PAGES, QUESTION_TOKENS = 48, 5
+NUM_PARTING = 24
 PAPER = {"min_shard_tokens": 128, "profiles": [{"shards": 8, "levels": [[1, 1], [8, 8]]}]}
 DEFAULT = {"min_shard_tokens": 128, "profiles": [{"shards": 8, "levels": [[1, 1], [8, 8]], "tail": 64}]}
 """The named profiles; at their own threshold a document of 6,000 tokens is attended exactly."""
@@ -82,6 +86,61 @@ def check_logprobs(ladder: Ladder, conversation: Conversation, reused: Told, wit
         for end in range(len(conversation.document), len(text))
     ]
     assert without.logprobs == pytest.approx(alone, abs=SAME)
+
+
+@pytest.mark.parametrize("profile", [None, DEFAULT], ids=["exact", "default"])
+def test_prompts_part_from_kept_ones(must_show: MustShow, tmp_path: Path, profile: object) -> None:
+    """Each begins as one before it, up to anywhere, and goes on differently, further or less far."""
+    name, file = "exact" if profile is None else "", tmp_path / "profile.json"
+    file.write_text(json.dumps(profile or DEFAULT), encoding="utf-8")
+    ladder = EXACT if profile is None else parse_profile("", json.dumps(profile))
+    rng = Random(0)
+    book = long_prompts([NUM_TOKENS])[0]
+    asked: list[Sequence[int]] = []
+    num_cached, num_adopted = 0, 0
+    with (
+        must_show(
+            f"4 {NUM_PARTING} prompts that part from kept ones, {name or 'default'}, 1x2 to 1x2"
+        ) as figures,
+        deployment(arguments=["--profile", str(file)]) as running,
+        running.client() as client,
+    ):
+        for number in range(NUM_PARTING):
+            num_shared = rng.randrange(BLOCK_TOKENS, NUM_TOKENS - BLOCK_TOKENS) if number else NUM_TOKENS
+            num_more = rng.randrange(50, 51 + num_shared // 3) if number else 0
+            prompt = [*book[:num_shared], *rng.sample(book, num_more)]
+            answer = ask_scored(client, prompt, name)
+            asked.append(prompt)
+            masks = resolved(answer.usage.attention_profile, ladder, asked)
+            num_cached += answer.usage.cached_tokens > 0
+            num_adopted += answer.usage.attention_profile.startswith("adopted")
+            text, found = [*prompt, *answer.token_ids], [one.logprob for one in answer.logprobs]
+            assert any(
+                found == pytest.approx(csa_logprobs(DEMO_MODEL, mask, text, len(found)), abs=SAME)
+                for mask in masks
+            ), f"prompt {number} of {len(prompt)} tokens, {num_shared} of them shared"
+        figures.append(
+            f"{num_cached} began with kept KV, {num_adopted} adopted its mask; log probabilities right"
+        )
+        assert num_cached > NUM_PARTING / 2
+
+
+def resolved(shown: str, ladder: Ladder, asked: Sequence[Sequence[int]]) -> list[Attention]:
+    """The attention that usage shows for the last prompt: its own, or that of one which began like it."""
+    adopted = re.search(r"^adopted: (.*) for (\d+) tokens, then dense", shown)
+    if adopted is None:
+        return [Attention.admit(ladder, len(asked[-1]))]
+    own, num_tokens = asked[-1], int(adopted[2])
+    lengths = {len(one) for one in asked[:-1] if one[:num_tokens] == own[:num_tokens]}
+    masks = [Attention.admit(ladder, length) for length in lengths if length >= num_tokens]
+    return [one.adopting(num_tokens) for one in masks if one.describe() == adopted[1]]
+
+
+def ask_scored(client: Client, prompt: Sequence[int], profile: str) -> Generation:
+    """A few greedy tokens with their log probabilities."""
+    return client.generate(
+        token_ids=prompt, max_tokens=8, ignore_eos=True, logprobs=0, attention_profile=profile, timeout=120
+    )
 
 
 def test_perplexity_of_many_pages(must_show: MustShow, tmp_path: Path, repo_root: Path) -> None:
