@@ -31,7 +31,14 @@ def answer_resized(
     name, num_seen = f"resized-{len(prompt)}", 0
     resizes: list[Resized] = []
     pause = num_tokens // (len(plan) + 1)
-    options = {"token_ids": prompt, "max_tokens": num_tokens, "ignore_eos": True, "request_id": name}
+    # Nothing of an earlier prompt is taken over: what this one has prefilled is counted.
+    options = {
+        "token_ids": prompt,
+        "max_tokens": num_tokens,
+        "ignore_eos": True,
+        "request_id": name,
+        "prefix_reuse": "off",
+    }
     with client.stream(timeout=GENERATE_TIMEOUT_S, **options) as stream:  # type: ignore[arg-type]
         for event in stream:
             num_seen += len(event.token_ids) if isinstance(event, TextDelta) else 0
