@@ -81,6 +81,22 @@ def test_what_the_other_group_has_cached_is_fetched(client: Client) -> None:
     wait_for_free_kv(client)
 
 
+@pytest.mark.parametrize("num_more", [150, 600])
+def test_of_what_the_other_group_has_cached_the_common_beginning_is_fetched(
+    client: Client, num_more: int
+) -> None:
+    """The text goes on differently, to before and to behind the end of what is cached; then both groups branch it."""
+    for page in range(2 * TRIES, 3 * TRIES):
+        prompt, other = document(page + num_more), document(page + num_more + 7)
+        turn = [*prompt[:400], *other[:num_more]]
+        answers = [(text, ask(client, text)) for text in (prompt, turn, [*turn[:450], *other[::-1]])]
+        if answers[1][1].usage.cached_tokens:
+            break
+    assert answers[1][1].usage.cached_tokens == 384
+    check_right(*answers)
+    wait_for_free_kv(client)
+
+
 def test_a_holder_that_dies_while_it_sends_fails_nobody(running: LocalDeployment, client: Client) -> None:
     """Last here: it is stopped before it is asked, and killed when it has been."""
     target = Target(running)
