@@ -112,14 +112,17 @@ class Book(RuleBasedStateMachine):
             self._deliver(next(iter(self.under_way)))
         blocks = [pool.allocate(wanted) for pool, wanted in zip(self.pools, taken, strict=True)]
         self.under_way[self.number] = UnderWay(admitted, blocks, read)
+        self._compute(keys, rest, spans, self.under_way[self.number])
+
+    def _compute(self, keys: tuple[bytes, ...], rest: int, spans: list[list[Span]], one: UnderWay) -> None:
+        """Fills the attempt's own blocks, and looks at what its transfers would read."""
         labels = [key for key in keys for _ in range(BLOCK_TOKENS)] + [b"%d" % self.number] * rest
-        own = [Rows(own_spans, own_blocks) for own_spans, own_blocks in zip(spans, blocks, strict=True)]
+        own = [Rows(own_spans, blocks) for own_spans, blocks in zip(spans, one.blocks, strict=True)]
         for rank, rows in enumerate(own):
             for span in rows.spans:
                 self._write(rank, rows.slots(span), labels[span.begin : span.end])
-        self._check_sources(
-            [[*cached, UsedRows.of_all(rows)] for cached, rows in zip(read, own, strict=True)], labels
-        )
+        sources = [[*read, UsedRows.of_all(rows)] for read, rows in zip(one.read, own, strict=True)]
+        self._check_sources(sources, labels)
 
     def _write(self, rank: int, slots: list[tuple[int, int]], labels: list[bytes]) -> None:
         for begin, end in slots:
